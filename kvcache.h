@@ -1,0 +1,92 @@
+// kvcache.h: where the keys and values of every token live.
+//
+// Token t of sequence s, layer l, KV head g is the row
+//
+//     block_table[s][t / block_size], slot t % block_size
+//
+// of layer l and head g. A contiguous cache is a paged cache whose block is the whole context (Block = 0): one addressing
+// function, and the division disappears. The batch carries positions, lengths and tables as plain arrays, so that they
+// can sit in device memory. Names follow vLLM: block_table, block_size, slot_mapping, context_len, query_start.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "device.h"
+
+// One step's work: any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] ..
+// query_start[s + 1] - 1, in order of position, and are the last tokens of its context.
+struct Batch {
+  int n_tokens = 0;                   // T
+  int n_sequences = 0;                // S
+  const int* tokens = nullptr;        // [T]
+  const int* positions = nullptr;     // [T] position in its sequence, from 0
+  const int* query_start = nullptr;   // [S + 1]
+  const int* context_len = nullptr;   // [S] tokens of the sequence in the cache once this step has appended its own
+  const int* block_table = nullptr;   // [S, max_blocks]; entries past the context (or behind every window) are not read
+  int max_blocks = 0;                 // row length of block_table
+  const int* slot_mapping = nullptr;  // [T] block * block_size + slot: where append writes the token's rows
+  int n_logits = 0;
+  const int* logit_rows = nullptr;    // [n_logits] tokens of the batch whose logits are wanted, ascending
+  int n_copies = 0;                   // blocks to copy in every layer before anything is appended (copy on write)
+  const int* copy_from = nullptr;     // [n_copies] block
+  const int* copy_to = nullptr;       // [n_copies] block
+};
+
+// How one row of `dim` elements is kept. Each type: name, row_bytes(dim), store(x, dim, row), load(row, dim, x).
+struct KvF32;   // float32
+struct KvF16;   // IEEE half, round to nearest even
+struct KvBF16;  // bfloat16, round to nearest even
+struct KvQ8;    // int8 in groups of 32 (the last may be shorter) with a float16 scale each, amax / 127
+
+struct CacheShape {
+  int n_layers, n_kv_heads;
+  int k_dim;       // elements of a K row
+  int v_dim;       // elements of a V row; 0: there are none, V is the first elements of the K row (MLA)
+  int n_blocks;    // blocks in the pool; contiguous: sequences
+  int block_size;  // tokens a block; a paged cache's equals its Block
+};
+
+// K: [n_layers, n_blocks, n_kv_heads, block_size] rows of k_dim; V likewise of v_dim.
+template <class Kv, int Block>
+class KVCache {
+ public:
+  KVCache() = default;
+  explicit KVCache(const CacheShape& shape);
+
+  static size_t bytes_per_token(const CacheShape& shape);  // all layers
+  static size_t bytes(const CacheShape& shape);
+
+  const CacheShape& shape() const { return shape_; }
+  int block_size() const { return Block ? Block : shape_.block_size; }
+
+  const std::byte* k_row(int layer, int block, int kv_head, int slot) const {
+    return k_.data() + row_index(layer, block, kv_head, slot) * k_row_bytes_;
+  }
+  const std::byte* v_row(int layer, int block, int kv_head, int slot) const {
+    return v_.data() + row_index(layer, block, kv_head, slot) * v_row_bytes_;
+  }
+
+  // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
+  // slot_mapping[t]. Called by every thread of the team.
+  void append(int layer, const Batch& batch, const float* k, const float* v);
+
+  // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Called by every thread of the team.
+  void copy_blocks(const Batch& batch);
+
+  std::byte* k_memory() { return k_.data(); }  // for the tests: freed slots are poisoned
+  std::byte* v_memory() { return v_.data(); }
+
+ private:
+  size_t row_index(int layer, int block, int kv_head, int slot) const {
+    return ((static_cast<size_t>(layer) * static_cast<size_t>(shape_.n_blocks) + static_cast<size_t>(block)) *
+                static_cast<size_t>(shape_.n_kv_heads) +
+            static_cast<size_t>(kv_head)) *
+               static_cast<size_t>(block_size()) +
+           static_cast<size_t>(slot);
+  }
+
+  CacheShape shape_{};
+  size_t k_row_bytes_ = 0, v_row_bytes_ = 0;
+  Buffer<std::byte> k_, v_;
+};

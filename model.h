@@ -1,0 +1,128 @@
+// model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and shape.
+//
+// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 1"), "config" (one JSON object, whose keys are the
+// fields of Config below, to the letter), "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that
+// differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which tensors are present; the runtime has no
+// per-architecture code. README.md, "The model file", lists every key and tensor.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "matmul.h"
+
+enum class Variant { mha, mqa, gqa, mla };
+enum class NormKind { rms, layer };
+enum class Activation { silu, gelu, gelu_tanh };
+enum class Scoring { softmax, sigmoid };
+enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
+
+const char* name(Variant v);
+
+// Names follow llama2.c and Hugging Face.
+struct Config {
+  Variant attention = Variant::gqa;
+  int dim = 0, hidden_dim = 0, n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int vocab_size = 0, seq_len = 0;  // seq_len: the longest context the model was made for
+  // MLA (DeepSeek V2, arXiv 2405.04434, section 2.1); head_dim and n_kv_heads are then not used
+  int q_lora_rank = 0, kv_lora_rank = 0, qk_nope_head_dim = 0, qk_rope_head_dim = 0, v_head_dim = 0;
+
+  NormKind norm = NormKind::rms;
+  float norm_eps = 1e-5f;
+  Activation activation = Activation::silu;
+  float attention_scale = 0;    // factor on q . k
+  float attention_softcap = 0;  // s -> cap tanh(s / cap); 0: none
+  float logit_softcap = 0;
+  float embedding_scale = 1, logit_scale = 1, residual_scale = 1;
+  std::vector<int> window;        // [n_layers] a token sees this many tokens, itself included; 0: all before it
+  std::vector<int> rope;          // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
+  std::vector<float> rope_scale;  // [tables] factor on cos and sin (YaRN's attention factor)
+
+  // mixture of experts; n_routed_experts 0: none
+  int n_routed_experts = 0, num_experts_per_tok = 0, n_shared_experts = 0, moe_intermediate_size = 0;
+  std::vector<int> moe_layers;  // [n_layers] 1 where the layer's MLP is experts
+  Scoring scoring_func = Scoring::softmax;
+  bool norm_topk_prob = false;
+  float routed_scaling_factor = 1;
+  int n_group = 1, topk_group = 1;
+  GroupScore group_score = GroupScore::max;
+
+  bool is_moe(int layer) const { return n_routed_experts > 0 && moe_layers[static_cast<size_t>(layer)] != 0; }
+};
+
+struct Norm {
+  const float* weight = nullptr;  // null: this norm is absent
+  const float* bias = nullptr;
+  explicit operator bool() const { return weight != nullptr; }
+};
+
+struct Linear {
+  Matrix weight;
+  const float* bias = nullptr;  // [n] or null
+  explicit operator bool() const { return static_cast<bool>(weight); }
+};
+
+// One MLP: down(act(gate x) * up x), or down(act(up x)) where there is no gate.
+struct Mlp {
+  Linear gate, up, down;  // [hidden, dim], [hidden, dim], [dim, hidden]
+};
+
+struct Layer {
+  Norm attention_norm, attention_post_norm;  // [dim] before, and (sandwich norms) after the block
+  Norm mlp_norm, mlp_post_norm;
+  // MHA, MQA, GQA
+  Linear q_proj, k_proj, v_proj;  // [n_heads head_dim, dim], [n_kv_heads head_dim, dim] twice
+  Norm q_norm, k_norm;            // [head_dim], over each head
+  Linear o_proj;                  // [dim, n_heads head_dim]; MLA: [dim, n_heads v_head_dim]
+  // MLA; q_proj [n_heads (nope + rope), dim] where there is no q_lora_rank
+  Linear q_a_proj, q_b_proj;  // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]
+  Norm q_a_norm, kv_a_norm;   // [q_lora_rank], [kv_lora_rank]
+  Linear kv_a_proj;           // [kv_lora_rank + rope, dim]
+  std::vector<Matrix> w_uk;   // [n_heads] of [qk_nope_head_dim, kv_lora_rank]: expands a latent to a key
+  std::vector<Matrix> w_uk_t; // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
+  std::vector<Matrix> w_uv;   // [n_heads] of [v_head_dim, kv_lora_rank]
+  Mlp mlp;
+  // experts
+  Linear router;                       // [n_routed_experts, dim], float32
+  const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
+  std::vector<Mlp> experts;            // [n_routed_experts], hidden = moe_intermediate_size
+  Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
+  Linear shared_gate;                  // [1, dim] sigmoid gate on the shared expert (Qwen2-MoE), where present
+};
+
+struct Model {
+  std::string path;
+  Config config;
+  std::string tokenizer_sha256;
+  Matrix embed_tokens;        // [vocab_size, dim]
+  Matrix lm_head;             // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied
+  const float* lm_head_bias = nullptr;
+  const float* position_embedding = nullptr;  // [seq_len, dim] learned positions (GPT-2)
+  Norm final_norm;
+  struct Rope {
+    const float* inv_freq;  // [n] for 2n rotated elements
+    int n;
+  };
+  std::vector<Rope> rope;     // rope.I.inv_freq
+  std::vector<Layer> layers;
+
+  // For the report: bytes of packed weights by type, parameters.
+  size_t weight_bytes = 0;
+  double n_parameters = 0;
+  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the classifier,
+  // and of the experts only num_experts_per_tok.
+  size_t weight_bytes_per_token = 0;
+  std::string types;          // "q8 134.5M, f32 0.04M"
+
+  Buffer<std::byte> packed;   // all matrices
+  Buffer<float> vectors;      // all norms, biases and tables
+};
+
+// Maps the file, checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter, packs the
+// matrices on all threads. Throws Error with one line naming the file, the field, the value and the fix.
+Model load_model(const std::string& path);
+
+// The variant of the file, from its header alone (make run builds the binary for it).
+Variant read_variant(const std::string& path);

@@ -1,0 +1,248 @@
+// simd.h: the vector register of this build, under one name for every level of instructions.
+//
+// F32 holds LANES floats. The level is the compiler's (-march=native, or ARCH=): AVX-512 (F, BW, DQ, VL), AVX2 with FMA
+// and F16C, or portable arrays that the compiler vectorises as it can. fma is explicit everywhere and the build uses
+// -ffp-contract=off, so that two loops over the same numbers round the same way, however many rows they handle.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SIMD_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define SIMD_AVX2 1
+#endif
+
+// --- scalar conversions -----------------------------------------------------------------------------------------------
+
+inline float bf16_to_float(uint16_t h) {
+  uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t float_to_bf16(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float f16_to_float(uint16_t h) {
+#if defined(SIMD_AVX512) || defined(SIMD_AVX2)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 1023u;
+  uint32_t bits;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
+    const float f = static_cast<float>(fraction) * 0x1p-24f;
+    std::memcpy(&bits, &f, 4);
+    bits |= sign;
+  } else {
+    bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (fraction << 13);
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+#endif
+}
+
+// Round to nearest even; too large becomes infinity.
+inline uint16_t float_to_f16(float f) {
+#if defined(SIMD_AVX512) || defined(SIMD_AVX2)
+  return static_cast<uint16_t>(_cvtss_sh(f, 0));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and above round to infinity
+  if (bits < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u) - (112u << 23);
+  return static_cast<uint16_t>(sign | (bits >> 13));
+#endif
+}
+
+// --- F32: LANES floats ------------------------------------------------------------------------------------------------
+
+namespace simd {
+
+#if defined(SIMD_AVX512)
+
+constexpr int LANES = 16;
+using F32 = __m512;
+inline F32 zero() { return _mm512_setzero_ps(); }
+inline F32 set(float x) { return _mm512_set1_ps(x); }
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline F32 load_first(const float* p, int n) {  // lanes >= n are zero and not read
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+inline void store_first(float* p, F32 x, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), x); }
+inline F32 load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F32 load_bf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F32 load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 round(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 scale_by_power_of_2(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n a whole number
+
+#elif defined(SIMD_AVX2)
+
+constexpr int LANES = 8;
+using F32 = __m256;
+inline F32 zero() { return _mm256_setzero_ps(); }
+inline F32 set(float x) { return _mm256_set1_ps(x); }
+inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F32 load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+inline void store_first(float* p, F32 x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
+inline F32 load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F32 load_bf16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline F32 load_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 round(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline F32 scale_by_power_of_2(F32 a, F32 n) {  // n in -252 .. 254: two steps, so that neither factor over- or underflows
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const F32 f1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  const F32 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  return _mm256_mul_ps(_mm256_mul_ps(a, f1), f2);
+}
+
+#else
+
+constexpr int LANES = 8;
+struct F32 {
+  float lane[LANES];
+};
+template <class F>
+inline F32 each(F f) {
+  F32 r;
+  for (int i = 0; i < LANES; i++) r.lane[i] = f(i);
+  return r;
+}
+inline F32 set(float x) {
+  return each([&](int) { return x; });
+}
+inline F32 zero() { return set(0); }
+inline F32 load(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline void store(float* p, F32 x) { std::memcpy(p, x.lane, sizeof x.lane); }
+inline F32 load_first(const float* p, int n) {
+  return each([&](int i) { return i < n ? p[i] : 0.0f; });
+}
+inline void store_first(float* p, F32 x, int n) { std::memcpy(p, x.lane, static_cast<size_t>(n) * sizeof(float)); }
+inline F32 load_f16(const uint16_t* p) {
+  return each([&](int i) { return f16_to_float(p[i]); });
+}
+inline F32 load_bf16(const uint16_t* p) {
+  return each([&](int i) { return bf16_to_float(p[i]); });
+}
+inline F32 load_i8(const int8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline F32 add(F32 a, F32 b) {
+  return each([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32 sub(F32 a, F32 b) {
+  return each([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline F32 mul(F32 a, F32 b) {
+  return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+// No fused instruction to count on: rounds twice, the same way everywhere in the build.
+inline F32 fma(F32 a, F32 b, F32 c) {
+  return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+inline F32 min(F32 a, F32 b) {
+  return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 max(F32 a, F32 b) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 round(F32 a) {
+  return each([&](int i) { return std::nearbyintf(a.lane[i]); });
+}
+inline F32 scale_by_power_of_2(F32 a, F32 n) {
+  return each([&](int i) { return std::ldexp(a.lane[i], static_cast<int>(n.lane[i])); });
+}
+
+#endif
+
+// The lanes' sum, added as a tree: the order is fixed.
+inline float sum(F32 x) {
+  alignas(64) float lane[LANES];
+  store(lane, x);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline float largest(F32 x) {
+  alignas(64) float lane[LANES];
+  store(lane, x);
+  float m = lane[0];
+  for (int i = 1; i < LANES; i++) m = lane[i] > m ? lane[i] : m;
+  return m;
+}
+
+// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Cody and Waite reduction; coefficients of the
+// Taylor series, whose first missing term is below 2^-26 of the result). Within 2 ulp; 0 below -87.3; x <= 88.
+inline F32 exp(F32 x) {
+  const F32 clamped = max(x, set(-87.33654f));
+  const F32 n = round(mul(clamped, set(1.44269504f)));
+  F32 r = fma(n, set(-0.693359375f), clamped);
+  r = fma(n, set(2.12194440e-4f), r);
+  F32 p = set(1.0f / 5040);
+  p = fma(p, r, set(1.0f / 720));
+  p = fma(p, r, set(1.0f / 120));
+  p = fma(p, r, set(1.0f / 24));
+  p = fma(p, r, set(1.0f / 6));
+  p = fma(p, r, set(0.5f));
+  p = fma(p, r, set(1));
+  p = fma(p, r, set(1));
+  return scale_by_power_of_2(p, n);
+}
+
+}  // namespace simd
