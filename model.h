@@ -1,9 +1,11 @@
-// model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and shape.
+// model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and
+// shape.
 //
-// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 1"), "config" (one JSON object, whose keys are the
-// fields of Config below, to the letter), "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that
-// differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which tensors are present; the runtime has no
-// per-architecture code. README.md, "The model file", lists every key and tensor.
+// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 1"), "config" (one JSON object,
+// whose keys are the fields of Config below, to the letter), "tokenizer_sha256" (of NAME.tokenizer.bin) and
+// "source" (for people). All that differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which
+// tensors are present; the runtime has no per-architecture code. README.md, "The model file", lists every key
+// and tensor.
 #pragma once
 
 #include <memory>
@@ -17,7 +19,10 @@ enum class Variant { mha, mqa, gqa, mla };
 enum class NormKind { rms, layer };
 enum class Activation { silu, gelu, gelu_tanh };
 enum class Scoring { softmax, sigmoid };
-enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
+enum class GroupScore {
+  max,
+  top2_sum
+};  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 
 const char* name(Variant v);
 
@@ -36,8 +41,8 @@ struct Config {
   float attention_softcap = 0;  // s -> cap tanh(s / cap); 0: none
   float logit_softcap = 0;
   float embedding_scale = 1, logit_scale = 1, residual_scale = 1;
-  std::vector<int> window;        // [n_layers] a token sees this many tokens, itself included; 0: all before it
-  std::vector<int> rope;          // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
+  std::vector<int> window;  // [n_layers] a token sees this many tokens, itself included; 0: all before it
+  std::vector<int> rope;    // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
   std::vector<float> rope_scale;  // [tables] factor on cos and sin (YaRN's attention factor)
 
   // mixture of experts; n_routed_experts 0: none
@@ -81,23 +86,25 @@ struct Layer {
   Norm q_a_norm, kv_a_norm;   // [q_lora_rank], [kv_lora_rank]
   Linear kv_a_proj;           // [kv_lora_rank + rope, dim]
   std::vector<Matrix> w_uk;   // [n_heads] of [qk_nope_head_dim, kv_lora_rank]: expands a latent to a key
-  std::vector<Matrix> w_uk_t; // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
-  std::vector<Matrix> w_uv;   // [n_heads] of [v_head_dim, kv_lora_rank]
+  std::vector<Matrix>
+      w_uk_t;  // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
+  std::vector<Matrix> w_uv;  // [n_heads] of [v_head_dim, kv_lora_rank]
   Mlp mlp;
   // experts
-  Linear router;                       // [n_routed_experts, dim], float32
-  const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
-  std::vector<Mlp> experts;            // [n_routed_experts], hidden = moe_intermediate_size
-  Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
-  Linear shared_gate;                  // [1, dim] sigmoid gate on the shared expert (Qwen2-MoE), where present
+  Linear router;  // [n_routed_experts, dim], float32
+  const float* router_bias =
+      nullptr;               // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
+  std::vector<Mlp> experts;  // [n_routed_experts], hidden = moe_intermediate_size
+  Mlp shared;                // hidden = n_shared_experts * moe_intermediate_size
+  Linear shared_gate;        // [1, dim] sigmoid gate on the shared expert (Qwen2-MoE), where present
 };
 
 struct Model {
   std::string path;
   Config config;
   std::string tokenizer_sha256;
-  Matrix embed_tokens;        // [vocab_size, dim]
-  Matrix lm_head;             // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied
+  Matrix embed_tokens;  // [vocab_size, dim]
+  Matrix lm_head;       // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied
   const float* lm_head_bias = nullptr;
   const float* position_embedding = nullptr;  // [seq_len, dim] learned positions (GPT-2)
   Norm final_norm;
@@ -105,23 +112,24 @@ struct Model {
     const float* inv_freq;  // [n] for 2n rotated elements
     int n;
   };
-  std::vector<Rope> rope;     // rope.I.inv_freq
+  std::vector<Rope> rope;  // rope.I.inv_freq
   std::vector<Layer> layers;
 
   // For the report: bytes of packed weights by type, parameters.
   size_t weight_bytes = 0;
   double n_parameters = 0;
-  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the classifier,
-  // and of the experts only num_experts_per_tok.
+  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
+  // classifier, and of the experts only num_experts_per_tok.
   size_t weight_bytes_per_token = 0;
-  std::string types;          // "q8 134.5M, f32 0.04M"
+  std::string types;  // "q8 134.5M, f32 0.04M"
 
-  Buffer<std::byte> packed;   // all matrices
-  Buffer<float> vectors;      // all norms, biases and tables
+  Buffer<std::byte> packed;  // all matrices
+  Buffer<float> vectors;     // all norms, biases and tables
 };
 
-// Maps the file, checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter, packs the
-// matrices on all threads. Throws Error with one line naming the file, the field, the value and the fix.
+// Maps the file, checks every tensor (name, dtype, shape, offsets, overlap, file size) and every
+// hyper-parameter, packs the matrices on all threads. Throws Error with one line naming the file, the field,
+// the value and the fix.
 Model load_model(const std::string& path);
 
 // The variant of the file, from its header alone (make run builds the binary for it).

@@ -16,13 +16,14 @@ struct Limits {
 template <class Attention, class Kernel, class Kv, int Block>
 class Transformer {
  public:
-  // The model must outlive it. Throws Error when the model's variant is not Attention's, or memory cannot be had.
+  // The model must outlive it. Throws Error when the model's variant is not Attention's, or memory cannot be
+  // had.
   Transformer(const Model& model, const Limits& limits);
   ~Transformer();
 
-  // One step: appends the batch's tokens to the cache and returns the logits of its logit_rows, [n_logits, vocab_size],
-  // which stay until the next call (the sampler may change them). A row's logits depend on its own sequence alone, bit for
-  // bit. n_logits 0: the classifier is skipped.
+  // One step: appends the batch's tokens to the cache and returns the logits of its logit_rows, [n_logits,
+  // vocab_size], which stay until the next call (the sampler may change them). A row's logits depend on its
+  // own sequence alone, bit for bit. n_logits 0: the classifier is skipped.
   float* forward(const Batch& batch);
 
   KVCache<Kv, Block>& cache();

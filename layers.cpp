@@ -1,0 +1,164 @@
+#include "layers.h"
+
+#include <cmath>
+
+#include "simd.h"
+
+using namespace simd;
+
+void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens,
+           const int* positions, int T, float scale, float* x) {
+  const int dim = embed_tokens.k;
+#pragma omp for schedule(static)
+  for (int t = 0; t < T; t++) {
+    float* row = x + static_cast<size_t>(t) * static_cast<size_t>(dim);
+    unpack_row(embed_tokens, tokens[t], row);
+    for (int i = 0; i < dim; i++) row[i] *= scale;
+    if (!position_embedding) continue;
+    const float* position = position_embedding + static_cast<size_t>(positions[t]) * static_cast<size_t>(dim);
+    for (int i = 0; i < dim; i++) row[i] += position[i];
+  }
+}
+
+// Sum of (x - shift)^2 over n elements, lane by lane and then across: a fixed order.
+static float sum_of_squares(const float* x, int n, float shift) {
+  const F32 s = set(shift);
+  F32 total = zero();
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const F32 d = sub(load(x + i), s);
+    total = fma(d, d, total);
+  }
+  float rest = 0;
+  for (; i < n; i++) rest += (x[i] - shift) * (x[i] - shift);
+  return sum(total) + rest;
+}
+
+static float mean(const float* x, int n) {
+  F32 total = zero();
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) total = add(total, load(x + i));
+  float rest = 0;
+  for (; i < n; i++) rest += x[i];
+  return (sum(total) + rest) / static_cast<float>(n);
+}
+
+void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim,
+          float* out, int out_stride) {
+#pragma omp for schedule(static)
+  for (int r = 0; r < rows; r++) {
+    const float* in = x + static_cast<size_t>(r) * static_cast<size_t>(x_stride);
+    float* to = out + static_cast<size_t>(r) * static_cast<size_t>(out_stride);
+    const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
+    const float factor = 1 / std::sqrt(sum_of_squares(in, dim, shift) / static_cast<float>(dim) + eps);
+    if (weights.bias)
+      for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i] + weights.bias[i];
+    else
+      for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i];
+  }
+}
+
+void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos,
+                 float* sin) {
+#pragma omp for schedule(static)
+  for (int t = 0; t < T; t++) {
+    for (int i = 0; i < n; i++) {
+      // The product is rounded to float32 as every framework does: at position 100,000 that is what a model
+      // was trained on.
+      const float angle = static_cast<float>(positions[t]) * inv_freq[i];
+      cos[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::cos(angle);
+      sin[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::sin(angle);
+    }
+  }
+}
+
+void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
+          const float* sin) {
+#pragma omp for schedule(static)
+  for (int t = 0; t < T; t++) {
+    const float* c = cos + static_cast<size_t>(t) * static_cast<size_t>(n);
+    const float* s = sin + static_cast<size_t>(t) * static_cast<size_t>(n);
+    for (int h = 0; h < n_heads; h++) {
+      float* a =
+          x + static_cast<size_t>(t) * static_cast<size_t>(x_stride) + static_cast<size_t>(h * head_stride);
+      float* b = a + n;
+      for (int i = 0; i < n; i++) {
+        const float rotated = a[i] * c[i] - b[i] * s[i];
+        b[i] = b[i] * c[i] + a[i] * s[i];
+        a[i] = rotated;
+      }
+    }
+  }
+}
+
+// tanh x = 1 - 2 / (e^2x + 1), clamped where it is 1 to float32's last bit.
+static F32 tanh(F32 x) {
+  const F32 bounded = simd::min(simd::max(x, set(-10)), set(10));
+  const F32 e = simd::exp(add(bounded, bounded));
+  alignas(64) float up[LANES], down[LANES];
+  store(up, sub(e, set(1)));
+  store(down, add(e, set(1)));
+  for (int i = 0; i < LANES; i++) up[i] /= down[i];
+  return load(up);
+}
+
+// x / (1 + e^-x)
+static F32 silu(F32 x) {
+  const F32 e = simd::exp(simd::min(sub(zero(), x), set(87)));
+  alignas(64) float up[LANES], down[LANES];
+  store(up, x);
+  store(down, add(e, set(1)));
+  for (int i = 0; i < LANES; i++) up[i] /= down[i];
+  return load(up);
+}
+
+// GELU's tanh form (arXiv 1606.08415, section 2)
+static F32 gelu_tanh(F32 x) {
+  const F32 cube = mul(mul(x, x), x);
+  const F32 t = tanh(mul(set(0.7978845608f), fma(set(0.044715f), cube, x)));
+  return mul(mul(set(0.5f), x), add(set(1), t));
+}
+
+static F32 gelu(F32 x) {
+  alignas(64) float lane[LANES];
+  store(lane, x);
+  for (int i = 0; i < LANES; i++) lane[i] = 0.5f * lane[i] * (1 + std::erf(lane[i] * 0.70710678f));
+  return load(lane);
+}
+
+template <F32 (*act)(F32)>
+static void activate_row(const float* gate, const float* up, int n, float* out) {
+  for (int i = 0; i < n; i += LANES) {
+    const int lanes = n - i < LANES ? n - i : LANES;
+    const F32 u = load_first(up + i, lanes);
+    store_first(out + i, gate ? mul(act(load_first(gate + i, lanes)), u) : act(u), lanes);
+  }
+}
+
+void activate(Activation activation, const float* gate, const float* up, int T, int n, float* out) {
+  const auto row = activation == Activation::silu   ? activate_row<silu>
+                   : activation == Activation::gelu ? activate_row<gelu>
+                                                    : activate_row<gelu_tanh>;
+  // Rows are cut so that one row of a decode step occupies every thread.
+  constexpr int CUT = 256;
+  const int cuts = (n + CUT - 1) / CUT;
+#pragma omp for schedule(static)
+  for (int i = 0; i < T * cuts; i++) {
+    const int first = i % cuts * CUT, count = n - first < CUT ? n - first : CUT;
+    const size_t at = static_cast<size_t>(i / cuts) * static_cast<size_t>(n) + static_cast<size_t>(first);
+    row(gate ? gate + at : nullptr, up + at, count, out + at);
+  }
+}
+
+void add(float* x, const float* y, size_t n, float scale) {
+#pragma omp for schedule(static)
+  for (size_t i = 0; i < n; i++) x[i] += scale * y[i];
+}
+
+void scale_and_cap(float* x, size_t n, float scale, float cap) {
+#pragma omp for schedule(static)
+  for (size_t i = 0; i < n; i++) {
+    x[i] *= scale;
+    if (cap > 0) x[i] = cap * std::tanh(x[i] / cap);
+  }
+}

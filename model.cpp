@@ -1,0 +1,773 @@
+// model.cpp: reads a model file and packs its matrices. Nothing in the file is trusted: every length, offset
+// and size is checked before it is used, and whatever is not expected is refused by name.
+#include "model.h"
+
+#include <fcntl.h>
+#include <omp.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+using Json = nlohmann::json;
+
+namespace {
+
+constexpr const char* FORMAT = "attn.cu 1";
+constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
+
+// --- the file
+// ---------------------------------------------------------------------------------------------------------
+
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path) {
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
+    struct stat info {};
+    const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
+    if (regular && info.st_size >= 8) {
+      size_ = static_cast<size_t>(info.st_size);
+      void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+      data_ = p == MAP_FAILED ? nullptr : static_cast<const std::byte*>(p);
+    }
+    close(fd);
+    if (!regular) fail("%s: not a file; give the .safetensors that export.py wrote", path.c_str());
+    if (size_ == 0)
+      fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info.st_size));
+    if (!data_) fail("%s: cannot map %zu bytes: %s", path.c_str(), size_, std::strerror(errno));
+  }
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile() { munmap(const_cast<std::byte*>(data_), size_); }
+
+  const std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+
+  // The pages of [first, last) leave this process; the page cache keeps them. Resident memory is then the
+  // packed copy.
+  void release(const void* first, const void* last) const {
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto begin = (reinterpret_cast<uintptr_t>(first) + page - 1) / page * page;
+    const auto end = reinterpret_cast<uintptr_t>(last) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
+
+ private:
+  const std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct Entry {
+  std::string dtype;
+  std::vector<int64_t> shape;
+  const std::byte* data = nullptr;
+  size_t bytes = 0;
+  bool used = false;
+};
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+size_t element_bytes(const std::string& dtype) {
+  static const std::map<std::string, size_t> known = {
+      {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
+  const auto found = known.find(dtype);
+  return found == known.end() ? 0 : found->second;
+}
+
+// The header of a safetensors file: 8 bytes of length, then JSON. Data follows without holes or overlaps.
+class Header {
+ public:
+  Header(const std::string& path, const MappedFile& file) : path_(path) {
+    uint64_t length = 0;
+    std::memcpy(&length, file.data(), 8);
+    if (length > MAX_HEADER || length > file.size() - 8)
+      fail("%s: header length %" PRIu64
+           " does not fit the file's %zu bytes; truncated or not a safetensors file",
+           path.c_str(), length, file.size());
+    const char* text = reinterpret_cast<const char*>(file.data()) + 8;
+    const Json json = parse(text, text + length);
+    if (!json.is_object()) fail("%s: the header is not a JSON object", path.c_str());
+    const std::byte* data = file.data() + 8 + length;
+    const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
+    for (const auto& [name, value] : json.items()) {
+      if (name == "__metadata__")
+        read_metadata(value);
+      else
+        entries_.emplace(name, read_entry(name, value, data, data_bytes));
+    }
+    check_layout(data, data_bytes);
+  }
+
+  const std::string& metadata(const char* key) const {
+    const auto found = metadata_.find(key);
+    if (found == metadata_.end())
+      fail("%s: __metadata__ has no \"%s\"; make the file with export.py", path_.c_str(), key);
+    return found->second;
+  }
+
+  Entry* find(const std::string& name) {
+    const auto found = entries_.find(name);
+    return found == entries_.end() ? nullptr : &found->second;
+  }
+
+  void refuse_unused() const {
+    for (const auto& [name, entry] : entries_)
+      if (!entry.used)
+        fail("%s: tensor %s %s is not one that this model's config calls for", path_.c_str(), name.c_str(),
+             shape_text(entry.shape).c_str());
+  }
+
+ private:
+  Json parse(const char* first, const char* last) const {
+    std::vector<std::set<std::string>> keys;  // of the objects that are open
+    const auto watch = [&](int, Json::parse_event_t event, Json& value) {
+      if (event == Json::parse_event_t::object_start) keys.emplace_back();
+      if (event == Json::parse_event_t::object_end) keys.pop_back();
+      if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
+        fail("%s: the header names \"%s\" twice", path_.c_str(), value.get<std::string>().c_str());
+      return true;
+    };
+    try {
+      return Json::parse(first, last, watch);
+    } catch (const Json::exception& e) {
+      fail("%s: the header is not JSON (%s)", path_.c_str(), e.what());
+    }
+  }
+
+  void read_metadata(const Json& value) {
+    if (!value.is_object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
+    for (const auto& [key, text] : value.items()) {
+      if (!text.is_string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
+      if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source")
+        fail("%s: __metadata__ has an unknown key \"%s\"", path_.c_str(), key.c_str());
+      metadata_[key] = text.get<std::string>();
+    }
+  }
+
+  Entry read_entry(const std::string& name, const Json& value, const std::byte* data,
+                   size_t data_bytes) const {
+    const auto bad = [&](const char* field, const char* why) {
+      fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
+    };
+    if (!value.is_object() || value.size() != 3 || !value.contains("dtype") || !value.contains("shape") ||
+        !value.contains("data_offsets"))
+      bad("entry", "must hold dtype, shape and data_offsets and nothing else");
+    Entry entry;
+    if (!value["dtype"].is_string()) bad("dtype", "is not a string");
+    entry.dtype = value["dtype"].get<std::string>();
+    const size_t element = element_bytes(entry.dtype);
+    if (!element) bad("dtype", ("is " + entry.dtype + ", not one of F32, BF16, F16, I8, U8").c_str());
+    if (!value["shape"].is_array() || value["shape"].size() > 3)
+      bad("shape", "is not an array of at most 3 integers");
+    size_t bytes = element;
+    for (const Json& d : value["shape"]) {
+      if (!d.is_number_unsigned() || d.get<uint64_t>() > INT32_MAX)
+        bad("shape", "has a size that is not 0 .. 2^31 - 1");
+      entry.shape.push_back(d.get<int64_t>());
+      if (__builtin_mul_overflow(bytes, d.get<size_t>(), &bytes)) bad("shape", "overflows");
+    }
+    const Json& offsets = value["data_offsets"];
+    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
+        !offsets[1].is_number_unsigned())
+      bad("data_offsets", "is not two integers");
+    const auto begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
+    if (begin > end || end > data_bytes)
+      fail("%s: tensor %s: data_offsets [%" PRIu64 ", %" PRIu64
+           "] lie outside the file's %zu bytes of data; truncated?",
+           path_.c_str(), name.c_str(), begin, end, data_bytes);
+    if (end - begin != bytes)
+      fail("%s: tensor %s: %s %s needs %zu bytes, data_offsets give %" PRIu64, path_.c_str(), name.c_str(),
+           entry.dtype.c_str(), shape_text(entry.shape).c_str(), bytes, end - begin);
+    entry.data = data + begin;
+    entry.bytes = bytes;
+    if (reinterpret_cast<uintptr_t>(entry.data) % element != 0)
+      bad("data_offsets", "are not aligned to the element's size; make the file with export.py");
+    return entry;
+  }
+
+  void check_layout(const std::byte* data, size_t data_bytes) const {
+    std::vector<std::pair<const Entry*, const std::string*>> order;
+    for (const auto& [name, entry] : entries_) order.emplace_back(&entry, &name);
+    std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+      return std::pair(a.first->data, a.first->bytes) < std::pair(b.first->data, b.first->bytes);
+    });
+    const std::byte* end = data;
+    for (const auto& [entry, name] : order) {
+      if (entry->data != end)
+        fail("%s: tensor %s: data_offsets %s the tensor before", path_.c_str(), name->c_str(),
+             entry->data < end ? "overlap" : "leave a hole after");
+      end = entry->data + entry->bytes;
+    }
+    if (end != data + data_bytes)
+      fail("%s: %zu bytes after the last tensor", path_.c_str(),
+           static_cast<size_t>(data + data_bytes - end));
+  }
+
+  std::string path_;
+  std::map<std::string, std::string> metadata_;
+  std::map<std::string, Entry> entries_;
+};
+
+// --- hyper-parameters
+// -------------------------------------------------------------------------------------------------
+
+// The fields of "config": each is taken once, checked for type and range; what is left over is refused.
+class Fields {
+ public:
+  Fields(const std::string& path, const std::string& text) : path_(path) {
+    try {
+      json_ = Json::parse(text);
+    } catch (const Json::exception& e) {
+      fail("%s: __metadata__ \"config\" is not JSON (%s)", path.c_str(), e.what());
+    }
+    if (!json_.is_object()) fail("%s: __metadata__ \"config\" is not a JSON object", path.c_str());
+  }
+
+  void integer(const char* key, int& out, int low, int high, bool required = true) {
+    const Json* value = take(key, required);
+    if (value) out = to_integer(key, *value, low, high);
+  }
+
+  void number(const char* key, float& out, bool required = false) {
+    const Json* value = take(key, required);
+    if (value) out = to_number(key, *value);
+  }
+
+  void boolean(const char* key, bool& out) {
+    const Json* value = take(key, false);
+    if (!value) return;
+    if (!value->is_boolean()) refuse(key, *value, "true or false");
+    out = value->get<bool>();
+  }
+
+  void integers(const char* key, std::vector<int>& out, int length, int low, int high) {
+    for (const Json& v : array(key, length)) out.push_back(to_integer(key, v, low, high));
+  }
+
+  void numbers(const char* key, std::vector<float>& out) {
+    for (const Json& v : array(key, -1)) out.push_back(to_number(key, v));
+  }
+
+  template <class Enum>
+  void choice(const char* key, Enum& out, std::initializer_list<std::pair<const char*, Enum>> choices,
+              bool required) {
+    const Json* value = take(key, required);
+    if (!value) return;
+    std::string right;
+    for (const auto& [text, choice] : choices) {
+      if (*value == text) {
+        out = choice;
+        return;
+      }
+      right += (right.empty() ? "" : ", ") + std::string(text);
+    }
+    refuse(key, *value, right.c_str());
+  }
+
+  bool has(const char* key) const { return json_.contains(key); }
+
+  void refuse_unused() const {
+    for (const auto& [key, value] : json_.items())
+      if (!used_.count(key))
+        fail("%s: config \"%s\" = %s is not known to this build", path_.c_str(), key.c_str(),
+             text(value).c_str());
+  }
+
+  [[noreturn]] void refuse(const char* key, const Json& value, const char* right) const {
+    fail("%s: config \"%s\" is %s; it must be %s", path_.c_str(), key, text(value).c_str(), right);
+  }
+
+ private:
+  static std::string text(const Json& value) {
+    std::string t = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+    return t.size() > 60 ? t.substr(0, 60) + "..." : t;
+  }
+
+  const Json* take(const char* key, bool required) {
+    used_.insert(key);
+    const auto found = json_.find(key);
+    if (found != json_.end()) return &*found;
+    if (required) fail("%s: config has no \"%s\"; make the file with export.py", path_.c_str(), key);
+    return nullptr;
+  }
+
+  const Json& array(const char* key, int length) {
+    const Json* value = take(key, true);
+    if (!value->is_array()) refuse(key, *value, "an array");
+    if (length >= 0 && value->size() != static_cast<size_t>(length))
+      refuse(key, *value, ("an array of n_layers = " + std::to_string(length) + " elements").c_str());
+    return *value;
+  }
+
+  int to_integer(const char* key, const Json& value, int low, int high) const {
+    const bool fits =
+        value.is_number_integer() &&
+        (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(INT32_MAX)) &&
+        value.get<int64_t>() >= low && value.get<int64_t>() <= high;
+    if (!fits)
+      refuse(key, value, ("an integer from " + std::to_string(low) + " to " + std::to_string(high)).c_str());
+    return value.get<int>();
+  }
+
+  float to_number(const char* key, const Json& value) const {
+    if (!value.is_number() || !std::isfinite(value.get<float>())) refuse(key, value, "a finite number");
+    return value.get<float>();
+  }
+
+  std::string path_;
+  Json json_;
+  std::set<std::string> used_;
+};
+
+constexpr int MAX_WIDTH = 1 << 20, MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27;
+constexpr int MAX_PRODUCT = 1 << 26;  // the width of a layer: heads x their size
+
+void read_attention(Fields& f, const std::string& path, Config& c) {
+  f.choice("attention", c.attention,
+           {{"mha", Variant::mha}, {"mqa", Variant::mqa}, {"gqa", Variant::gqa}, {"mla", Variant::mla}},
+           true);
+  f.integer("n_heads", c.n_heads, 1, MAX_WIDTH);
+  if (c.attention == Variant::mla) {
+    f.integer("q_lora_rank", c.q_lora_rank, 0, MAX_WIDTH);
+    f.integer("kv_lora_rank", c.kv_lora_rank, 1, MAX_WIDTH);
+    f.integer("qk_nope_head_dim", c.qk_nope_head_dim, 1, MAX_WIDTH);
+    f.integer("qk_rope_head_dim", c.qk_rope_head_dim, 1, MAX_WIDTH);
+    f.integer("v_head_dim", c.v_head_dim, 1, MAX_WIDTH);
+    return;
+  }
+  f.integer("n_kv_heads", c.n_kv_heads, 1, MAX_WIDTH);
+  f.integer("head_dim", c.head_dim, 1, MAX_WIDTH);
+  const bool fits = c.attention == Variant::mha   ? c.n_kv_heads == c.n_heads
+                    : c.attention == Variant::mqa ? c.n_kv_heads == 1
+                                                  : c.n_heads % c.n_kv_heads == 0;
+  if (!fits)
+    fail("%s: config \"n_kv_heads\" is %d with %d heads; %s needs %s", path.c_str(), c.n_kv_heads, c.n_heads,
+         name(c.attention),
+         c.attention == Variant::mha   ? "as many"
+         : c.attention == Variant::mqa ? "1"
+                                       : "a divisor of the heads");
+}
+
+void read_experts(Fields& f, const std::string& path, Config& c) {
+  if (!f.has("n_routed_experts")) return;
+  f.integer("n_routed_experts", c.n_routed_experts, 1, MAX_EXPERTS);
+  f.integer("num_experts_per_tok", c.num_experts_per_tok, 1, c.n_routed_experts);
+  f.integer("n_shared_experts", c.n_shared_experts, 0, MAX_EXPERTS, false);
+  f.integer("moe_intermediate_size", c.moe_intermediate_size, 1, MAX_WIDTH);
+  f.integers("moe_layers", c.moe_layers, c.n_layers, 0, 1);
+  f.choice("scoring_func", c.scoring_func, {{"softmax", Scoring::softmax}, {"sigmoid", Scoring::sigmoid}},
+           true);
+  f.boolean("norm_topk_prob", c.norm_topk_prob);
+  f.number("routed_scaling_factor", c.routed_scaling_factor);
+  f.integer("n_group", c.n_group, 1, c.n_routed_experts, false);
+  f.integer("topk_group", c.topk_group, 1, c.n_group, false);
+  f.choice("group_score", c.group_score, {{"max", GroupScore::max}, {"top2_sum", GroupScore::top2_sum}},
+           false);
+  if (c.n_routed_experts % c.n_group != 0)
+    fail("%s: config \"n_group\" is %d; it must divide n_routed_experts = %d", path.c_str(), c.n_group,
+         c.n_routed_experts);
+  const int eligible = c.n_routed_experts / c.n_group * c.topk_group;
+  if (c.num_experts_per_tok > eligible)
+    fail("%s: config \"num_experts_per_tok\" is %d; topk_group = %d of %d groups hold only %d experts",
+         path.c_str(), c.num_experts_per_tok, c.topk_group, c.n_group, eligible);
+  if (c.group_score == GroupScore::top2_sum && c.n_routed_experts / c.n_group < 2)
+    fail(
+        "%s: config \"group_score\" is top2_sum; a group must hold at least 2 experts, n_group = %d leaves "
+        "%d",
+        path.c_str(), c.n_group, c.n_routed_experts / c.n_group);
+}
+
+Config read_config(const std::string& path, const std::string& text) {
+  Config c;
+  Fields f(path, text);
+  f.integer("dim", c.dim, 1, MAX_WIDTH);
+  f.integer("hidden_dim", c.hidden_dim, 1, MAX_WIDTH);
+  f.integer("n_layers", c.n_layers, 1, MAX_LAYERS);
+  f.integer("vocab_size", c.vocab_size, 1, 1 << 24);
+  f.integer("seq_len", c.seq_len, 1, MAX_LENGTH);
+  read_attention(f, path, c);
+  f.choice("norm", c.norm, {{"rms", NormKind::rms}, {"layer", NormKind::layer}}, true);
+  f.number("norm_eps", c.norm_eps, true);
+  f.choice("activation", c.activation,
+           {{"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}},
+           true);
+  f.number("attention_scale", c.attention_scale, true);
+  f.number("attention_softcap", c.attention_softcap);
+  f.number("logit_softcap", c.logit_softcap);
+  f.number("embedding_scale", c.embedding_scale);
+  f.number("logit_scale", c.logit_scale);
+  f.number("residual_scale", c.residual_scale);
+  f.integers("window", c.window, c.n_layers, 0, MAX_LENGTH);
+  f.numbers("rope_scale", c.rope_scale);
+  f.integers("rope", c.rope, c.n_layers, -1, static_cast<int>(c.rope_scale.size()) - 1);
+  read_experts(f, path, c);
+  f.refuse_unused();
+  const auto not_below = [&](const char* key, float value, float least) {
+    if (value < least)
+      fail("%s: config \"%s\" is %g; it must be at least %g", path.c_str(), key, value, least);
+  };
+  const auto fits = [&](const char* what, int a, int b) {
+    if (static_cast<int64_t>(a) * b > MAX_PRODUCT)
+      fail("%s: config %s is %d x %d; more than %d are not supported", path.c_str(), what, a, b, MAX_PRODUCT);
+  };
+  fits("\"n_heads\" x \"head_dim\"", c.n_heads, c.head_dim);
+  fits("\"n_heads\" x (\"qk_nope_head_dim\" + \"qk_rope_head_dim\")", c.n_heads,
+       c.qk_nope_head_dim + c.qk_rope_head_dim);
+  fits("\"n_heads\" x \"v_head_dim\"", c.n_heads, c.v_head_dim);
+  fits("\"n_shared_experts\" x \"moe_intermediate_size\"", c.n_shared_experts, c.moe_intermediate_size);
+  not_below("norm_eps", c.norm_eps, 0);
+  not_below("attention_softcap", c.attention_softcap, 0);
+  not_below("logit_softcap", c.logit_softcap, 0);
+  return c;
+}
+
+// --- tensors
+// ----------------------------------------------------------------------------------------------------------
+
+// A matrix to pack and where its description goes.
+struct PackJob {
+  TensorView source;
+  bool transposed;
+  Matrix* out;
+};
+
+// Takes tensors by name with their expected shape. Matrices are packed, and vectors copied, once all are
+// known.
+class Collector {
+ public:
+  Collector(const std::string& path, Header& header) : path_(path), header_(header) {}
+
+  bool has(const std::string& name) { return header_.find(name) != nullptr; }
+
+  // A matrix [n, k] (or, stacked, [count, n, k]) of any weight type: its `count` views. Empty where it may be
+  // absent.
+  std::vector<TensorView> views(const std::string& name, int count, int n, int k, bool floats_only) {
+    const std::string weight = name + ".weight";
+    const Entry& e = entry(weight);
+    TensorView v;
+    v.n = n;
+    v.k = k;
+    v.type = e.dtype == "F32"    ? DType::f32
+             : e.dtype == "BF16" ? DType::bf16
+             : e.dtype == "F16"  ? DType::f16
+             : e.dtype == "I8"   ? DType::q8
+                                 : DType::q4;
+    const bool quantised = v.type == DType::q8 || v.type == DType::q4;
+    if (quantised && floats_only) refuse(weight, e, "F32, BF16 or F16", {count, n, k});
+    if (quantised && k % GROUP != 0)
+      refuse(weight, e, "F32, BF16 or F16, since the inputs are no multiple of 32", {n, k});
+    expect(weight, e, {count, n, v.type == DType::q4 ? k / 2 : k});
+    v.data = e.data;
+    if (quantised) v.scale = halves(name + ".scale", {count, n, k / GROUP});
+    if (v.type == DType::q4) v.min = halves(name + ".min", {count, n, k / GROUP});
+
+    std::vector<TensorView> all;
+    const size_t stride = e.bytes / static_cast<size_t>(count),
+                 groups = static_cast<size_t>(n) * static_cast<size_t>(k / GROUP);
+    for (int i = 0; i < count; i++) {
+      all.push_back(v);
+      v.data = static_cast<const std::byte*>(v.data) + stride;
+      if (v.scale) v.scale += groups;
+      if (v.min) v.min += groups;
+    }
+    return all;
+  }
+
+  void matrix(const std::string& name, int n, int k, Matrix& out) {
+    jobs.push_back({views(name, 1, n, k, false)[0], false, &out});
+  }
+
+  // [count, n, k], one matrix each. `out` must not be resized any more.
+  void matrices(const std::string& name, int n, int k, bool floats_only, bool transposed,
+                const std::vector<Matrix*>& out) {
+    const auto all = views(name, static_cast<int>(out.size()), n, k, floats_only);
+    for (size_t i = 0; i < out.size(); i++) {
+      jobs.push_back({all[i], transposed, out[i]});
+      if (transposed) std::swap(jobs.back().source.n, jobs.back().source.k);
+    }
+  }
+
+  void linear(const std::string& name, int n, int k, Linear& out) {
+    matrix(name, n, k, out.weight);
+    optional_vector(name + ".bias", {n}, out.bias);
+  }
+
+  void norm(const std::string& name, int n, Norm& out) {
+    optional_vector(name + ".weight", {n}, out.weight);
+    if (out.weight) return optional_vector(name + ".bias", {n}, out.bias);
+  }
+
+  void vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
+    const Entry& e = entry(name);
+    if (e.dtype != "F32") refuse(name, e, "F32", shape);
+    expect(name, e, shape);
+    vectors.emplace_back(&e, &out);
+    out = reinterpret_cast<const float*>(e.data);  // until pack() copies it
+  }
+
+  void optional_vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
+    if (has(name)) vector(name, std::move(shape), out);
+  }
+
+  int64_t length(const std::string& name) {
+    const Entry& e = entry(name);
+    if (e.shape.size() != 1) refuse(name, e, "F32", {-1});
+    return e.shape[0];
+  }
+
+  std::vector<PackJob> jobs;
+  std::vector<std::pair<const Entry*, const float**>> vectors;
+
+ private:
+  Entry& entry(const std::string& name) {
+    Entry* e = header_.find(name);
+    if (!e) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
+    e->used = true;
+    return *e;
+  }
+
+  const uint16_t* halves(const std::string& name, std::vector<int64_t> shape) {
+    const Entry& e = entry(name);
+    if (e.dtype != "F16") refuse(name, e, "F16", shape);
+    expect(name, e, shape);
+    return reinterpret_cast<const uint16_t*>(e.data);
+  }
+
+  // A leading size of 1 may be left out: [1, n, k] is [n, k].
+  void expect(const std::string& name, const Entry& e, std::vector<int64_t> shape) const {
+    if (shape.size() == 3 && shape[0] == 1 && e.shape.size() == 2) shape.erase(shape.begin());
+    if (e.shape != shape) refuse(name, e, e.dtype.c_str(), shape);
+  }
+
+  [[noreturn]] void refuse(const std::string& name, const Entry& e, const char* dtype,
+                           const std::vector<int64_t>& shape) const {
+    fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), e.dtype.c_str(),
+         shape_text(e.shape).c_str(), dtype, shape_text(shape).c_str());
+  }
+
+  std::string path_;
+  Header& header_;
+};
+
+void collect_attention(Collector& t, const std::string& at, const Config& c, Layer& l) {
+  if (c.attention != Variant::mla) {
+    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj);
+    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
+    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
+    t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
+    t.norm(at + "q_norm", c.head_dim, l.q_norm);
+    t.norm(at + "k_norm", c.head_dim, l.k_norm);
+    return;
+  }
+  const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
+  if (c.q_lora_rank) {
+    t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj);
+    t.norm(at + "q_a_norm", c.q_lora_rank, l.q_a_norm);
+    t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj);
+  } else {
+    t.linear(at + "q_proj", q_width, c.dim, l.q_proj);
+  }
+  t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
+  t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
+  t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
+  std::vector<Matrix*> uk, uk_t, uv;
+  for (auto* list : {&l.w_uk, &l.w_uk_t, &l.w_uv}) list->resize(static_cast<size_t>(c.n_heads));
+  for (size_t h = 0; h < static_cast<size_t>(c.n_heads); h++) {
+    uk.push_back(&l.w_uk[h]);
+    uk_t.push_back(&l.w_uk_t[h]);
+    uv.push_back(&l.w_uv[h]);
+  }
+  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, false, uk);
+  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, true, uk_t);
+  t.matrices(at + "w_uv", c.v_head_dim, c.kv_lora_rank, true, false, uv);
+}
+
+void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& mlp) {
+  if (t.has(at + "gate_proj.weight")) t.linear(at + "gate_proj", hidden, dim, mlp.gate);
+  t.linear(at + "up_proj", hidden, dim, mlp.up);
+  t.linear(at + "down_proj", dim, hidden, mlp.down);
+}
+
+void collect_experts(Collector& t, const std::string& at, const Config& c, Layer& l) {
+  t.matrix(at + "router", c.n_routed_experts, c.dim, l.router.weight);
+  t.optional_vector(at + "router.bias", {c.n_routed_experts}, l.router_bias);
+  l.experts.resize(static_cast<size_t>(c.n_routed_experts));
+  std::vector<Matrix*> gate, up, down;
+  for (Mlp& e : l.experts) {
+    gate.push_back(&e.gate.weight);
+    up.push_back(&e.up.weight);
+    down.push_back(&e.down.weight);
+  }
+  t.matrices(at + "experts.gate_proj", c.moe_intermediate_size, c.dim, false, false, gate);
+  t.matrices(at + "experts.up_proj", c.moe_intermediate_size, c.dim, false, false, up);
+  t.matrices(at + "experts.down_proj", c.dim, c.moe_intermediate_size, false, false, down);
+  if (c.n_shared_experts)
+    collect_mlp(t, at + "shared_experts.", c.dim, c.n_shared_experts * c.moe_intermediate_size, l.shared);
+  if (t.has(at + "shared_expert_gate.weight")) t.linear(at + "shared_expert_gate", 1, c.dim, l.shared_gate);
+}
+
+void collect(Collector& t, Model& m) {
+  const Config& c = m.config;
+  t.matrix("embed_tokens", c.vocab_size, c.dim, m.embed_tokens);
+  if (t.has("lm_head.weight")) t.matrix("lm_head", c.vocab_size, c.dim, m.lm_head);
+  t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head_bias);
+  t.optional_vector("position_embedding.weight", {c.seq_len, c.dim}, m.position_embedding);
+  t.norm("norm", c.dim, m.final_norm);
+  const int rotated = c.attention == Variant::mla ? c.qk_rope_head_dim : c.head_dim;
+  m.rope.resize(c.rope_scale.size());
+  for (size_t i = 0; i < m.rope.size(); i++) {
+    const std::string name = "rope." + std::to_string(i) + ".inv_freq";
+    const int64_t n = t.length(name);
+    if (2 * n > rotated || n < 1)
+      fail("%s: tensor %s has %lld frequencies; a head has 1 to %d", m.path.c_str(), name.c_str(),
+           static_cast<long long>(n), rotated / 2);
+    m.rope[i].n = static_cast<int>(n);
+    t.vector(name, {n}, m.rope[i].inv_freq);
+  }
+  m.layers.resize(static_cast<size_t>(c.n_layers));
+  for (int i = 0; i < c.n_layers; i++) {
+    Layer& l = m.layers[static_cast<size_t>(i)];
+    const std::string at = "layers." + std::to_string(i) + ".";
+    t.norm(at + "attention_norm", c.dim, l.attention_norm);
+    t.norm(at + "attention_post_norm", c.dim, l.attention_post_norm);
+    t.norm(at + "mlp_norm", c.dim, l.mlp_norm);
+    t.norm(at + "mlp_post_norm", c.dim, l.mlp_post_norm);
+    collect_attention(t, at, c, l);
+    if (c.is_moe(i))
+      collect_experts(t, at, c, l);
+    else
+      collect_mlp(t, at, c.dim, c.hidden_dim, l.mlp);
+  }
+}
+
+// --- packing
+// ----------------------------------------------------------------------------------------------------------
+
+constexpr size_t RELEASE_EVERY = size_t{8}
+                                 << 20;  // bytes of the file that are resident at most while packing
+
+size_t source_row_bytes(const TensorView& v) {
+  const auto k = static_cast<size_t>(v.k);
+  return v.type == DType::f32 ? 4 * k : v.type == DType::q8 ? k : v.type == DType::q4 ? k / 2 : 2 * k;
+}
+
+void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m) {
+  size_t total = 0;
+  for (const PackJob& j : jobs) total += packed_bytes(j.source.type, j.source.n, j.source.k);
+  m.packed = Buffer<std::byte>(total);
+  std::byte* at = m.packed.data();
+  for (const PackJob& j : jobs) {
+    const TensorView& s = j.source;
+    const int blocks = row_blocks(s.n);
+    const size_t block_rows = static_cast<size_t>(s.n + blocks - 1) / static_cast<size_t>(blocks);
+    const size_t row = source_row_bytes(s);
+    // A transposed source is read by columns: all of it at once.
+    const int step =
+        j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
+    for (int first = 0; first < blocks; first += step) {
+      const int last = std::min(blocks, first + step);
+#pragma omp parallel for schedule(static)
+      for (int b = first; b < last; b++) pack(s, j.transposed, b, at);
+      const auto* data = static_cast<const std::byte*>(s.data);
+      file.release(data,
+                   data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
+    }
+    *j.out = {s.type, s.n, s.k, at};
+    at += packed_bytes(s.type, s.n, s.k);
+  }
+}
+
+void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vectors, Model& m) {
+  size_t total = 0;
+  for (const auto& v : vectors) total += v.first->bytes / sizeof(float);
+  m.vectors = Buffer<float>(total);
+  float* at = m.vectors.data();
+  for (const auto& [entry, out] : vectors) {
+    std::memcpy(at, entry->data, entry->bytes);
+    *out = at;
+    at += entry->bytes / sizeof(float);
+  }
+}
+
+// What the report says of the weights. A transposed matrix is a second copy of parameters that are counted
+// already.
+void count(const std::vector<PackJob>& jobs, Model& m) {
+  const Config& c = m.config;
+  std::map<std::string, double> by_type;
+  std::set<const Matrix*> routed, not_read;
+  for (const Layer& l : m.layers) {
+    for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
+    for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
+  }
+  if (m.lm_head) not_read.insert(&m.embed_tokens);
+  double read = 0;
+  for (const PackJob& j : jobs) {
+    const auto bytes = static_cast<double>(packed_bytes(j.source.type, j.source.n, j.source.k));
+    const double parameters = static_cast<double>(j.source.n) * j.source.k;
+    if (!j.transposed) m.n_parameters += parameters, by_type[name(j.source.type)] += parameters;
+    if (routed.count(j.out))
+      read += bytes * c.num_experts_per_tok / c.n_routed_experts;
+    else if (!not_read.count(j.out))
+      read += bytes;
+  }
+  by_type["f32"] += static_cast<double>(m.vectors.size());
+  m.n_parameters += static_cast<double>(m.vectors.size());
+  m.weight_bytes = m.packed.size() + m.vectors.size() * sizeof(float);
+  m.weight_bytes_per_token = static_cast<size_t>(read) + m.vectors.size() * sizeof(float);
+  for (const auto& [type, parameters] : by_type) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(),
+                  parameters / 1e6);
+    m.types += text;
+  }
+}
+
+Config read_checked_config(const std::string& path, const Header& header) {
+  if (header.metadata("format") != FORMAT)
+    fail("%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make the file again with export.py",
+         path.c_str(), header.metadata("format").c_str(), FORMAT);
+  return read_config(path, header.metadata("config"));
+}
+
+}  // namespace
+
+const char* name(Variant v) {
+  constexpr const char* names[] = {"mha", "mqa", "gqa", "mla"};
+  return names[static_cast<int>(v)];
+}
+
+Variant read_variant(const std::string& path) {
+  const MappedFile file(path);
+  return read_checked_config(path, Header(path, file)).attention;
+}
+
+Model load_model(const std::string& path) {
+  const MappedFile file(path);
+  Header header(path, file);
+  Model m;
+  m.path = path;
+  m.config = read_checked_config(path, header);
+  m.tokenizer_sha256 = header.metadata("tokenizer_sha256");
+  Collector tensors(path, header);
+  collect(tensors, m);
+  header.refuse_unused();
+  pack_matrices(file, tensors.jobs, m);
+  copy_vectors(tensors.vectors, m);
+  if (!m.lm_head) m.lm_head = m.embed_tokens;
+  count(tensors.jobs, m);
+  return m;
+}
