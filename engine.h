@@ -1,0 +1,105 @@
+// engine.h: sequences in, batches out.
+//
+// A step is one forward pass over a batch made of one token of every sequence that generates, then as much of
+// the oldest prompts as the token budget leaves (continuous batching, Orca; chunked prefill, Sarathi). It
+// knows nothing of attention: it is given the forward pass as a function. It only decides what shares a
+// batch; a sequence's tokens do not depend on that.
+//
+// Requests are served first come, first served. When the cache is full the last in line (who else generates
+// goes before who reads a prompt, then by age: the youngest) is preempted: its blocks are freed, it waits at
+// its place by age and is computed again, with the same tokens as if nothing had happened. Prompts share the
+// full blocks of a common prefix; one that would share what another is just computing waits for it. The
+// samples of a request fork once its prompt is computed. A prompt that continues an earlier text (the next
+// turn of a chat) finds its blocks; with a contiguous cache, its slot.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "blocks.h"
+#include "sampler.h"
+#include "transformer.h"
+
+// How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel.
+enum class Finish { length, stop, callback, cancelled };
+const char* name(Finish finish);  // "length", "stop", "callback", "cancelled"
+
+struct Result {
+  int request = 0, sample = 0;
+  Finish finish = Finish::cancelled;
+  std::vector<int> ids;    // generated; a stop id is not among them
+  int n_prompt = 0;        // tokens of the prompt
+  int n_cached = 0;        // of them, found in the cache when the prompt was first begun
+  double first_token = 0;  // seconds from submit to the first generated token; 0: there was none
+  double seconds = 0;      // from submit to the end
+};
+
+struct Request {
+  std::vector<int> prompt;  // at least one id
+  int n = 0;                // most tokens to generate; 0: the prompt's logits alone are wanted
+  int samples = 1;          // continuations of this prompt; number i uses the seed sampler.seed + i
+  SamplerOptions sampler;
+  std::vector<int> stop;  // ids that end the text; empty: none does (--ignore-eos)
+  // on_logits gets the logits [vocab_size] of each position from this one on, in order and once each (those
+  // at position p choose token p + 1), before the sampler may change them. -1: from the last of the prompt
+  // on.
+  int logits_from = -1;
+  std::function<void(int sample, int position, const float* logits)> on_logits;
+  // Each token as it is generated (stop ids are not); false ends the sample (stop strings, a closed pipe).
+  std::function<bool(int sample, int id)> on_token;
+  std::function<void(const Result& result)> on_finish;  // once for each sample
+  // The callbacks run within step, one at a time; they may call cancel but not submit.
+};
+
+struct Stats {
+  int64_t steps = 0, decode_steps = 0;  // forward passes; of them, those without any prompt's tokens
+  int64_t prompt_tokens = 0;            // computed, those computed again included
+  int64_t cached_tokens = 0;            // found in the cache instead
+  int64_t generated_tokens = 0;
+  int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
+  double prompt_seconds = 0, decode_seconds = 0;  // of steps with, and without a prompt's tokens
+  int64_t preemptions = 0, copies = 0;            // sequences; blocks copied on write
+  int peak_sequences = 0;                         // at once in the cache
+  int blocks = 0, used = 0, peak_used = 0;        // of the pool; referenced now, at most
+  int peak_shared = 0;                            // referenced more than once
+  int64_t evicted = 0;
+  double waste = 0;  // part of the slots of referenced blocks that hold no token; mean of steps
+  std::vector<double> first_token, between_tokens;  // seconds; in order of their end
+};
+
+// The smallest of values that at least p of them (0 < p <= 1) do not exceed; 0 where there are none.
+double percentile(std::vector<double> values, double p);
+
+class Engine {
+ public:
+  using Forward = std::function<float*(const Batch&)>;  // Transformer::forward
+
+  // max_tokens is the budget of a step. block_size: of the cache (contiguous: limits.context). window: tokens
+  // that the layer with the longest sight sees; 0: all of them.
+  Engine(Forward forward, const Limits& limits, int block_size, int vocab_size, int window,
+         BlockHash hash = block_hash);
+  ~Engine();
+
+  // Most tokens, prompt and generated together, that a request may have.
+  int max_request_tokens() const;
+  // Queues a request; its number, from 0. Throws Error where it could never fit, with the number of tokens
+  // that would.
+  int submit(Request request);
+  // From the next step on the request has ended; on_finish is called for what is unfinished of it.
+  void cancel(int request);
+  void cancel_all();
+
+  bool step();  // one forward pass; false: nothing is left to do
+  void run() {
+    while (step()) {
+    }
+  }
+  int unfinished() const;  // samples that wait or run
+  Stats stats() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
