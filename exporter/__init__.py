@@ -1,0 +1,1 @@
+"""export.py's parts: sources -> architectures -> rewrite -> writer, with weights (types) and tokenizer beside them."""

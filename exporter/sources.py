@@ -1,0 +1,431 @@
+"""Where a model comes from: a GGUF file, a Hugging Face folder, or a llama2.c checkpoint.
+
+Each gives the same three things: `config`, a dictionary with Hugging Face's config.json keys; `tensors`, name -> Tensor,
+read only when written; and what the tokenizer needs. Which names those tensors have and what they mean is said in
+architectures.py.
+"""
+
+import json
+import mmap
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from exporter.errors import ExportError
+from exporter.weights import GROUP, Tensor, Weight, quantize, size
+
+
+class Source:
+    """kind: 'gguf', 'hf' or 'llama2c'. path: as given. where: the file that holds the config, for error lines.
+
+    config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
+    metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
+    folder: a Hugging Face folder, None elsewhere. tokenizer_file: --tokenizer, None where not given.
+    """
+
+    def __init__(self, kind: str, path: Path, where: Path, tokenizer_file: Path | None):
+        self.kind = kind
+        self.path = path
+        self.where = where
+        self.folder = path if kind == "hf" else None
+        self.tokenizer_file = tokenizer_file
+        self.config: dict = {}
+        self.metadata: dict = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def open_source(path: Path, tokenizer_file: Path | None = None) -> Source:
+    if tokenizer_file is not None and not tokenizer_file.is_file():
+        raise ExportError(f"{tokenizer_file}: no such file: give the tokenizer of this model to --tokenizer")
+    if path.is_dir():
+        return open_folder(path, tokenizer_file)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}: give a .gguf file, a Hugging Face folder or a llama2.c .bin") from error
+    if magic == b"GGUF":
+        return open_gguf(path, tokenizer_file)
+    if path.suffix == ".bin":
+        return open_llama2c(path, tokenizer_file)
+    raise ExportError(f"{path}: first bytes {magic!r}: not GGUF: give a .gguf file, a Hugging Face folder or a llama2.c .bin")
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The file's bytes, mapped."""
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}: give a file that can be read") from error
+    except ValueError as error:
+        raise ExportError(f"{path}: empty file: fetch it again") from error
+
+
+# GGUF ---------------------------------------------------------------------------------------------------------------
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# GGUF key (after the architecture's name) -> Hugging Face's. Of the two of a pair, each architecture reads the one it has.
+GGUF_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "value_length",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "attention.layer_norm_epsilon": "norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "rope.dimension_count": "rope_dim",
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.key_length_mla": "key_length_mla",
+    "attention.value_length_mla": "value_length_mla",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_gating_func": "expert_gating_func",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
+
+
+class GgufHeader:
+    """A cursor over a GGUF header (ggml's docs/gguf.md). The gguf package reads it too, thirty times slower."""
+
+    def __init__(self, data: np.ndarray):
+        self.view = memoryview(data)
+        self.at = 0
+
+    def scalar(self, code: str):
+        (value,) = struct.unpack_from("<" + code, self.view, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        if length > len(self.view) - self.at:
+            raise ValueError(f"a string of {length} bytes")
+        self.at += length
+        return str(self.view[self.at - length : self.at], "utf-8", "surrogateescape")
+
+    def value(self, kind: int):
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.scalar(SCALARS[kind])
+        kind, length = self.scalar("I"), self.scalar("Q")
+        if kind in (STRING, ARRAY):
+            if length > len(self.view) - self.at:
+                raise ValueError(f"an array of {length} elements")
+            return [self.value(kind) for _ in range(length)]
+        code = "<" + SCALARS[kind]
+        values = np.frombuffer(self.view, code, length, self.at)
+        self.at += values.nbytes
+        return values.tolist()
+
+    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name, dims = self.string(), self.scalar("I")
+        if dims > 4:
+            raise ValueError(f"tensor {name} of {dims} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]  # GGUF lists the innermost first
+        return name, self.scalar("I"), shape, self.scalar("Q")
+
+
+def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
+    source = Source("gguf", path, path, tokenizer_file)
+    data = map_file(path)
+    header = GgufHeader(data)
+    try:
+        header.at = 4
+        version = header.scalar("I")
+        if version not in (2, 3):
+            raise ExportError(f"{path}: GGUF version {version}: convert it again, with a tool that writes version 3")
+        n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
+        for _ in range(n_keys):
+            key = header.string()
+            source.metadata[key] = header.value(header.scalar("I"))
+        tensors = [header.tensor() for _ in range(n_tensors)]
+    except (struct.error, ValueError, KeyError, OverflowError) as error:
+        raise ExportError(f"{path}: its header is truncated or damaged at byte {header.at}: fetch it again") from error
+    align = source.metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or align <= 0:
+        raise ExportError(f"{path}: general.alignment is {align}, it must be a positive integer: fetch it again")
+    start = -(-header.at // align) * align
+    for name, kind, shape, offset in tensors:
+        source.tensors[name] = gguf_tensor(path, data, name, kind, shape, start + offset)
+    source.config = gguf_config(source)
+    return source
+
+
+def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], offset: int) -> Tensor:
+    try:
+        kind = gguf.GGMLQuantizationType(kind)
+        blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError) as error:
+        raise ExportError(f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it") from error
+    k = 1 if len(shape) == 1 else shape[-1]
+    n = size(shape) // k if k else 0
+    row_bytes = k * block_bytes // blocks
+    if n <= 0 or k % blocks or offset + n * row_bytes > len(data):
+        raise ExportError(f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
+                          f"({len(data)} bytes): it is truncated: fetch it again")
+    rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
+    type, unpack = GGUF_TYPES.get(kind.name, ("q8" if k % GROUP == 0 else "f16", None))
+    note = "" if unpack else kind.name
+    if unpack is None:
+        def unpack(bytes):
+            return quantize(gguf.dequantize(bytes, kind).astype(np.float32, copy=False), type)
+    return Tensor(shape, type, lambda index: unpack(rows[index]), note)
+
+
+def float_rows(dtype: str, type: str):
+    return lambda rows: Weight(type, rows.view(dtype))
+
+
+def blocks_of(rows: np.ndarray, dtype: list) -> np.ndarray:
+    """[n, k / 32] structures out of the bytes of some rows."""
+    return rows.view(np.dtype(dtype))
+
+
+def q8_0(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("q", "i1", GROUP)])
+    return Weight("q8", blocks["q"].reshape(len(rows), -1), blocks["d"])
+
+
+def nibbles(q: np.ndarray) -> np.ndarray:
+    """ggml keeps element j in the low half of byte j and element j + 16 in the high half; here neighbours share a byte."""
+    elements = np.concatenate([q & 15, q >> 4], axis=-1)
+    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).reshape(len(q), -1)
+
+
+def q4_0(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("q", "u1", GROUP // 2)])
+    low = np.float16(-8) * blocks["d"]
+    if not np.isfinite(low).all():
+        raise ExportError("has a scale whose minimum is more than float16 can hold: export with --type bf16")
+    return Weight("q4", nibbles(blocks["q"]), blocks["d"], low)
+
+
+def q4_1(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("m", "<f2"), ("q", "u1", GROUP // 2)])
+    return Weight("q4", nibbles(blocks["q"]), blocks["d"], blocks["m"])
+
+
+def q5_0(rows: np.ndarray) -> Weight:
+    """Five bits, centred: they fit in q8 as they are."""
+    blocks = blocks_of(rows, [("d", "<f2"), ("high", "u1", 4), ("q", "u1", GROUP // 2)])
+    high = np.unpackbits(blocks["high"], axis=-1, bitorder="little")
+    low = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
+    return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
+
+
+GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
+    "F32": ("f32", float_rows("<f4", "f32")),
+    "F16": ("f16", float_rows("<f2", "f16")),
+    "BF16": ("bf16", float_rows("<u2", "bf16")),
+    "Q8_0": ("q8", q8_0),
+    "Q5_0": ("q8", q5_0),
+    "Q4_0": ("q4", q4_0),
+    "Q4_1": ("q4", q4_1),
+}
+
+
+def gguf_config(source: Source) -> dict:
+    """The metadata under Hugging Face's names; an unknown key of the architecture keeps its own (and is refused later)."""
+    architecture = source.metadata.get("general.architecture")
+    config = {"model_type": architecture}
+    for key, value in source.metadata.items():
+        prefix, _, name = key.partition(".")
+        if prefix != architecture or name in GGUF_NO_EFFECT:
+            continue
+        if isinstance(value, list) and len(set(map(repr, value))) == 1:
+            value = value[0]  # one value a layer, all the same
+        config[GGUF_KEYS.get(name, key)] = value
+    return config
+
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+SAFETENSORS_TYPES = {
+    "F64": ("<f8", "f32"),
+    "F32": ("<f4", "f32"),
+    "F16": ("<f2", "f16"),
+    "BF16": ("<u2", "bf16"),
+    "F8_E4M3": ("u1", "bf16"),
+}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}: a Hugging Face folder holds config.json and .safetensors files") from error
+    except ValueError as error:
+        raise ExportError(f"{path}: not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path}: not a JSON object: fetch it again")
+    return value
+
+
+def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
+    source = Source("hf", path, path / "config.json", tokenizer_file)
+    source.config = read_json(source.where)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ExportError(f'{index}: no "weight_map": fetch it again')
+        files = sorted(set(listed.values()))
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files:
+        raise ExportError(f"{path}: no .safetensors file: save the model with save_pretrained(..., safe_serialization=True)")
+    for file in files:
+        source.tensors.update(read_safetensors(path / file))
+    dequantize_fp8(source)
+    return source
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    data = map_file(path)
+    try:
+        length = struct.unpack_from("<Q", data, 0)[0]
+        header = json.loads(bytes(data[8 : 8 + length]))
+        start, tensors = 8 + length, {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
+            dtype, type = SAFETENSORS_TYPES.get(entry["dtype"], (None, None))
+            if dtype is None:
+                raise ExportError(f"{path}: tensor {name} has dtype {entry['dtype']}, not one of "
+                                  f"{', '.join(SAFETENSORS_TYPES)}: convert the checkpoint to bfloat16")
+            if not 0 <= begin <= end <= len(data) - start or end - begin != size(shape) * np.dtype(dtype).itemsize:
+                raise ExportError(f"{path}: tensor {name} {list(shape)} does not fit its bytes {begin} to {end} of "
+                                  f"{len(data) - start}: the file is truncated: fetch it again")
+            tensors[name] = safetensors_tensor(data[start + begin : start + end], dtype, type, shape)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
+    return tensors
+
+
+def safetensors_tensor(data: np.ndarray, dtype: str, type: str, shape: tuple[int, ...]) -> Tensor:
+    k = 1 if len(shape) == 1 else shape[-1]
+    rows = np.frombuffer(data, dtype).reshape(-1, k)
+    if dtype == "<f8":
+        return Tensor(shape, type, lambda index: Weight(type, rows[index].astype(np.float32)))
+    if dtype == "u1":
+        return Tensor(shape, "fp8", lambda index: Weight("fp8", rows[index]))
+    return Tensor(shape, type, lambda index: Weight(type, rows[index]))
+
+
+def dequantize_fp8(source: Source) -> None:
+    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block, in bf16."""
+    settings = source.config.pop("quantization_config", None)
+    if settings and (settings.get("quant_method"), settings.get("fmt", "e4m3")) != ("fp8", "e4m3"):
+        raise ExportError(f"{source.where}: quantization_config.quant_method is {settings.get('quant_method')!r}, only fp8 "
+                          "(e4m3) is known: export the checkpoint that it was made from")
+    for name, tensor in list(source.tensors.items()):
+        if tensor.type != "fp8":
+            continue
+        scale = source.tensors.pop(name + "_scale_inv", None)
+        block = (settings or {}).get("weight_block_size")
+        if scale is None or not block or scale.shape != (-(-tensor.n // block[0]), -(-tensor.k // block[1])):
+            raise ExportError(f"{source.path}: tensor {name} is fp8, and {name}_scale_inv with one scale for each "
+                              "weight_block_size of quantization_config is not there: export another checkpoint")
+        source.tensors[name] = fp8_tensor(tensor, scale.float32(), block)
+
+
+def fp8_tensor(tensor: Tensor, scale: np.ndarray, block: list[int]) -> Tensor:
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    values = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    values[(codes & 127) == 127] = np.nan
+    table = np.where(codes & 128, -values, values).astype(np.float32)
+
+    def read(index: np.ndarray) -> Weight:
+        scales = np.repeat(scale[index // block[0]], block[1], axis=1)[:, : tensor.k]
+        return quantize(table[tensor.read(index).data] * scales, "bf16")
+
+    return Tensor(tensor.shape, "bf16", read)
+
+
+# llama2.c -------------------------------------------------------------------------------------------------------------
+
+LLAMA2C_V1 = 0x616B3432  # "ak42"
+
+
+def open_llama2c(path: Path, tokenizer_file: Path | None) -> Source:
+    """Version 0 (a header of 7 integers) and 1 (a magic number, 256 bytes of header); float32 weights."""
+    source = Source("llama2c", path, path, tokenizer_file)
+    data = map_file(path)
+    if len(data) < 256:
+        raise ExportError(f"{path}: {len(data)} bytes: not a llama2.c checkpoint: fetch it again")
+    head = data[:256].view("<i4").tolist()
+    versioned = head[0] == LLAMA2C_V1
+    if versioned and head[1] != 1:
+        raise ExportError(f"{path}: llama2.c version {head[1]}: export it with --version 0 or 1 of llama2.c's export.py")
+    dim, hidden, layers, heads, kv_heads, vocab, seq_len = head[2:9] if versioned else head[:7]
+    tied = bool(data[36]) if versioned else vocab > 0
+    vocab = abs(vocab)
+    if min(dim, hidden, layers, heads, kv_heads, vocab, seq_len) <= 0 or dim % heads or max(dim, layers, vocab) > 1 << 24:
+        raise ExportError(f"{path}: header {head[:9]}: not the seven positive integers of a llama2.c checkpoint (dim, hidden_dim, "
+                          "n_layers, n_heads, n_kv_heads, vocab_size, seq_len): fetch it again")
+    source.config = dict(model_type="llama2c", hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab,
+                         max_position_embeddings=seq_len, tie_word_embeddings=tied)
+    head_dim = dim // heads
+    norms = [("attention_norm", (dim,)), ("mlp_norm", (dim,))]
+    attention = [("q_proj", (dim, dim)), ("k_proj", (kv_heads * head_dim, dim)), ("v_proj", (kv_heads * head_dim, dim)),
+                 ("o_proj", (dim, dim))]
+    mlp = [("gate_proj", (hidden, dim)), ("down_proj", (dim, hidden)), ("up_proj", (hidden, dim))]
+    embed, final = ("embed_tokens.weight", (vocab, dim)), ("norm.weight", (dim,))
+    tables = [("freq_cis", (2 * seq_len * (head_dim // 2),))]
+
+    def stacked(parts):
+        return [(f"layers.{layer}.{name}.weight", shape) for name, shape in parts for layer in range(layers)]
+
+    if versioned:
+        order = [*stacked(norms), final, embed, *stacked(attention + mlp)]
+    else:
+        order = [embed, *stacked(norms[:1] + attention + norms[1:] + mlp), final, *tables]
+    order += [] if tied else [("lm_head.weight", (vocab, dim))]
+    offset = 256 if versioned else 28
+    expected = offset + 4 * sum(size(shape) for _, shape in order)
+    if expected != len(data):
+        raise ExportError(f"{path}: {len(data)} bytes, its header says {expected}: it is truncated or no llama2.c checkpoint: "
+                          "fetch it again")
+    for name, shape in order:
+        end = offset + 4 * size(shape)
+        source.tensors[name] = safetensors_tensor(data[offset:end], "<f4", "f32", shape)
+        offset = end
+    return source

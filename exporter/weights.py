@@ -1,0 +1,154 @@
+"""Weight types, and tensors that are read row by row only when they are written.
+
+The types are those of README.md, "The model file": f32, bf16, f16, q8 and q4 (groups of 32 inputs with one float16 scale,
+q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows, so that an
+export needs the memory of one chunk of rows, whatever the size of the model. Choosing, repeating and joining rows
+(permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.errors import ExportError
+
+GROUP = 32  # inputs that share a scale in q8 and q4
+TYPES = ("f32", "bf16", "f16", "q8", "q4")
+QUANTIZED = ("q8", "q4")
+
+
+@dataclass
+class Weight:
+    """Some rows of a tensor in one type, its data [n, k] (q4: [n, k / 2]) and, where quantised, [n, k / 32] of each."""
+
+    type: str
+    data: np.ndarray  # float32, uint16 (the bits of bfloat16), float16, int8, uint8
+    scale: np.ndarray | None = None  # float16
+    min: np.ndarray | None = None  # float16
+
+    def float32(self) -> np.ndarray:
+        if self.type == "bf16":
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        if self.type in ("f32", "f16"):
+            return self.data.astype(np.float32, copy=False)
+        scale = self.scale.astype(np.float32)[:, :, None]
+        if self.type == "q8":
+            groups = self.data.reshape(*self.scale.shape, GROUP) * scale
+        else:
+            q = np.stack([self.data & 15, self.data >> 4], axis=-1).reshape(*self.scale.shape, GROUP)
+            groups = q * scale + self.min.astype(np.float32)[:, :, None]
+        return groups.reshape(len(self.data), -1)
+
+
+def quantize(x: np.ndarray, type: str) -> Weight:
+    """x [n, k] float32 in another type, rounded to nearest; |error| <= scale / 2 in q8 and q4 but for float16's rounding."""
+    peak = np.abs(x).max(initial=0)
+    if not np.isfinite(peak):
+        raise ExportError("holds an infinite or undefined value: the checkpoint is damaged")
+    if type == "f32":
+        return Weight("f32", x)
+    if type == "bf16":
+        bits = x.view(np.uint32)
+        return Weight("bf16", ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
+    limit = np.float32(np.finfo(np.float16).max)
+    if peak > limit * (127 if type == "q8" else 1):
+        raise ExportError(f"holds {peak:g}, more than {type} can hold: export with --type bf16")
+    if type == "f16":
+        return Weight("f16", x.astype(np.float16))
+    groups = x.reshape(len(x), -1, GROUP)
+    low = groups.min(axis=-1, keepdims=True).astype(np.float16)
+    # Quantised against the scale as stored, so that the rounding of the scale costs nothing but the clipped last half step.
+    if type == "q8":
+        scale = (np.abs(groups).max(axis=-1, keepdims=True) / 127).astype(np.float16)
+        q = np.rint(groups / nonzero(scale)).clip(-127, 127).astype(np.int8)
+        return Weight("q8", q.reshape(x.shape), scale[..., 0])
+    scale = ((groups.max(axis=-1, keepdims=True) - low) / 15).astype(np.float16)
+    q = np.rint((groups - low) / nonzero(scale)).clip(0, 15).astype(np.uint8).reshape(x.shape)
+    return Weight("q4", q[:, 0::2] | (q[:, 1::2] << 4), scale[..., 0], low[..., 0])
+
+
+def nonzero(scale: np.ndarray) -> np.ndarray:
+    """The scale as float32, with 1 where it is 0: such a group rounds to its minimum, or to 0."""
+    return np.where(scale == 0, np.float32(1), scale.astype(np.float32))
+
+
+@dataclass
+class Tensor:
+    """shape; n rows of k elements (a vector has n rows of one); read(rows) -> Weight of these rows, of the given type."""
+
+    shape: tuple[int, ...]
+    type: str
+    read: Callable[[np.ndarray], Weight]
+    note: str = ""  # what became of a source type that this project lacks, for the summary
+
+    @property
+    def k(self) -> int:
+        return 1 if len(self.shape) == 1 else self.shape[-1]
+
+    @property
+    def n(self) -> int:
+        return size(self.shape) // self.k
+
+    def float32(self) -> np.ndarray:
+        return self.read(np.arange(self.n)).float32().reshape(self.shape)
+
+
+def size(shape) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def of_array(array: np.ndarray) -> Tensor:
+    """An array in memory, as float32."""
+    rows = np.ascontiguousarray(array, np.float32)
+    tensor = Tensor(rows.shape, "f32", lambda index: Weight("f32", rows.reshape(tensor.n, tensor.k)[index]))
+    return tensor
+
+
+def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The given rows, in their order, some perhaps repeated."""
+    shape = shape or (len(rows), *tensor.shape[-1:][: len(tensor.shape) - 1])
+    return Tensor(shape, tensor.type, lambda index: tensor.read(rows[index]), tensor.note)
+
+
+def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, tensor.type, tensor.read, tensor.note)
+
+
+def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    """The rows of all, one tensor after the other, in the common type (f32 where they differ)."""
+    type = tensors[0].type if len({t.type for t in tensors}) == 1 else "f32"
+    starts = np.cumsum([0] + [t.n for t in tensors])
+
+    def read(index: np.ndarray) -> Weight:
+        part = np.searchsorted(starts, index, side="right") - 1
+        cuts = np.flatnonzero(np.diff(part)) + 1  # runs of rows of one tensor, in order
+        pieces = []
+        for run in np.split(index, cuts):
+            p = int(np.searchsorted(starts, run[0], side="right")) - 1
+            piece = tensors[p].read(run - starts[p])
+            pieces.append(piece if piece.type == type else Weight("f32", piece.float32()))
+        join = [None if getattr(pieces[0], f) is None else np.concatenate([getattr(p, f) for p in pieces])
+                for f in ("data", "scale", "min")]
+        return Weight(type, *join)
+
+    return Tensor(shape or (int(starts[-1]), *tensors[0].shape[1:]), type, read, tensors[0].note)
+
+
+def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], type: str | None = None,
+          shape: tuple[int, ...] | None = None) -> Tensor:
+    """function of the whole tensor's float32 values, kept in `type` (its own, or f16 where that is quantised)."""
+    type = type or ("f16" if tensor.type in QUANTIZED else tensor.type)
+    shape = shape or tensor.shape
+    k = 1 if len(shape) == 1 else shape[-1]
+
+    def read(index: np.ndarray) -> Weight:
+        return quantize(function(tensor.float32()).reshape(-1, k)[index], type)
+
+    return Tensor(shape, type, read, tensor.note)
+
+
+def stored_type(tensor: Tensor, type: str | None) -> str:
+    """The type in which a matrix is written: `type` where asked for, its own else; rows of q8 and q4 are whole groups."""
+    type = type or tensor.type
+    return "f16" if type in QUANTIZED and tensor.k % GROUP else type
