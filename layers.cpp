@@ -1,5 +1,6 @@
 #include "layers.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -161,4 +162,11 @@ void scale_and_cap(float* x, size_t n, float scale, float cap) {
     x[i] *= scale;
     if (cap > 0) x[i] = cap * std::tanh(x[i] / cap);
   }
+}
+
+void copy_rows(const float* x, int x_stride, int rows, int n, float* out, int out_stride) {
+#pragma omp for schedule(static)
+  for (int r = 0; r < rows; r++)
+    std::copy_n(x + static_cast<size_t>(r) * static_cast<size_t>(x_stride), n,
+                out + static_cast<size_t>(r) * static_cast<size_t>(out_stride));
 }

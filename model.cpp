@@ -617,14 +617,13 @@ void collect_experts(Collector& t, const std::string& at, const Config& c, Layer
   t.matrices(at + "experts.down_proj", c.dim, c.moe_intermediate_size, false, false, down);
   if (c.n_shared_experts)
     collect_mlp(t, at + "shared_experts.", c.dim, c.n_shared_experts * c.moe_intermediate_size, l.shared);
-  if (t.has(at + "shared_expert_gate.weight")) t.linear(at + "shared_expert_gate", 1, c.dim, l.shared_gate);
 }
 
 void collect(Collector& t, Model& m) {
   const Config& c = m.config;
   t.matrix("embed_tokens", c.vocab_size, c.dim, m.embed_tokens);
-  if (t.has("lm_head.weight")) t.matrix("lm_head", c.vocab_size, c.dim, m.lm_head);
-  t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head_bias);
+  if (t.has("lm_head.weight")) t.matrix("lm_head", c.vocab_size, c.dim, m.lm_head.weight);
+  t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head.bias);
   t.optional_vector("position_embedding.weight", {c.seq_len, c.dim}, m.position_embedding);
   t.norm("norm", c.dim, m.final_norm);
   const int rotated = c.attention == Variant::mla ? c.qk_rope_head_dim : c.head_dim;
@@ -713,7 +712,7 @@ void count(const std::vector<PackJob>& jobs, Model& m) {
     for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
     for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
   }
-  if (m.lm_head) not_read.insert(&m.embed_tokens);
+  if (m.lm_head.weight.data != m.embed_tokens.data) not_read.insert(&m.embed_tokens);
   double read = 0;
   for (const PackJob& j : jobs) {
     const auto bytes = static_cast<double>(packed_bytes(j.source.type, j.source.n, j.source.k));
@@ -767,7 +766,7 @@ Model load_model(const std::string& path) {
   header.refuse_unused();
   pack_matrices(file, tensors.jobs, m);
   copy_vectors(tensors.vectors, m);
-  if (!m.lm_head) m.lm_head = m.embed_tokens;
+  if (!m.lm_head) m.lm_head.weight = m.embed_tokens;
   count(tensors.jobs, m);
   return m;
 }

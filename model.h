@@ -96,7 +96,6 @@ struct Layer {
       nullptr;               // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
   std::vector<Mlp> experts;  // [n_routed_experts], hidden = moe_intermediate_size
   Mlp shared;                // hidden = n_shared_experts * moe_intermediate_size
-  Linear shared_gate;        // [1, dim] sigmoid gate on the shared expert (Qwen2-MoE), where present
 };
 
 struct Model {
@@ -104,8 +103,7 @@ struct Model {
   Config config;
   std::string tokenizer_sha256;
   Matrix embed_tokens;  // [vocab_size, dim]
-  Matrix lm_head;       // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied
-  const float* lm_head_bias = nullptr;
+  Linear lm_head;       // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied
   const float* position_embedding = nullptr;  // [seq_len, dim] learned positions (GPT-2)
   Norm final_norm;
   struct Rope {
