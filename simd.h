@@ -8,9 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's header passes undefined registers on purpose (GCC bug 105593)
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -58,7 +62,7 @@ inline float f16_to_float(uint16_t h) {
 // Round to nearest even; too large becomes infinity.
 inline uint16_t float_to_f16(float f) {
 #if defined(SIMD_AVX512) || defined(SIMD_AVX2)
-  return static_cast<uint16_t>(_cvtss_sh(f, 0));
+  return static_cast<uint16_t>(_mm_cvtsi128_si32(_mm_cvtps_ph(_mm_set_ss(f), 0)));
 #else
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -97,6 +101,9 @@ inline void store_first(float* p, F32 x, int n) { _mm512_mask_storeu_ps(p, stati
 inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline void store_f16(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+}
 inline F32 load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -113,6 +120,25 @@ inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 round(F32 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F32 scale_by_power_of_2(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n a whole number
 
+inline float largest(F32 x) { return _mm512_reduce_max_ps(x); }
+
+// Lane i of register j becomes lane j of register i: in 4 x 4 squares, then the squares.
+inline void transpose(F32 (&x)[LANES]) {
+  F32 y[LANES];
+  for (int i = 0; i < LANES; i += 4) {
+    const F32 a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    const F32 c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm512_shuffle_ps(a, c, 0x44), y[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm512_shuffle_ps(b, d, 0x44), y[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    const F32 a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88), b = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd);
+    const F32 c = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88), d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(a, c, 0x88), x[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd), x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
 #elif defined(SIMD_AVX2)
 
 constexpr int LANES = 8;
@@ -127,6 +153,7 @@ inline __m256i first_lanes(int n) {
 inline F32 load_first(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
 inline void store_first(float* p, F32 x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 inline F32 load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store_f16(uint16_t* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0)); }
 inline F32 load_bf16(const uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -147,6 +174,27 @@ inline F32 scale_by_power_of_2(F32 a, F32 n) {  // n in -252 .. 254: two steps, 
   const F32 f1 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
   const F32 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
   return _mm256_mul_ps(_mm256_mul_ps(a, f1), f2);
+}
+
+inline float largest(F32 x) {
+  const __m128 a = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+
+// Lane i of register j becomes lane j of register i: in 4 x 4 squares, then the squares.
+inline void transpose(F32 (&x)[LANES]) {
+  F32 y[LANES];
+  for (int i = 0; i < LANES; i += 4) {
+    const F32 a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    const F32 c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm256_shuffle_ps(a, c, 0x44), y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    y[i + 2] = _mm256_shuffle_ps(b, d, 0x44), y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+  }
 }
 
 #else
@@ -175,6 +223,9 @@ inline F32 load_first(const float* p, int n) {
 inline void store_first(float* p, F32 x, int n) { std::memcpy(p, x.lane, static_cast<size_t>(n) * sizeof(float)); }
 inline F32 load_f16(const uint16_t* p) {
   return each([&](int i) { return f16_to_float(p[i]); });
+}
+inline void store_f16(uint16_t* p, F32 x) {
+  for (int i = 0; i < LANES; i++) p[i] = float_to_f16(x.lane[i]);
 }
 inline F32 load_bf16(const uint16_t* p) {
   return each([&](int i) { return bf16_to_float(p[i]); });
@@ -208,6 +259,17 @@ inline F32 scale_by_power_of_2(F32 a, F32 n) {
   return each([&](int i) { return std::ldexp(a.lane[i], static_cast<int>(n.lane[i])); });
 }
 
+inline float largest(F32 x) {
+  float m = x.lane[0];
+  for (int i = 1; i < LANES; i++) m = x.lane[i] > m ? x.lane[i] : m;
+  return m;
+}
+// Lane i of register j becomes lane j of register i.
+inline void transpose(F32 (&x)[LANES]) {
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < i; j++) std::swap(x[i].lane[j], x[j].lane[i]);
+}
+
 #endif
 
 // The lanes' sum, added as a tree: the order is fixed.
@@ -217,14 +279,6 @@ inline float sum(F32 x) {
   for (int width = LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) lane[i] += lane[i + width];
   return lane[0];
-}
-
-inline float largest(F32 x) {
-  alignas(64) float lane[LANES];
-  store(lane, x);
-  float m = lane[0];
-  for (int i = 1; i < LANES; i++) m = lane[i] > m ? lane[i] : m;
-  return m;
 }
 
 // e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Cody and Waite reduction; coefficients of the
