@@ -164,9 +164,9 @@ void scale_and_cap(float* x, size_t n, float scale, float cap) {
   }
 }
 
-void copy_rows(const float* x, int x_stride, int rows, int n, float* out, int out_stride) {
+void copy_rows(const float* x, int x_stride, int rows, int n, int copies, float* out, int out_stride) {
 #pragma omp for schedule(static)
-  for (int r = 0; r < rows; r++)
-    std::copy_n(x + static_cast<size_t>(r) * static_cast<size_t>(x_stride), n,
+  for (int r = 0; r < rows * copies; r++)
+    std::copy_n(x + static_cast<size_t>(r / copies) * static_cast<size_t>(x_stride), n,
                 out + static_cast<size_t>(r) * static_cast<size_t>(out_stride));
 }

@@ -36,5 +36,5 @@ void add(float* x, const float* y, size_t n, float scale);
 // x = scale * x, then cap * tanh(x / cap) where cap > 0; n elements.
 void scale_and_cap(float* x, size_t n, float scale, float cap);
 
-// Row r of out = row r of x, n elements each.
-void copy_rows(const float* x, int x_stride, int rows, int n, float* out, int out_stride);
+// Row r of x, n elements, goes to rows r * copies .. (r + 1) * copies - 1 of out.
+void copy_rows(const float* x, int x_stride, int rows, int n, int copies, float* out, int out_stride);

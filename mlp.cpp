@@ -66,15 +66,11 @@ void route_token(const Config& c, const float* bias, float* scores, int* chosen,
   for (int j = 0; j < k; j++) weights[j] *= factor;
 }
 
-size_t product_of(int a, int b) {
-  return static_cast<size_t>(a) * static_cast<size_t>(b);
-}
-
 // The widest hidden row a token needs: of the dense MLP, the shared experts, or all its experts together.
 int hidden_per_token(const Config& c) {
   if (!c.n_routed_experts) return c.hidden_dim;
-  return std::max({c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size,
-                   c.num_experts_per_tok * c.moe_intermediate_size});
+  return std::max(
+      {c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size});
 }
 
 }  // namespace
@@ -82,20 +78,18 @@ int hidden_per_token(const Config& c) {
 void route(const Config& config, const float* bias, int T, float* scores, int* chosen, float* weights) {
   const int E = config.n_routed_experts, k = config.num_experts_per_tok;
 #pragma omp for schedule(static)
-  for (int t = 0; t < T; t++)
-    route_token(config, bias, scores + product_of(t, E), chosen + product_of(t, k),
-                weights + product_of(t, k));
+  for (int t = 0; t < T; t++) route_token(config, bias, scores + area(t, E), chosen + area(t, k), weights + area(t, k));
 }
 
 MlpBlock::MlpBlock(const Config& c, int max_tokens)
-    : gate_(product_of(max_tokens, hidden_per_token(c))),
-      up_(product_of(max_tokens, hidden_per_token(c))),
-      scores_(product_of(max_tokens, c.n_routed_experts)),
-      weights_(product_of(max_tokens, c.num_experts_per_tok)),
-      chosen_(product_of(max_tokens, c.num_experts_per_tok)),
-      rows_(product_of(max_tokens, c.num_experts_per_tok)),
-      slots_(product_of(max_tokens, c.num_experts_per_tok)),
-      expert_out_(product_of(max_tokens, c.num_experts_per_tok) * static_cast<size_t>(c.dim)) {
+    : gate_(area(max_tokens, hidden_per_token(c))),
+      up_(area(max_tokens, hidden_per_token(c))),
+      scores_(area(max_tokens, c.n_routed_experts)),
+      weights_(area(max_tokens, c.num_experts_per_tok)),
+      chosen_(area(max_tokens, c.num_experts_per_tok)),
+      rows_(area(max_tokens, c.num_experts_per_tok)),
+      slots_(area(max_tokens, c.num_experts_per_tok)),
+      expert_out_(area(max_tokens, c.num_experts_per_tok) * static_cast<size_t>(c.dim)) {
   first_.reserve(2 * static_cast<size_t>(c.n_routed_experts));
   second_.reserve(static_cast<size_t>(c.n_routed_experts));
 }
@@ -107,19 +101,16 @@ size_t MlpBlock::floats_per_token(const Config& c) {
 }
 
 size_t MlpBlock::workspace_bytes(const Config& c, int max_tokens) {
-  size_t bytes =
-      std::max(matmul_workspace_bytes(max_tokens, c.dim), matmul_workspace_bytes(max_tokens, c.hidden_dim));
+  size_t bytes = std::max(matmul_workspace_bytes(max_tokens, c.dim), matmul_workspace_bytes(max_tokens, c.hidden_dim));
   if (!c.n_routed_experts) return bytes;
   const int hits = std::min(c.n_routed_experts, max_tokens * c.num_experts_per_tok);
   // Each hit expert's rows are an input of their own.
-  bytes =
-      std::max(bytes, matmul_workspace_bytes(max_tokens * c.num_experts_per_tok, c.moe_intermediate_size) +
-                          static_cast<size_t>(hits) * matmul_workspace_bytes(1, c.moe_intermediate_size));
+  bytes = std::max(bytes, matmul_workspace_bytes(max_tokens * c.num_experts_per_tok, c.moe_intermediate_size) +
+                              static_cast<size_t>(hits) * matmul_workspace_bytes(1, c.moe_intermediate_size));
   return std::max(bytes, matmul_workspace_bytes(max_tokens, c.n_shared_experts * c.moe_intermediate_size));
 }
 
-void MlpBlock::run_dense(const Mlp& mlp, const Config& config, const float* in, int T,
-                         MatmulWorkspace& workspace) {
+void MlpBlock::run_dense(const Mlp& mlp, const Config& config, const float* in, int T, MatmulWorkspace& workspace) {
   const bool gated = static_cast<bool>(mlp.gate);
   const Product both[] = {product(mlp.up, in, T, up_.data()),
                           gated ? product(mlp.gate, in, T, gate_.data()) : Product{}};
@@ -154,14 +145,12 @@ void MlpBlock::gather(const Layer& w, const Step& step) {
       list.push_back(product(linear, x, rows, y));
       return &list.back();
     };
-    for (const auto& [linear, out] :
-         {std::pair(&w.experts[e].gate, &gate_), std::pair(&w.experts[e].up, &up_)}) {
-      Product* p = add(first_, *linear, step.h, out->data() + product_of(at, hidden));
+    for (const auto& [linear, out] : {std::pair(&w.experts[e].gate, &gate_), std::pair(&w.experts[e].up, &up_)}) {
+      Product* p = add(first_, *linear, step.h, out->data() + area(at, hidden));
       p->x_rows = step.batch.n_tokens;
       p->gather = rows_.data() + at;
     }
-    add(second_, w.experts[e].down, up_.data() + product_of(at, hidden),
-        expert_out_.data() + product_of(at, c.dim));
+    add(second_, w.experts[e].down, up_.data() + area(at, hidden), expert_out_.data() + area(at, c.dim));
   }
   for (int i = 0; i < n; i++) {
     const int slot = start[static_cast<size_t>(chosen_[static_cast<size_t>(i)])]++;
@@ -184,11 +173,11 @@ void MlpBlock::run_experts(const Layer& w, const Step& step) {
   matmul(second_.data(), static_cast<int>(second_.size()), step.workspace);
 #pragma omp for schedule(static)
   for (int t = 0; t < T; t++) {
-    float* y = step.y + product_of(t, dim);
+    float* y = step.y + area(t, dim);
     std::fill_n(y, dim, 0.0f);
     for (int j = 0; j < k; j++) {
-      const size_t choice = product_of(t, k) + static_cast<size_t>(j);
-      const float* row = expert_out_.data() + product_of(slots_[choice], dim);
+      const size_t choice = area(t, k) + static_cast<size_t>(j);
+      const float* row = expert_out_.data() + area(slots_[choice], dim);
       for (int i = 0; i < dim; i++) y[i] += weights_[choice] * row[i];
     }
   }

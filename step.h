@@ -7,6 +7,24 @@
 #include "layers.h"
 #include "model.h"
 
+// Which form MLA takes: by the count of FLOP of each, or always the same one.
+enum class MlaForm { automatic, absorbed, expanded };
+
+// Capacities, fixed when the transformer is made: everything is allocated then, nothing during a step.
+struct Limits {
+  int max_tokens = 0;     // of a batch
+  int max_sequences = 0;  // of a batch
+  int max_logits = 0;     // rows of logits of a batch
+  int context = 0;        // longest context_len of any sequence; contiguous: also the block size
+  int n_blocks = 0;       // of the cache: blocks of Block tokens (paged), or sequences (contiguous)
+  MlaForm mla_form = MlaForm::automatic;
+};
+
+// Elements of an array [n, width].
+inline size_t area(int n, int width) {
+  return static_cast<size_t>(n) * static_cast<size_t>(width);
+}
+
 // cos and sin of the step's tokens for one RoPE table.
 struct Angles {
   int n = 0;
@@ -44,7 +62,7 @@ inline Product product(const Linear& linear, const float* x, int rows, float* y)
 }
 
 inline void Step::norm_x(const Norm& weights, float* out) const {
-  if (!weights) return copy_rows(x, config.dim, batch.n_tokens, config.dim, out, config.dim);
+  if (!weights) return copy_rows(x, config.dim, batch.n_tokens, config.dim, 1, out, config.dim);
   norm(config.norm, config.norm_eps, weights, x, config.dim, batch.n_tokens, config.dim, out, config.dim);
 }
 

@@ -11,15 +11,10 @@
 
 namespace {
 
-size_t rows(int n, int width) {
-  return static_cast<size_t>(n) * static_cast<size_t>(width);
-}
-
 template <class Attention>
 size_t workspace_bytes(const Config& c, const Limits& limits) {
-  const int T = limits.max_tokens;
-  return std::max({matmul_workspace_bytes(T, c.dim), matmul_workspace_bytes(T, Attention::widest_input(c)),
-                   MlpBlock::workspace_bytes(c, T)});
+  return std::max({matmul_workspace_bytes(limits.max_tokens, c.dim), Attention::workspace_bytes(c, limits),
+                   MlpBlock::workspace_bytes(c, limits.max_tokens)});
 }
 
 }  // namespace
@@ -39,18 +34,17 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
   Impl(const Model& m, const Limits& limits)
       : model(m),
         cache(cache_shape(m.config, limits)),
-        attention(m.config, limits.max_tokens),
+        attention(m.config, limits),
         mlp(m.config, limits.max_tokens),
         matmul_workspace(workspace_bytes<Attention>(m.config, limits)),
-        attention_workspace(Attention::shape(m.config, 0), limits.max_tokens, limits.max_sequences,
-                            limits.context, omp_get_max_threads()),
-        x(rows(limits.max_tokens, m.config.dim)),
-        h(rows(limits.max_tokens, m.config.dim)),
-        y(rows(limits.max_tokens, m.config.dim)),
-        logits(rows(limits.max_logits, m.config.vocab_size)) {
+        attention_workspace(Attention::attention_bytes(m.config, limits, omp_get_max_threads())),
+        x(area(limits.max_tokens, m.config.dim)),
+        h(area(limits.max_tokens, m.config.dim)),
+        y(area(limits.max_tokens, m.config.dim)),
+        logits(area(limits.max_logits, m.config.vocab_size)) {
     for (const Model::Rope& table : m.rope)
-      angles.push_back({table.n, Buffer<float>(rows(limits.max_tokens, table.n)),
-                        Buffer<float>(rows(limits.max_tokens, table.n))});
+      angles.push_back(
+          {table.n, Buffer<float>(area(limits.max_tokens, table.n)), Buffer<float>(area(limits.max_tokens, table.n))});
   }
 
   void forward(const Batch& batch) {
@@ -58,11 +52,10 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
     const int T = batch.n_tokens;
     const Step step{c, batch, angles, x.data(), h.data(), y.data(), matmul_workspace};
     cache.copy_blocks(batch);
-    embed(model.embed_tokens, model.position_embedding, batch.tokens, batch.positions, T, c.embedding_scale,
-          step.x);
+    embed(model.embed_tokens, model.position_embedding, batch.tokens, batch.positions, T, c.embedding_scale, step.x);
     for (size_t i = 0; i < angles.size(); i++)
-      rope_angles(batch.positions, T, model.rope[i].inv_freq, angles[i].n, c.rope_scale[i],
-                  angles[i].cos.data(), angles[i].sin.data());
+      rope_angles(batch.positions, T, model.rope[i].inv_freq, angles[i].n, c.rope_scale[i], angles[i].cos.data(),
+                  angles[i].sin.data());
     for (int l = 0; l < c.n_layers; l++) {
       const Layer& layer = model.layers[static_cast<size_t>(l)];
       step.norm_x(layer.attention_norm, step.h);
@@ -82,7 +75,7 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
     classifier.gather = step.batch.logit_rows;
     matmul(&classifier, 1, step.workspace);
     if (c.logit_scale != 1.0f || c.logit_softcap > 0)
-      scale_and_cap(logits.data(), rows(n, c.vocab_size), c.logit_scale, c.logit_softcap);
+      scale_and_cap(logits.data(), area(n, c.vocab_size), c.logit_scale, c.logit_softcap);
   }
 };
 
@@ -110,8 +103,7 @@ KVCache<Kv, Block>& Transformer<Attention, Kernel, Kv, Block>::cache() {
 }
 
 template <class Attention, class Kernel, class Kv, int Block>
-CacheShape Transformer<Attention, Kernel, Kv, Block>::cache_shape(const Config& config,
-                                                                  const Limits& limits) {
+CacheShape Transformer<Attention, Kernel, Kv, Block>::cache_shape(const Config& config, const Limits& limits) {
   return Attention::cache_shape(config, limits.n_blocks, Block ? Block : limits.context);
 }
 
@@ -126,18 +118,15 @@ size_t Transformer<Attention, Kernel, Kv, Block>::kv_bytes(const Config& config,
 }
 
 template <class Attention, class Kernel, class Kv, int Block>
-size_t Transformer<Attention, Kernel, Kv, Block>::activation_bytes(const Config& config,
-                                                                   const Limits& limits) {
-  size_t floats_per_token = 3 * static_cast<size_t>(config.dim) + Attention::floats_per_token(config) +
-                            MlpBlock::floats_per_token(config);
-  floats_per_token +=
-      config.rope_scale.size() *
+size_t Transformer<Attention, Kernel, Kv, Block>::activation_bytes(const Config& config, const Limits& limits) {
+  const size_t rope_dim =
       static_cast<size_t>(config.attention == Variant::mla ? config.qk_rope_head_dim : config.head_dim);
-  return sizeof(float) * (static_cast<size_t>(limits.max_tokens) * floats_per_token +
-                          rows(limits.max_logits, config.vocab_size)) +
-         workspace_bytes<Attention>(config, limits) +
-         AttentionWorkspace::bytes(Attention::shape(config, 0), limits.max_tokens, limits.max_sequences,
-                                   limits.context, omp_get_max_threads());
+  const size_t floats_per_token =
+      3 * static_cast<size_t>(config.dim) + MlpBlock::floats_per_token(config) + config.rope_scale.size() * rope_dim;
+  return sizeof(float) *
+             (static_cast<size_t>(limits.max_tokens) * floats_per_token + area(limits.max_logits, config.vocab_size)) +
+         Attention::bytes(config, limits) + workspace_bytes<Attention>(config, limits) +
+         Attention::attention_bytes(config, limits, omp_get_max_threads());
 }
 
 #define INSTANTIATE(Attention, Kernel, Kv, Block) template class Transformer<Attention, Kernel, Kv, Block>;

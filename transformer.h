@@ -3,15 +3,7 @@
 
 #include "attention.h"
 #include "model.h"
-
-// Capacities, fixed when the transformer is made: everything is allocated then, nothing during a step.
-struct Limits {
-  int max_tokens = 0;     // of a batch
-  int max_sequences = 0;  // of a batch
-  int max_logits = 0;     // rows of logits of a batch
-  int context = 0;        // longest context_len of any sequence; contiguous: also the block size
-  int n_blocks = 0;       // of the cache: blocks of Block tokens (paged), or sequences (contiguous)
-};
+#include "step.h"
 
 template <class Attention, class Kernel, class Kv, int Block>
 class Transformer {

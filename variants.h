@@ -20,37 +20,30 @@ class Gqa {
     return {c.n_layers, c.n_kv_heads, c.head_dim, c.head_dim, n_blocks, block_size};
   }
 
-  static AttentionShape shape(const Config& c, int layer) {
-    AttentionShape s;
-    s.n_heads = c.n_heads;
-    s.n_kv_heads = c.n_kv_heads;
-    s.k_dim = s.v_dim = c.head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    return s;
+  static size_t bytes(const Config& c, const Limits& limits) {
+    return sizeof(float) * area(limits.max_tokens, 2 * (c.n_heads + c.n_kv_heads) * c.head_dim);
   }
 
-  // Floats of the buffers a token needs, and the widest input of a product.
-  static size_t floats_per_token(const Config& c) {
-    return static_cast<size_t>(c.head_dim * (2 * c.n_heads + 2 * c.n_kv_heads));
+  static size_t workspace_bytes(const Config& c, const Limits& limits) {
+    return matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim);
   }
-  static int widest_input(const Config& c) { return c.n_heads * c.head_dim; }
 
-  Gqa(const Config& c, int max_tokens)
-      : q_(rows(max_tokens, c.n_heads * c.head_dim)),
-        k_(rows(max_tokens, c.n_kv_heads * c.head_dim)),
-        v_(rows(max_tokens, c.n_kv_heads * c.head_dim)),
-        out_(rows(max_tokens, c.n_heads * c.head_dim)) {}
+  static size_t attention_bytes(const Config& c, const Limits& limits, int n_threads) {
+    return AttentionWorkspace::bytes(shape(c, 0), limits.max_tokens, limits.context, n_threads);
+  }
+
+  Gqa(const Config& c, const Limits& limits)
+      : q_(area(limits.max_tokens, c.n_heads * c.head_dim)),
+        k_(area(limits.max_tokens, c.n_kv_heads * c.head_dim)),
+        v_(area(limits.max_tokens, c.n_kv_heads * c.head_dim)),
+        out_(area(limits.max_tokens, c.n_heads * c.head_dim)) {}
 
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
   template <class Kernel, class Kv, int Block>
-  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache,
-               AttentionWorkspace& workspace) {
+  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
     const Config& c = step.config;
     const int T = step.batch.n_tokens, d = c.head_dim;
-    const Product projections[] = {product(w.q_proj, step.h, T, q_.data()),
-                                   product(w.k_proj, step.h, T, k_.data()),
+    const Product projections[] = {product(w.q_proj, step.h, T, q_.data()), product(w.k_proj, step.h, T, k_.data()),
                                    product(w.v_proj, step.h, T, v_.data())};
     matmul(projections, 3, step.workspace);
     if (w.q_norm) norm(c.norm, c.norm_eps, w.q_norm, q_.data(), d, T * c.n_heads, d, q_.data(), d);
@@ -67,7 +60,16 @@ class Gqa {
   }
 
  private:
-  static size_t rows(int n, int width) { return static_cast<size_t>(n) * static_cast<size_t>(width); }
+  static AttentionShape shape(const Config& c, int layer) {
+    AttentionShape s;
+    s.n_heads = c.n_heads;
+    s.n_kv_heads = c.n_kv_heads;
+    s.k_dim = s.v_dim = c.head_dim;
+    s.scale = c.attention_scale;
+    s.softcap = c.attention_softcap;
+    s.window = c.window[static_cast<size_t>(layer)];
+    return s;
+  }
 
   Buffer<float> q_;    // [T, n_heads, head_dim]
   Buffer<float> k_;    // [T, n_kv_heads, head_dim]
@@ -89,11 +91,15 @@ class Mqa : public Gqa {
   using Gqa::Gqa;
 };
 
-// The cache holds one row a token: the latent [kv_lora_rank], normed, and a rotated key [qk_rope_head_dim]
-// that all heads share (arXiv 2405.04434, section 2.1). Absorbed form: W_UK carries the query into the latent
-// space instead of every latent out of it, q_nope . (W_UK c) = (W_UK^T q_nope) . c, so attention runs on the
-// latent rows themselves as one KV head of width r + p whose V is the first r elements of K's row; W_UV is
-// applied to the result.
+// The cache holds one row a token: the latent c [kv_lora_rank], normed, and a rotated key [qk_rope_head_dim] that all
+// heads share (arXiv 2405.04434, section 2.1). Two forms of one attention read it:
+//   absorbed  q_nope . (W_UK c) = (W_UK^T q_nope) . c: W_UK carries the query into the latent space, and attention runs
+//   on the
+//             latent rows themselves, as one KV head of width r + p whose V is the first r elements of K's row; W_UV is
+//             applied to the result. Decode: no row is ever expanded.
+//   expanded  K = W_UK c and V = W_UV c are rebuilt for every head, a split of the context at a time, and attention
+//   runs on
+//             H heads of width nope + p. Long prompts: a row is expanded once for all the prompt's queries.
 class Mla {
  public:
   static constexpr Variant variant = Variant::mla;
@@ -102,61 +108,98 @@ class Mla {
     return {c.n_layers, 1, c.kv_lora_rank + c.qk_rope_head_dim, 0, n_blocks, block_size};
   }
 
-  static AttentionShape shape(const Config& c, int layer) {
-    AttentionShape s;
-    s.n_heads = c.n_heads;
+  static size_t bytes(const Config& c, const Limits& limits) {
+    const auto H = static_cast<size_t>(c.n_heads), r = static_cast<size_t>(c.kv_lora_rank);
+    const auto p = static_cast<size_t>(c.qk_rope_head_dim), v = static_cast<size_t>(c.v_head_dim);
+    const size_t q = static_cast<size_t>(c.qk_nope_head_dim) + p;
+    return sizeof(float) * (static_cast<size_t>(limits.max_tokens) *
+                                (static_cast<size_t>(c.q_lora_rank) + r + p + H * (q + r + p + r + v)) +
+                            ATTENTION_SPLIT * (r + p + H * (q + v)));
+  }
+
+  static size_t workspace_bytes(const Config& c, const Limits& limits) {
+    const auto H = static_cast<size_t>(c.n_heads);
+    const int T = limits.max_tokens;
+    return std::max({H * matmul_workspace_bytes(T, std::max(c.kv_lora_rank, c.qk_nope_head_dim)),
+                     matmul_workspace_bytes(T, c.n_heads * c.v_head_dim), matmul_workspace_bytes(T, c.q_lora_rank),
+                     matmul_workspace_bytes(ATTENTION_SPLIT, c.kv_lora_rank)});
+  }
+
+  static size_t attention_bytes(const Config& c, const Limits& limits, int n_threads) {
+    return std::max(AttentionWorkspace::bytes(absorbed(c, 0), limits.max_tokens, limits.context, n_threads),
+                    AttentionWorkspace::bytes(expanded(c, 0), limits.max_tokens, limits.context, n_threads));
+  }
+
+  Mla(const Config& c, const Limits& limits)
+      : form_(limits.mla_form),
+        q_a_(area(limits.max_tokens, c.q_lora_rank)),
+        q_(area(limits.max_tokens, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))),
+        kv_(area(limits.max_tokens, c.kv_lora_rank + c.qk_rope_head_dim)),
+        q_latent_(area(limits.max_tokens, c.n_heads * (c.kv_lora_rank + c.qk_rope_head_dim))),
+        out_latent_(area(limits.max_tokens, c.n_heads * c.kv_lora_rank)),
+        out_(area(limits.max_tokens, c.n_heads * c.v_head_dim)),
+        rows_(area(ATTENTION_SPLIT, c.kv_lora_rank + c.qk_rope_head_dim)),
+        k_(area(ATTENTION_SPLIT, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))),
+        v_(area(ATTENTION_SPLIT, c.n_heads * c.v_head_dim)),
+        products_(2 * static_cast<size_t>(c.n_heads)) {}
+
+  template <class Kernel, class Kv, int Block>
+  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
+    project(layer, w, step);
+    cache.append(layer, step.batch, kv_.data(), nullptr);
+    for (int s = 0, end = 0; s < step.batch.n_sequences; s = end) {
+      end = s + 1;
+      if (expands(step, s)) {
+        attend_expanded(layer, w, step, s, cache, workspace);
+        continue;
+      }
+      while (end < step.batch.n_sequences && !expands(step, end)) end++;
+      attend_absorbed<Kernel>(layer, w, step, s, end, cache, workspace);
+    }
+    step.add_product(w.o_proj, out_.data(), w.attention_post_norm);
+  }
+
+ private:
+  static AttentionShape absorbed(const Config& c, int layer) {
+    AttentionShape s = expanded(c, layer);
     s.n_kv_heads = 1;
     s.k_dim = c.kv_lora_rank + c.qk_rope_head_dim;
     s.v_dim = c.kv_lora_rank;
     s.v_is_k = true;
+    return s;
+  }
+
+  static AttentionShape expanded(const Config& c, int layer) {
+    AttentionShape s;
+    s.n_heads = s.n_kv_heads = c.n_heads;
+    s.k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim;
+    s.v_dim = c.v_head_dim;
     s.scale = c.attention_scale;
     s.softcap = c.attention_softcap;
     s.window = c.window[static_cast<size_t>(layer)];
     return s;
   }
 
-  static size_t floats_per_token(const Config& c) {
-    const int r = c.kv_lora_rank, p = c.qk_rope_head_dim;
-    const int per_head = c.qk_nope_head_dim + p + r + p + r + c.v_head_dim;
-    return static_cast<size_t>(c.q_lora_rank) + static_cast<size_t>(r + p) +
-           static_cast<size_t>(c.n_heads) * static_cast<size_t>(per_head);
-  }
-  static int widest_input(const Config& c) {
-    return c.n_heads * std::max({c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim});
-  }
-
-  Mla(const Config& c, int max_tokens)
-      : q_a_(rows(max_tokens, c.q_lora_rank)),
-        q_(rows(max_tokens, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))),
-        q_latent_(rows(max_tokens, c.n_heads * (c.kv_lora_rank + c.qk_rope_head_dim))),
-        kv_(rows(max_tokens, c.kv_lora_rank + c.qk_rope_head_dim)),
-        out_latent_(rows(max_tokens, c.n_heads * c.kv_lora_rank)),
-        out_(rows(max_tokens, c.n_heads * c.v_head_dim)),
-        per_head_(static_cast<size_t>(c.n_heads)) {}
-
-  template <class Kernel, class Kv, int Block>
-  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache,
-               AttentionWorkspace& workspace) {
-    project(layer, w, step);
-    cache.append(layer, step.batch, kv_.data(), nullptr);
-    absorb_query(w, step);
-    attend<Kernel>(q_latent_.data(), cache, layer, step.batch, shape(step.config, layer), out_latent_.data(),
-                   workspace);
-    expand_output(w, step);
-    step.add_product(w.o_proj, out_.data(), w.attention_post_norm);
+  // Whether sequence s takes the expanded form: the one with fewer FLOP. For t query tokens, a context of n tokens, of
+  // which a query sees n - t / 2 on average, and a head (times 2 for multiply and add, which both have):
+  //   absorbed  t (nope r + r v)  +  t (n - t / 2) ((r + p) + r)
+  //   expanded  n (nope r + r v)  +  t (n - t / 2) ((nope + p) + v)
+  bool expands(const Step& step, int s) const {
+    if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
+    const Config& c = step.config;
+    const double t = step.batch.query_start[s + 1] - step.batch.query_start[s], n = step.batch.context_len[s];
+    const double r = c.kv_lora_rank, p = c.qk_rope_head_dim, nope = c.qk_nope_head_dim, v = c.v_head_dim;
+    const double pairs = t * (n - t / 2), carry = nope * r + r * v;
+    return n * carry + pairs * (nope + p + v) < t * carry + pairs * (2 * r + p);
   }
 
- private:
-  static size_t rows(int n, int width) { return static_cast<size_t>(n) * static_cast<size_t>(width); }
-
-  // q [T, n_heads, nope + p] and kv [T, r + p], rotated.
+  // q [T, n_heads, nope + p] and kv [T, r + p], normed and rotated.
   void project(int layer, const Layer& w, const Step& step) {
     const Config& c = step.config;
-    const int T = step.batch.n_tokens, r = c.kv_lora_rank, p = c.qk_rope_head_dim,
-              q_width = c.qk_nope_head_dim + p;
-    const Product first[] = {product(w.kv_a_proj, step.h, T, kv_.data()),
-                             c.q_lora_rank ? product(w.q_a_proj, step.h, T, q_a_.data())
-                                           : product(w.q_proj, step.h, T, q_.data())};
+    const int T = step.batch.n_tokens, r = c.kv_lora_rank, p = c.qk_rope_head_dim, q_width = c.qk_nope_head_dim + p;
+    const Product first[] = {
+        product(w.kv_a_proj, step.h, T, kv_.data()),
+        c.q_lora_rank ? product(w.q_a_proj, step.h, T, q_a_.data()) : product(w.q_proj, step.h, T, q_.data())};
     matmul(first, 2, step.workspace);
     if (w.kv_a_norm) norm(c.norm, c.norm_eps, w.kv_a_norm, kv_.data(), r + p, T, r, kv_.data(), r + p);
     if (c.q_lora_rank) {
@@ -168,47 +211,81 @@ class Mla {
     const int table = c.rope[static_cast<size_t>(layer)];
     if (table < 0) return;
     const Angles& a = step.angles[static_cast<size_t>(table)];
-    rope(q_.data() + c.qk_nope_head_dim, c.n_heads * q_width, T, c.n_heads, q_width, a.n, a.cos.data(),
-         a.sin.data());
+    rope(q_.data() + c.qk_nope_head_dim, c.n_heads * q_width, T, c.n_heads, q_width, a.n, a.cos.data(), a.sin.data());
     rope(kv_.data() + r, r + p, T, 1, p, a.n, a.cos.data(), a.sin.data());
   }
 
-  // q_latent [T, n_heads, r + p]: W_UK^T q_nope, then the rotated part as it is.
-  void absorb_query(const Layer& w, const Step& step) {
+  // out of sequences first .. last - 1, in the absorbed form.
+  template <class Kernel, class Kv, int Block>
+  void attend_absorbed(int layer, const Layer& w, const Step& step, int first, int last,
+                       const KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
     const Config& c = step.config;
-    const int nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim;
-    per_head_product(w.w_uk_t, step, q_.data(), nope + p, q_latent_.data(), r + p);
-    copy_rows(q_.data() + nope, nope + p, step.batch.n_tokens * c.n_heads, p, q_latent_.data() + r, r + p);
+    const int H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim, v = c.v_head_dim;
+    const int start = step.batch.query_start[first], T = step.batch.query_start[last] - start;
+    const float* q = q_.data() + area(start, H * (nope + p));
+    float* q_latent = q_latent_.data() + area(start, H * (r + p));
+
+    per_head(0, w.w_uk_t, T, q, H * (nope + p), nope + p, q_latent, r + p);
+    matmul(products_.data(), H, step.workspace);
+    copy_rows(q + nope, nope + p, T * H, p, 1, q_latent + r, r + p);
+
+    Batch batch = step.batch;  // its rows first .. last - 1
+    batch.n_sequences = last - first;
+    batch.query_start += first;
+    batch.context_len += first;
+    batch.block_table += area(first, batch.max_blocks);
+    attend<Kernel>(q_latent_.data(), cache, layer, batch, absorbed(c, layer), out_latent_.data(), workspace);
+
+    per_head(0, w.w_uv, T, out_latent_.data() + area(start, H * r), H * r, r, out_.data() + area(start, H * v), v);
+    matmul(products_.data(), H, step.workspace);
   }
 
-  // out [T, n_heads, v_head_dim] = W_UV out_latent
-  void expand_output(const Layer& w, const Step& step) {
+  // out of sequence s, in the expanded form.
+  template <class Kv, int Block>
+  void attend_expanded(int layer, const Layer& w, const Step& step, int s, const KVCache<Kv, Block>& cache,
+                       AttentionWorkspace& workspace) {
     const Config& c = step.config;
-    per_head_product(w.w_uv, step, out_latent_.data(), c.kv_lora_rank, out_.data(), c.v_head_dim);
+    const int H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim, v = c.v_head_dim;
+    const AttentionShape shape = expanded(c, layer);
+    attend_begin(step.batch, s, shape, out_.data(), workspace);
+    for (int first = 0; first < step.batch.context_len[s]; first += ATTENTION_SPLIT) {
+      const int n = std::min(ATTENTION_SPLIT, step.batch.context_len[s] - first);
+      cache.read_k(layer, step.batch, s, first, n, rows_.data());
+      per_head(0, w.w_uk, n, rows_.data(), r + p, 0, k_.data(), nope + p);
+      per_head(H, w.w_uv, n, rows_.data(), r + p, 0, v_.data(), v);
+      matmul(products_.data(), 2 * H, step.workspace);
+      copy_rows(rows_.data() + r, r + p, n, p, H, k_.data() + nope, nope + p);
+      attend_rows(q_.data(), {k_.data(), v_.data(), first, n}, step.batch, s, shape, out_.data(), workspace);
+    }
+    attend_end(step.batch, s, shape, out_.data(), workspace);
   }
 
-  // Head h of y [T, n_heads, y_width] = matrices[h] times head h of x [T, n_heads, x_width].
-  void per_head_product(const std::vector<Matrix>& matrices, const Step& step, const float* x, int x_width,
-                        float* y, int y_width) {
-    const int T = step.batch.n_tokens, H = step.config.n_heads;
+  // products_[at + h]: head h of y [rows, n_heads, y_width] = matrices[h] times x, whose rows are x_stride apart and
+  // whose heads x_width (0: all heads read the same).
+  void per_head(int at, const std::vector<Matrix>& matrices, int rows, const float* x, int x_stride, int x_width,
+                float* y, int y_width) {
+    const int H = static_cast<int>(matrices.size());
 #pragma omp for schedule(static)
     for (int h = 0; h < H; h++) {
-      Product& p = per_head_[static_cast<size_t>(h)];
-      p.weight = &matrices[static_cast<size_t>(h)];
-      p.x = x + h * x_width;
-      p.x_rows = p.rows = T;
-      p.x_stride = H * x_width;
-      p.y = y + h * y_width;
-      p.y_stride = H * y_width;
+      Product& product = products_[static_cast<size_t>(at + h)];
+      product.weight = &matrices[static_cast<size_t>(h)];
+      product.x = x + h * x_width;
+      product.x_rows = product.rows = rows;
+      product.x_stride = x_stride;
+      product.y = y + h * y_width;
+      product.y_stride = H * y_width;
     }
-    matmul(per_head_.data(), H, step.workspace);
   }
 
+  MlaForm form_;
   Buffer<float> q_a_;              // [T, q_lora_rank]
   Buffer<float> q_;                // [T, n_heads, nope + p]
-  Buffer<float> q_latent_;         // [T, n_heads, r + p]
   Buffer<float> kv_;               // [T, r + p]
+  Buffer<float> q_latent_;         // [T, n_heads, r + p]
   Buffer<float> out_latent_;       // [T, n_heads, r]
   Buffer<float> out_;              // [T, n_heads, v_head_dim]
-  std::vector<Product> per_head_;  // [n_heads]
+  Buffer<float> rows_;             // [ATTENTION_SPLIT, r + p] latents out of the cache
+  Buffer<float> k_;                // [ATTENTION_SPLIT, n_heads, nope + p]
+  Buffer<float> v_;                // [ATTENTION_SPLIT, n_heads, v_head_dim]
+  std::vector<Product> products_;  // [2 n_heads]
 };
