@@ -12,7 +12,8 @@
 
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's header passes undefined registers on purpose (GCC bug 105593)
+// GCC 12's header passes undefined registers on purpose (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -23,7 +24,7 @@
 #define SIMD_AVX2 1
 #endif
 
-// --- scalar conversions -----------------------------------------------------------------------------------------------
+// --- scalar conversions ----------------------------------------------------------------------------------------------
 
 inline float bf16_to_float(uint16_t h) {
   uint32_t bits = static_cast<uint32_t>(h) << 16;
@@ -82,10 +83,12 @@ inline uint16_t float_to_f16(float f) {
 #endif
 }
 
-// --- F32: LANES floats ------------------------------------------------------------------------------------------------
+// --- F32: LANES floats -----------------------------------------------------------------------------------------------
 
 namespace simd {
 
+// One line an instruction:
+// clang-format off
 #if defined(SIMD_AVX512)
 
 constexpr int LANES = 16;
@@ -138,6 +141,34 @@ inline void transpose(F32 (&x)[LANES]) {
     x[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd), x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
   }
 }
+
+using I32 = __m512i;  // LANES int32, or 4 LANES bytes
+inline I32 set_i32(int32_t x) { return _mm512_set1_epi32(x); }
+inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_i32(void* p, I32 a) { _mm512_storeu_si512(p, a); }
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+inline I32 max(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+inline I32 low_halves(I32 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+inline I32 high_halves(I32 bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
+inline I32 magnitude_bits(F32 a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+inline F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
+inline I32 to_i32(F32 a) { return _mm512_cvtps_epi32(a); }  // to nearest even; out of range and NaN: INT32_MIN
+inline void store_i8(int8_t* p, I32 a) {                    // saturates
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+}
+inline F32 low_bf16(I32 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline F32 high_bf16(I32 pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+}
+#if defined(__AVX512VNNI__)
+inline I32 dot4(I32 sum, I32 u, I32 s) { return _mm512_dpbusd_epi32(sum, u, s); }
+#else
+inline I32 dot4(I32 sum, I32 u, I32 s) {
+  const I32 u_even = _mm512_and_si512(u, _mm512_set1_epi16(255)), u_odd = _mm512_srli_epi16(u, 8);
+  const I32 s_even = _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8), s_odd = _mm512_srai_epi16(s, 8);
+  return add(sum, add(_mm512_madd_epi16(u_even, s_even), _mm512_madd_epi16(u_odd, s_odd)));
+}
+#endif
 
 #elif defined(SIMD_AVX2)
 
@@ -196,6 +227,35 @@ inline void transpose(F32 (&x)[LANES]) {
     x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
   }
 }
+
+using I32 = __m256i;  // LANES int32, or 4 LANES bytes
+inline I32 set_i32(int32_t x) { return _mm256_set1_epi32(x); }
+inline I32 load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_i32(void* p, I32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+inline I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+inline I32 max(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline I32 low_halves(I32 bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+inline I32 high_halves(I32 bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
+inline I32 magnitude_bits(F32 a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+inline F32 to_float(I32 a) { return _mm256_cvtepi32_ps(a); }
+inline I32 to_i32(F32 a) { return _mm256_cvtps_epi32(a); }  // to nearest even; out of range and NaN: INT32_MIN
+inline void store_i8(int8_t* p, I32 a) {                    // saturates
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+inline F32 low_bf16(I32 pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline F32 high_bf16(I32 pairs) {
+  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x10000)));
+}
+#if defined(__AVXVNNI__)
+inline I32 dot4(I32 sum, I32 u, I32 s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+#else
+inline I32 dot4(I32 sum, I32 u, I32 s) {
+  const I32 u_even = _mm256_and_si256(u, _mm256_set1_epi16(255)), u_odd = _mm256_srli_epi16(u, 8);
+  const I32 s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
+  return add(sum, add(_mm256_madd_epi16(u_even, s_even), _mm256_madd_epi16(u_odd, s_odd)));
+}
+#endif
 
 #else
 
@@ -270,7 +330,95 @@ inline void transpose(F32 (&x)[LANES]) {
     for (int j = 0; j < i; j++) std::swap(x[i].lane[j], x[j].lane[i]);
 }
 
+struct I32 {  // LANES int32, or 4 LANES bytes
+  int32_t lane[LANES];
+};
+template <class F>
+inline I32 each_i32(F f) {
+  I32 r;
+  for (int i = 0; i < LANES; i++) r.lane[i] = f(i);
+  return r;
+}
+inline I32 set_i32(int32_t x) {
+  return each_i32([&](int) { return x; });
+}
+inline I32 load_i32(const void* p) {
+  I32 r;
+  std::memcpy(r.lane, p, sizeof r.lane);
+  return r;
+}
+inline void store_i32(void* p, I32 a) { std::memcpy(p, a.lane, sizeof a.lane); }
+inline I32 add(I32 a, I32 b) {
+  return each_i32([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline I32 max(I32 a, I32 b) {
+  return each_i32([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline I32 low_halves(I32 bytes) {
+  return each_i32([&](int i) { return bytes.lane[i] & 0x0f0f0f0f; });
+}
+inline I32 high_halves(I32 bytes) {
+  return each_i32([&](int i) { return (bytes.lane[i] >> 4) & 0x0f0f0f0f; });
+}
+inline I32 magnitude_bits(F32 a) {
+  const I32 bits = load_i32(a.lane);
+  return each_i32([&](int i) { return bits.lane[i] & 0x7fffffff; });
+}
+inline F32 to_float(I32 a) {
+  return each([&](int i) { return static_cast<float>(a.lane[i]); });
+}
+inline I32 to_i32(F32 a) {  // to nearest even; out of range and NaN: INT32_MIN
+  return each_i32([&](int i) {
+    return std::fabs(a.lane[i]) < 0x1p31f ? static_cast<int32_t>(std::nearbyintf(a.lane[i])) : INT32_MIN;
+  });
+}
+inline void store_i8(int8_t* p, I32 a) {  // saturates
+  for (int i = 0; i < LANES; i++)
+    p[i] = static_cast<int8_t>(a.lane[i] < -128 ? -128 : a.lane[i] > 127 ? 127 : a.lane[i]);
+}
+inline F32 low_bf16(I32 pairs) {
+  return each([&](int i) { return bf16_to_float(static_cast<uint16_t>(pairs.lane[i] & 0xffff)); });
+}
+inline F32 high_bf16(I32 pairs) {
+  return each([&](int i) { return bf16_to_float(static_cast<uint16_t>((pairs.lane[i] >> 16) & 0xffff)); });
+}
+inline I32 dot4(I32 sum, I32 u, I32 s) {
+  for (int shift = 0; shift < 32; shift += 8)
+    for (int i = 0; i < LANES; i++)
+      sum.lane[i] += ((u.lane[i] >> shift) & 255) * static_cast<int8_t>(s.lane[i] >> shift & 255);
+  return sum;
+}
+
 #endif
+// clang-format on
+
+// --- I32: LANES int32, or 4 LANES bytes ------------------------------------------------------------------------------
+//
+// dot4: sum + in each lane the dot product of 4 unsigned bytes (u) and 4 signed bytes (s). Exact at every level: where
+// there is no vpdpbusd the bytes are widened first, because vpmaddubsw's 16 bits saturate at 2 * 255 * 127.
+
+// The same 4 bytes in every lane.
+inline I32 set_bytes(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, 4);
+  return set_i32(x);
+}
+
+inline int32_t sum(I32 x) {
+  alignas(64) int32_t lane[LANES];
+  store_i32(lane, x);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline int32_t largest(I32 x) {
+  alignas(64) int32_t lane[LANES];
+  store_i32(lane, x);
+  int32_t m = lane[0];
+  for (int i = 1; i < LANES; i++) m = lane[i] > m ? lane[i] : m;
+  return m;
+}
 
 // The lanes' sum, added as a tree: the order is fixed.
 inline float sum(F32 x) {
@@ -281,8 +429,8 @@ inline float sum(F32 x) {
   return lane[0];
 }
 
-// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Cody and Waite reduction; coefficients of the
-// Taylor series, whose first missing term is below 2^-26 of the result). Within 2 ulp; 0 below -87.3; x <= 88.
+// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Cody and Waite reduction; coefficients of
+// the Taylor series, whose first missing term is below 2^-26 of the result). Within 2 ulp; 0 below -87.3; x <= 88.
 inline F32 exp(F32 x) {
   const F32 clamped = max(x, set(-87.33654f));
   const F32 n = round(mul(clamped, set(1.44269504f)));
