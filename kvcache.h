@@ -4,15 +4,18 @@
 //
 //     block_table[s][t / block_size], slot t % block_size
 //
-// of layer l and head g. A contiguous cache is a paged cache whose block is the whole context (Block = 0): one addressing
-// function, and the division disappears. The batch carries positions, lengths and tables as plain arrays, so that they
-// can sit in device memory. Names follow vLLM: block_table, block_size, slot_mapping, context_len, query_start.
+// of layer l and head g. A contiguous cache is a paged cache whose block is the whole context (Block = 0): one
+// addressing function, and the division disappears. The batch carries positions, lengths and tables as plain arrays, so
+// that they can sit in device memory. Names follow vLLM: block_table, block_size, slot_mapping, context_len,
+// query_start.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "device.h"
+#include "simd.h"
 
 // One step's work: any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] ..
 // query_start[s + 1] - 1, in order of position, and are the last tokens of its context.
@@ -27,17 +30,76 @@ struct Batch {
   int max_blocks = 0;                 // row length of block_table
   const int* slot_mapping = nullptr;  // [T] block * block_size + slot: where append writes the token's rows
   int n_logits = 0;
-  const int* logit_rows = nullptr;    // [n_logits] tokens of the batch whose logits are wanted, ascending
-  int n_copies = 0;                   // blocks to copy in every layer before anything is appended (copy on write)
-  const int* copy_from = nullptr;     // [n_copies] block
-  const int* copy_to = nullptr;       // [n_copies] block
+  const int* logit_rows = nullptr;  // [n_logits] tokens of the batch whose logits are wanted, ascending
+  int n_copies = 0;                 // blocks to copy in every layer before anything is appended (copy on write)
+  const int* copy_from = nullptr;   // [n_copies] block
+  const int* copy_to = nullptr;     // [n_copies] block
 };
 
-// How one row of `dim` elements is kept. Each type: name, row_bytes(dim), store(x, dim, row), load(row, dim, x).
-struct KvF32;   // float32
-struct KvF16;   // IEEE half, round to nearest even
-struct KvBF16;  // bfloat16, round to nearest even
-struct KvQ8;    // int8 in groups of 32 (the last may be shorter) with a float16 scale each, amax / 127
+// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store and load. Infinities
+// and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number.
+
+struct KvF32 {  // float32
+  static constexpr const char* name = "f32";
+  static size_t row_bytes(int dim) { return 4 * static_cast<size_t>(dim); }
+  static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
+  static void load(const std::byte* row, int dim, float* x) { std::memcpy(x, row, row_bytes(dim)); }
+};
+
+struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity
+  static constexpr const char* name = "f16";
+  static size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static void store(const float* x, int dim, std::byte* row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    int i = 0;
+    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
+    for (; i < dim; i++) to[i] = float_to_f16(x[i]);
+  }
+  static void load(const std::byte* row, int dim, float* x) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
+    int i = 0;
+    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store(x + i, simd::load_f16(from + i));
+    for (; i < dim; i++) x[i] = f16_to_float(from[i]);
+  }
+};
+
+struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
+  static constexpr const char* name = "bf16";
+  static size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static void store(const float* x, int dim, std::byte* row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
+  }
+  static void load(const std::byte* row, int dim, float* x) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
+    int i = 0;
+    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store(x + i, simd::load_bf16(from + i));
+    for (; i < dim; i++) x[i] = bf16_to_float(from[i]);
+  }
+};
+
+// int8 in groups of 32 (the last may be shorter): x = scale * q, q in -127 .. 127, scale = amax / 127 rounded *up* to
+// float16, so that amax itself is in reach: error (1 + 2^-10) amax / 254 of the group's largest magnitude, or 2^-25
+// where the scale is subnormal. The scales lie before the elements: [groups] float16, [dim] int8.
+struct KvQ8 {
+  static constexpr const char* name = "q8";
+  static constexpr int GROUP_SIZE = 32;
+  static int groups(int dim) { return (dim + GROUP_SIZE - 1) / GROUP_SIZE; }
+  static size_t row_bytes(int dim) { return static_cast<size_t>(2 * groups(dim) + dim + dim % 2); }
+  static void store(const float* x, int dim, std::byte* row);
+  static void load(const std::byte* row, int dim, float* x) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
+    const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
+    for (int start = 0; start < dim; start += GROUP_SIZE) {
+      const float scale = f16_to_float(scales[start / GROUP_SIZE]);
+      const int end = start + GROUP_SIZE < dim ? start + GROUP_SIZE : dim;
+      int i = start;
+      for (; i + simd::LANES <= end; i += simd::LANES)
+        simd::store(x + i, simd::mul(simd::load_i8(q + i), simd::set(scale)));
+      for (; i < end; i++) x[i] = static_cast<float>(q[i]) * scale;
+    }
+  }
+};
 
 struct CacheShape {
   int n_layers, n_kv_heads;
@@ -70,6 +132,10 @@ class KVCache {
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
   // slot_mapping[t]. Called by every thread of the team.
   void append(int layer, const Batch& batch, const float* k, const float* v);
+
+  // out [n, k_dim] float32: the K rows of the one KV head at positions first .. first + n - 1 of the batch's sequence s
+  // (for MLA's expanded form). Called by every thread of the team; ends with a barrier.
+  void read_k(int layer, const Batch& batch, int s, int first, int n, float* out) const;
 
   // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Called by every thread of the team.
   void copy_blocks(const Batch& batch);

@@ -1,0 +1,646 @@
+// attention.cpp: the attention kernels of the CPU.
+#include "attention.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <utility>
+
+namespace {
+
+using simd::F32;
+using simd::LANES;
+
+constexpr int SPLIT = ATTENTION_SPLIT;
+constexpr int TILE = 64;          // tokens whose rows are expanded to float32 at a time
+constexpr int ITEM_ROWS = 64;     // query rows (tokens x heads of a group) that share an expanded tile
+constexpr float NONE = -FLT_MAX;  // the maximum of no scores: finite, so that NONE - NONE is 0
+static_assert(SPLIT % TILE == 0 && TILE % LANES == 0);
+
+constexpr size_t to_size(int n) {
+  return static_cast<size_t>(n);
+}
+constexpr int round_up(int n, int to) {
+  return (n + to - 1) / to * to;
+}
+
+// --- where rows lie
+// ---------------------------------------------------------------------------------------------------
+
+// The rows of one layer and KV head of one sequence. `run` is how many tokens from `token` on lie one after the other,
+// so that a block's address is computed once a block.
+template <class Kv, int Block>
+struct CacheRows {
+  using Codec = Kv;
+  const KVCache<Kv, Block>& cache;
+  int layer, kv_head;
+  const int* blocks;  // the sequence's row of block_table
+
+  static int run(int token) { return Block ? Block - slot(token) : INT_MAX - token; }
+  const std::byte* k(int token) const { return cache.k_row(layer, block(token), kv_head, slot(token)); }
+  const std::byte* v(int token) const { return cache.v_row(layer, block(token), kv_head, slot(token)); }
+  size_t k_stride() const { return Kv::row_bytes(cache.shape().k_dim); }
+  size_t v_stride() const { return Kv::row_bytes(cache.shape().v_dim); }
+
+ private:
+  static int slot(int token) { return Block ? token % std::max(Block, 1) : token; }
+  int block(int token) const { return blocks[Block ? token / std::max(Block, 1) : 0]; }
+};
+
+// Head kv_head of PlainRows, as bytes.
+struct PlainHead {
+  using Codec = KvF32;
+  const PlainRows& rows;
+  const AttentionShape& shape;
+  int kv_head;
+
+  static int run(int token) { return INT_MAX - token; }
+  const std::byte* k(int token) const { return at(rows.k, k_stride(), shape.k_dim, token); }
+  const std::byte* v(int token) const { return at(rows.v, v_stride(), shape.v_dim, token); }
+  size_t k_stride() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.k_dim); }
+  size_t v_stride() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.v_dim); }
+
+ private:
+  const std::byte* at(const float* x, size_t stride, int dim, int token) const {
+    return reinterpret_cast<const std::byte*>(x) + to_size(token - rows.first) * stride +
+           sizeof(float) * to_size(kv_head) * to_size(dim);
+  }
+};
+
+// --- the work
+// ---------------------------------------------------------------------------------------------------------
+
+// Query rows that read the same K and V rows: some tokens of a sequence, times the heads of a group. Row i is token
+// first_token + i / group, head kv_head * group + i % group.
+struct Item {
+  int sequence, kv_head, first_token, n_tokens;
+};
+
+int group_size(const AttentionShape& shape) {
+  return shape.n_heads / shape.n_kv_heads;
+}
+int tokens_per_item(const AttentionShape& shape) {
+  return std::max(1, ITEM_ROWS / group_size(shape));
+}
+int rows_per_item(const AttentionShape& shape) {
+  return tokens_per_item(shape) * group_size(shape);
+}
+
+int n_items(const Batch& batch, int sequence, const AttentionShape& shape) {
+  const int n_tokens = batch.query_start[sequence + 1] - batch.query_start[sequence], per_item = tokens_per_item(shape);
+  return (n_tokens + per_item - 1) / per_item * shape.n_kv_heads;
+}
+
+// Item `index` of the sequence: the KV heads of its first tokens, then those of the next.
+Item item_of(const Batch& batch, int sequence, const AttentionShape& shape, int index) {
+  const int first = batch.query_start[sequence] + index / shape.n_kv_heads * tokens_per_item(shape);
+  const int n = std::min(tokens_per_item(shape), batch.query_start[sequence + 1] - first);
+  return {sequence, index % shape.n_kv_heads, first, n};
+}
+
+// A token sees first_seen .. its position.
+int first_seen(const AttentionShape& shape, int position) {
+  return shape.window > 0 ? std::max(0, position - shape.window + 1) : 0;
+}
+
+// An item's tokens see first .. last - 1, in splits first_split .. last_split - 1.
+struct Range {
+  int first, last;
+  int first_split() const { return first / SPLIT; }
+  int last_split() const { return (last + SPLIT - 1) / SPLIT; }
+};
+
+Range range_of(const Batch& batch, const AttentionShape& shape, const Item& item) {
+  return {first_seen(shape, batch.positions[item.first_token]),
+          batch.positions[item.first_token + item.n_tokens - 1] + 1};
+}
+
+// --- scratch
+// ----------------------------------------------------------------------------------------------------------
+
+// Attention of some rows over one split: softmax numerators' maximum, sum, and weighted sum of V.
+struct Partial {
+  float* max;  // [rows_per_item]
+  float* sum;  // [rows_per_item]
+  float* acc;  // [rows_per_item, v_pad]
+};
+
+// Row widths rounded up to whole registers.
+struct Widths {
+  size_t k_pad, v_pad, rows;
+  explicit Widths(const AttentionShape& shape)
+      : k_pad(to_size(round_up(shape.k_dim, LANES))),
+        v_pad(to_size(round_up(shape.v_dim, LANES))),
+        rows(to_size(rows_per_item(shape))) {}
+  size_t partial() const { return to_size(round_up(static_cast<int>(rows * (v_pad + 2)), LANES)); }
+};
+
+Partial partial_at(float* memory, const Widths& w) {
+  return {memory + w.rows * w.v_pad, memory + w.rows * (w.v_pad + 1), memory};
+}
+
+// One thread's scratch memory.
+struct Scratch {
+  float* q;        // [rows, k_dim] times scale
+  float* scores;   // [rows, TILE]
+  float* rescale;  // [rows]
+  float* sums;     // [rows, LANES] the denominators, a lane each LANES-th token
+  float* k_rows;   // [TILE, k_pad]
+  float* k_t;      // [k_pad, TILE] the tile's K, transposed: a register holds LANES tokens
+  float* v;        // [TILE, v_stride]
+  size_t v_stride;
+  Partial partial;
+
+  static size_t floats(const AttentionShape& shape) {
+    const Widths w(shape);
+    return w.rows * (w.k_pad + to_size(TILE) + to_size(LANES)) + to_size(round_up(static_cast<int>(w.rows), LANES)) +
+           to_size(TILE) * (2 * w.k_pad + w.v_pad) + w.partial();
+  }
+};
+
+Scratch scratch_at(float* memory, const AttentionShape& shape) {
+  const Widths w(shape);
+  Scratch s{};
+  const auto take = [&memory](size_t n) { return std::exchange(memory, memory + n); };
+  s.q = take(w.rows * w.k_pad);
+  s.scores = take(w.rows * to_size(TILE));
+  s.sums = take(w.rows * to_size(LANES));
+  s.rescale = take(to_size(round_up(static_cast<int>(w.rows), LANES)));
+  s.k_rows = take(to_size(TILE) * w.k_pad);
+  s.k_t = take(to_size(TILE) * w.k_pad);
+  s.v = shape.v_is_k ? s.k_rows : take(to_size(TILE) * w.v_pad);
+  s.v_stride = shape.v_is_k ? w.k_pad : w.v_pad;
+  s.partial = partial_at(take(w.partial()), w);
+  return s;
+}
+
+// The workspace of a call: the rows' running maxima and sums, then the scratch memory of each thread, then the slots in
+// which threads leave results of single splits.
+constexpr int SLOTS_PER_THREAD = 16;
+
+struct Layout {
+  float *max, *sum;  // [T, n_heads]
+  float *scratch, *slots;
+  size_t scratch_floats, slot_floats;
+
+  Layout(AttentionWorkspace& workspace, const AttentionShape& shape, int n_tokens, int n_threads)
+      : max(reinterpret_cast<float*>(workspace.memory.data())),
+        sum(max + state_floats(shape, n_tokens)),
+        scratch(sum + state_floats(shape, n_tokens)),
+        slots(scratch + to_size(n_threads) * Scratch::floats(shape)),
+        scratch_floats(Scratch::floats(shape)),
+        slot_floats(Widths(shape).partial()) {}
+
+  static size_t state_floats(const AttentionShape& shape, int n_tokens) {
+    return (to_size(n_tokens) * to_size(shape.n_heads) + 15) / 16 * 16;
+  }
+  Scratch my_scratch(const AttentionShape& shape) const {
+    return scratch_at(scratch + to_size(omp_get_thread_num()) * scratch_floats, shape);
+  }
+  Partial slot(const AttentionShape& shape, int index) const {
+    return partial_at(slots + to_size(index) * slot_floats, Widths(shape));
+  }
+};
+
+// --- the small product
+// ------------------------------------------------------------------------------------------------
+
+constexpr int MAX_ROWS = 6, MAX_REGISTERS = LANES == 16 ? 4 : 2;  // what the register file holds, with a column of b
+
+// c = rescale * c + a b, or a b where rescale is null: a [M, k], b [k, N registers], c [M, N registers]. An element is
+// one chain of fma in order of k: how many rows and columns are computed at a time does not show in the result.
+template <int M, int N>
+void product_block(const float* a, size_t a_stride, const float* b, size_t b_stride, int k, const float* rescale,
+                   float* c, size_t c_stride) {
+  F32 sum[M][N];
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++)
+      sum[i][j] =
+          rescale ? simd::mul(simd::load(c + to_size(i) * c_stride + j * LANES), simd::set(rescale[i])) : simd::zero();
+  for (size_t p = 0; p < to_size(k); p++) {
+    F32 column[N];
+    for (int j = 0; j < N; j++) column[j] = simd::load(b + p * b_stride + j * LANES);
+    for (int i = 0; i < M; i++) {
+      const F32 x = simd::set(a[to_size(i) * a_stride + p]);
+      for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, column[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) simd::store(c + to_size(i) * c_stride + j * LANES, sum[i][j]);
+}
+
+using ProductBlock = decltype(&product_block<1, 1>);
+
+template <int... I>
+constexpr auto product_blocks(std::integer_sequence<int, I...>) {
+  return std::array<ProductBlock, sizeof...(I)>{product_block<I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
+}
+
+// The same for any number of rows and registers.
+void small_product(const float* a, size_t a_stride, int rows, const float* b, size_t b_stride, int registers, int k,
+                   const float* rescale, float* c, size_t c_stride) {
+  static constexpr auto BLOCKS = product_blocks(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
+  const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (int j = 0; j < registers; j += MAX_REGISTERS) {
+    const int n = std::min(MAX_REGISTERS, registers - j);
+    for (int block = 0; block < blocks; block++) {  // of nearly equal heights
+      const int first = rows * block / blocks, m = rows * (block + 1) / blocks - first;
+      const size_t i = to_size(first);
+      BLOCKS[to_size((m - 1) * MAX_REGISTERS + n - 1)](a + i * a_stride, a_stride, b + j * LANES, b_stride, k,
+                                                       rescale ? rescale + i : nullptr, c + i * c_stride + j * LANES,
+                                                       c_stride);
+    }
+  }
+}
+
+// --- flash: one split
+// -------------------------------------------------------------------------------------------------
+
+// Reads K and V of tokens first .. last - 1, which lie in the tile, into k_t and v. The tile's other tokens up to
+// `last` are zero: slots that hold no token of the sequence are never read.
+template <class Rows>
+void load_tile(const Rows& rows, const AttentionShape& shape, int tile, int first, int last, const Scratch& s) {
+  const Widths w(shape);
+  for (int group = tile; group < last; group += LANES) {
+    float* k = s.k_rows + (shape.v_is_k ? to_size(group - tile) * w.k_pad : 0);  // [LANES, k_pad]
+    float* v = s.v + to_size(group - tile) * s.v_stride;
+    const int begin = std::clamp(first, group, group + LANES), end = std::min(last, group + LANES);
+    const auto clear = [&](int from, int to) {
+      std::fill_n(k + to_size(from - group) * w.k_pad, to_size(to - from) * w.k_pad, 0.0f);
+      std::fill_n(v + to_size(from - group) * s.v_stride, to_size(to - from) * s.v_stride, 0.0f);
+    };
+    clear(group, begin);
+    clear(end, group + LANES);
+    for (int token = begin, n; token < end; token += n) {
+      n = std::min(Rows::run(token), end - token);
+      const std::byte *k_row = rows.k(token), *v_row = shape.v_is_k ? nullptr : rows.v(token);
+      for (int i = 0; i < n; i++) {
+        const size_t at = to_size(token - group + i);
+        Rows::Codec::load(k_row + to_size(i) * rows.k_stride(), shape.k_dim, k + at * w.k_pad);
+        if (v_row) Rows::Codec::load(v_row + to_size(i) * rows.v_stride(), shape.v_dim, v + at * s.v_stride);
+      }
+    }
+    for (size_t d = 0; d < w.k_pad; d += to_size(LANES)) {
+      F32 square[LANES];
+      for (size_t i = 0; i < to_size(LANES); i++) square[i] = simd::load(k + i * w.k_pad + d);
+      simd::transpose(square);
+      for (size_t i = 0; i < to_size(LANES); i++)
+        simd::store(s.k_t + (d + i) * to_size(TILE) + (group - tile), square[i]);
+    }
+  }
+}
+
+// s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
+void cap_scores(float* s, int n, float cap) {
+  const F32 factor = simd::set(2 / cap), most = simd::set(80);
+  for (int i = 0; i < n; i += LANES)
+    simd::store(s + i, simd::exp(simd::min(simd::mul(simd::load(s + i), factor), most)));
+  for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
+}
+
+// Scores of `registers` registers of tokens from `tile` on become e^(score - maximum), 0 for the tokens that the row
+// does not see; maxima and sums move on; rescale is the factor of what was summed before. A row that sees nothing of
+// the tile keeps its state: its factor is 1.
+void softmax_tile(const Batch& batch, const AttentionShape& shape, const Item& item, int tile, int registers,
+                  const Scratch& s, const Partial& out) {
+  const int group = group_size(shape), n_rows = item.n_tokens * group, n = registers * LANES;
+  const auto seen = [&](int row) {  // columns from .. to - 1
+    const int position = batch.positions[item.first_token + row / group];
+    return std::pair(std::clamp(first_seen(shape, position) - tile, 0, n), std::clamp(position + 1 - tile, 0, n));
+  };
+  for (int row = 0; row < n_rows; row++) {
+    float* score = s.scores + row * TILE;
+    if (shape.softcap > 0) cap_scores(score, n, shape.softcap);
+    const auto [from, to] = seen(row);
+    std::fill(score, score + from, NONE);
+    std::fill(score + std::max(from, to), score + n, NONE);
+    F32 m = simd::load(score);
+    for (int i = LANES; i < n; i += LANES) m = simd::max(m, simd::load(score + i));
+    s.rescale[row] = out.max[row];
+    out.max[row] = std::max(out.max[row], simd::largest(m));
+  }
+  for (int row = 0; row < n_rows; row += LANES)
+    simd::store(s.rescale + row, simd::exp(simd::sub(simd::load(s.rescale + row), simd::load(out.max + row))));
+  for (int row = 0; row < n_rows; row++) {
+    float *score = s.scores + row * TILE, *sums = s.sums + row * LANES;
+    const F32 m = simd::set(out.max[row]);
+    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::sub(simd::load(score + i), m)));
+    const auto [from, to] = seen(row);
+    std::fill(score, score + from, 0.0f);
+    std::fill(score + std::max(from, to), score + n, 0.0f);
+    F32 sum = simd::mul(simd::load(sums), simd::set(s.rescale[row]));
+    for (int i = 0; i < n; i += LANES) sum = simd::add(sum, simd::load(score + i));
+    simd::store(sums, sum);
+  }
+}
+
+// The item's query rows times scale, one after the other.
+void load_queries(const float* q, const AttentionShape& shape, const Item& item, const Scratch& s) {
+  const int group = group_size(shape), k_dim = shape.k_dim;
+  for (int t = 0; t < item.n_tokens; t++) {
+    const int head = (item.first_token + t) * shape.n_heads + item.kv_head * group;
+    const float* from = q + to_size(head) * to_size(k_dim);
+    float* to = s.q + to_size(t * group) * to_size(k_dim);
+    for (int i = 0; i < group * k_dim; i++) to[i] = from[i] * shape.scale;
+  }
+}
+
+// The item's rows over split `split`, from nothing.
+template <class Rows>
+void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& shape, const Item& item, int split,
+                  const Scratch& s, const Partial& out) {
+  const Widths w(shape);
+  const int n_rows = item.n_tokens * group_size(shape);
+  const Range range = range_of(batch, shape, item);
+  std::fill_n(out.max, n_rows, NONE);
+  std::fill_n(s.sums, n_rows * LANES, 0.0f);
+  std::fill_n(out.acc, to_size(n_rows) * w.v_pad, 0.0f);
+  const int end = std::min(range.last, (split + 1) * SPLIT);
+  for (int tile = std::max(split * SPLIT, range.first / TILE * TILE); tile < end; tile += TILE) {
+    const int last = std::min(end, tile + TILE), registers = (last - tile + LANES - 1) / LANES;
+    load_tile(rows, shape, tile, std::max(range.first, tile), last, s);
+    small_product(s.q, to_size(shape.k_dim), n_rows, s.k_t, TILE, registers, shape.k_dim, nullptr, s.scores, TILE);
+    softmax_tile(batch, shape, item, tile, registers, s, out);
+    small_product(s.scores, TILE, n_rows, s.v, s.v_stride, static_cast<int>(w.v_pad) / LANES, last - tile, s.rescale,
+                  out.acc, w.v_pad);
+  }
+  for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
+}
+
+// --- merging splits
+// ---------------------------------------------------------------------------------------------------
+
+float exp_of(float x) {
+  float lanes[LANES];
+  simd::store(lanes, simd::exp(simd::set(x)));
+  return lanes[0];
+}
+
+// What a row has gathered so far, in the workspace and in out.
+struct Running {
+  float *max, *sum;
+  float* out;  // [v_dim]
+};
+
+Running running(const Layout& layout, const AttentionShape& shape, const Item& item, int row, float* out) {
+  const int group = group_size(shape);
+  const size_t at = to_size((item.first_token + row / group) * shape.n_heads + item.kv_head * group + row % group);
+  return {layout.max + at, layout.sum + at, out + at * to_size(shape.v_dim)};
+}
+
+void begin(const Running& to, int v_dim) {
+  *to.max = NONE;
+  *to.sum = 0;
+  std::fill_n(to.out, v_dim, 0.0f);
+}
+
+// A partial result of nothing, or the first after nothing, changes the other one in no bit.
+void merge(const Running& to, const Partial& from, int row, int v_dim, size_t v_pad) {
+  const float m = std::max(*to.max, from.max[row]);
+  const float old_factor = exp_of(*to.max - m), new_factor = exp_of(from.max[row] - m);
+  const float* acc = from.acc + to_size(row) * v_pad;
+  *to.max = m;
+  *to.sum = *to.sum * old_factor + from.sum[row] * new_factor;
+  for (int i = 0; i < v_dim; i++) to.out[i] = to.out[i] * old_factor + acc[i] * new_factor;
+}
+
+// + 0: a sum of nothing but underflows may be -0 or +0, depending on how many masked tokens follow it.
+void end(const Running& to, int v_dim) {
+  const float factor = *to.sum > 0 ? 1 / *to.sum : 0;
+  for (int i = 0; i < v_dim; i++) to.out[i] = to.out[i] * factor + 0.0f;
+}
+
+}  // namespace
+
+// --- flash: the context of every item
+// ---------------------------------------------------------------------------------
+
+namespace {
+
+[[maybe_unused]] int all_items(const Batch& batch, const AttentionShape& shape) {
+  int n = 0;
+  for (int s = 0; s < batch.n_sequences; s++) n += n_items(batch, s, shape);
+  return n;
+}
+
+[[maybe_unused]] Item item_of_batch(const Batch& batch, const AttentionShape& shape, int index) {
+  int s = 0;
+  for (int n; index >= (n = n_items(batch, s, shape)); s++) index -= n;
+  return item_of(batch, s, shape, index);
+}
+
+template <class Kv, int Block>
+CacheRows<Kv, Block> cache_rows(const KVCache<Kv, Block>& cache, int layer, const Batch& batch, const Item& item) {
+  return {cache, layer, item.kv_head, batch.block_table + to_size(item.sequence) * to_size(batch.max_blocks)};
+}
+
+// How many splits of an item are worked on at a time, their results kept in slots. 0: a thread takes an item with all
+// its splits, where there are enough items to keep all threads busy till the end. It changes no bit of the result.
+struct Plan {
+  int items = 0, splits_at_once = 0, rounds = 0;
+  Plan(const Batch& batch, const AttentionShape& shape, int n_threads) : items(all_items(batch, shape)) {
+    int total = 0, longest = 0;
+    for (int s = 0; s < batch.n_sequences; s++) {
+      const int n = n_items(batch, s, shape);
+      for (int i = 0; i < n; i += shape.n_kv_heads) {
+        const Range range = range_of(batch, shape, item_of(batch, s, shape, i));
+        const int splits = range.last_split() - range.first_split();
+        total += splits * shape.n_kv_heads;
+        longest = std::max(longest, splits);
+      }
+    }
+    if (n_threads == 1 || longest * n_threads * 4 <= total || items * 2 > SLOTS_PER_THREAD * n_threads) return;
+    splits_at_once = std::min(longest, SLOTS_PER_THREAD * n_threads / items);
+    rounds = (longest + splits_at_once - 1) / splits_at_once;
+  }
+};
+
+// Every item with all its splits, the last items (of the longest context) first.
+template <class Kv, int Block>
+void attend_items(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+                  const AttentionShape& shape, float* out, const Layout& layout, int items) {
+  const Scratch scratch = layout.my_scratch(shape);
+  const size_t v_pad = Widths(shape).v_pad;
+#pragma omp for schedule(dynamic, 1)
+  for (int index = items - 1; index >= 0; index--) {
+    const Item item = item_of_batch(batch, shape, index);
+    const Range range = range_of(batch, shape, item);
+    const int n_rows = item.n_tokens * group_size(shape);
+    load_queries(q, shape, item, scratch);
+    for (int row = 0; row < n_rows; row++) begin(running(layout, shape, item, row, out), shape.v_dim);
+    for (int split = range.first_split(); split < range.last_split(); split++) {
+      attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch, scratch.partial);
+      for (int row = 0; row < n_rows; row++)
+        merge(running(layout, shape, item, row, out), scratch.partial, row, shape.v_dim, v_pad);
+    }
+    for (int row = 0; row < n_rows; row++) end(running(layout, shape, item, row, out), shape.v_dim);
+  }
+}
+
+// Every item's splits in rounds: first each split on its own, then each row's merge.
+template <class Kv, int Block>
+void attend_splits(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+                   const AttentionShape& shape, float* out, const Layout& layout, const Plan& plan) {
+  const Scratch scratch = layout.my_scratch(shape);
+  const Widths w(shape);
+  const int at_once = plan.splits_at_once, rows = rows_per_item(shape);
+  for (int round = 0; round < plan.rounds; round++) {
+#pragma omp for schedule(dynamic, 1)
+    for (int index = 0; index < plan.items * at_once; index++) {
+      const Item item = item_of_batch(batch, shape, index / at_once);
+      const Range range = range_of(batch, shape, item);
+      const int split = range.first_split() + round * at_once + index % at_once;
+      if (split >= range.last_split()) continue;
+      load_queries(q, shape, item, scratch);
+      attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch,
+                   layout.slot(shape, index));
+    }
+#pragma omp for schedule(static)
+    for (int index = 0; index < plan.items * rows; index++) {
+      const int row = index % rows;
+      const Item item = item_of_batch(batch, shape, index / rows);
+      if (row >= item.n_tokens * group_size(shape)) continue;
+      const Range range = range_of(batch, shape, item);
+      const Running to = running(layout, shape, item, row, out);
+      const int first = range.first_split() + round * at_once, left = range.last_split() - first;
+      if (round == 0) begin(to, shape.v_dim);
+      for (int i = 0; i < std::min(left, at_once); i++)
+        merge(to, layout.slot(shape, index / rows * at_once + i), row, shape.v_dim, w.v_pad);
+      if (round == plan.rounds - 1) end(to, shape.v_dim);
+    }
+  }
+}
+
+template <class Kv, int Block>
+void run(Flash, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+         const AttentionShape& shape, float* out, AttentionWorkspace& workspace) {
+  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
+  const Plan plan(batch, shape, omp_get_num_threads());
+  if (plan.splits_at_once == 0)
+    attend_items(q, cache, layer, batch, shape, out, layout, plan.items);
+  else
+    attend_splits(q, cache, layer, batch, shape, out, layout, plan);
+}
+
+}  // namespace
+
+void attend_begin(const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                  AttentionWorkspace& workspace) {
+  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
+#pragma omp for schedule(static)
+  for (int index = 0; index < n_items(batch, sequence, shape); index++) {
+    const Item item = item_of(batch, sequence, shape, index);
+    for (int row = 0; row < item.n_tokens * group_size(shape); row++)
+      begin(running(layout, shape, item, row, out), shape.v_dim);
+  }
+}
+
+void attend_rows(const float* q, const PlainRows& rows, const Batch& batch, int sequence, const AttentionShape& shape,
+                 float* out, AttentionWorkspace& workspace) {
+  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
+  const Scratch scratch = layout.my_scratch(shape);
+  const int split = rows.first / SPLIT;
+#pragma omp for schedule(dynamic, 1)
+  for (int index = n_items(batch, sequence, shape) - 1; index >= 0; index--) {
+    const Item item = item_of(batch, sequence, shape, index);
+    const Range range = range_of(batch, shape, item);
+    if (split < range.first_split() || split >= range.last_split()) continue;
+    load_queries(q, shape, item, scratch);
+    attend_split(PlainHead{rows, shape, item.kv_head}, batch, shape, item, split, scratch, scratch.partial);
+    for (int row = 0; row < item.n_tokens * group_size(shape); row++)
+      merge(running(layout, shape, item, row, out), scratch.partial, row, shape.v_dim, Widths(shape).v_pad);
+  }
+}
+
+void attend_end(const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                AttentionWorkspace& workspace) {
+  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
+#pragma omp for schedule(static)
+  for (int index = 0; index < n_items(batch, sequence, shape); index++) {
+    const Item item = item_of(batch, sequence, shape, index);
+    for (int row = 0; row < item.n_tokens * group_size(shape); row++)
+      end(running(layout, shape, item, row, out), shape.v_dim);
+  }
+}
+
+// --- naive: the textbook
+// ----------------------------------------------------------------------------------------------
+
+namespace {
+
+[[maybe_unused]] float dot(const float* a, const float* b, int n) {
+  F32 sum = simd::zero();
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) sum = simd::fma(simd::load(a + i), simd::load(b + i), sum);
+  if (i < n) sum = simd::fma(simd::load_first(a + i, n - i), simd::load_first(b + i, n - i), sum);
+  return simd::sum(sum);
+}
+
+// One token and head: the row of scores over the context, its softmax, the sum of V. scores [context], row [max(k_dim,
+// v_dim)] are scratch.
+template <class Rows>
+void attend_naively(const float* q, const Rows& rows, const AttentionShape& shape, int position, float* out,
+                    float* scores, float* row) {
+  const int first = first_seen(shape, position);
+  float largest = NONE, sum = 0;
+  for (int t = first; t <= position; t++) {
+    Rows::Codec::load(rows.k(t), shape.k_dim, row);
+    float s = dot(q, row, shape.k_dim) * shape.scale;
+    if (shape.softcap > 0) s = shape.softcap * std::tanh(s / shape.softcap);
+    scores[t] = s;
+    largest = std::max(largest, s);
+  }
+  for (int t = first; t <= position; t++) sum += scores[t] = std::exp(scores[t] - largest);
+  std::fill_n(out, shape.v_dim, 0.0f);
+  for (int t = first; t <= position; t++) {
+    Rows::Codec::load(shape.v_is_k ? rows.k(t) : rows.v(t), shape.v_is_k ? shape.k_dim : shape.v_dim, row);
+    for (int i = 0; i < shape.v_dim; i++) out[i] += scores[t] / sum * row[i];
+  }
+}
+
+size_t naive_floats(const AttentionShape& shape, int context) {
+  return to_size(round_up(context + std::max(shape.k_dim, shape.v_dim), LANES));
+}
+
+template <class Kv, int Block>
+void run(Naive, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+         const AttentionShape& shape, float* out, AttentionWorkspace& workspace) {
+  const int context = std::max(0, *std::max_element(batch.context_len, batch.context_len + batch.n_sequences));
+  float* scores =
+      reinterpret_cast<float*>(workspace.memory.data()) + to_size(omp_get_thread_num()) * naive_floats(shape, context);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+  for (int t = 0; t < batch.n_tokens; t++) {
+    for (int h = 0; h < shape.n_heads; h++) {
+      const int* end = batch.query_start + batch.n_sequences + 1;
+      const int sequence = static_cast<int>(std::upper_bound(batch.query_start, end, t) - batch.query_start) - 1;
+      const Item item{sequence, h / group_size(shape), t, 1};
+      const size_t at = to_size(t) * to_size(shape.n_heads) + to_size(h);
+      attend_naively(q + at * to_size(shape.k_dim), cache_rows(cache, layer, batch, item), shape, batch.positions[t],
+                     out + at * to_size(shape.v_dim), scores, scores + context);
+    }
+  }
+}
+
+}  // namespace
+
+size_t AttentionWorkspace::bytes(const AttentionShape& shape, int max_tokens, int context, int n_threads) {
+  const size_t flash =
+      2 * Layout::state_floats(shape, max_tokens) +
+      to_size(n_threads) * (Scratch::floats(shape) + to_size(SLOTS_PER_THREAD) * Widths(shape).partial());
+  return sizeof(float) * std::max(flash, to_size(n_threads) * naive_floats(shape, context));
+}
+
+template <class Kernel, class Kv, int Block>
+void attend(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch, const AttentionShape& shape,
+            float* out, AttentionWorkspace& workspace) {
+  run(Kernel{}, q, cache, layer, batch, shape, out, workspace);
+}
+
+#define INSTANTIATE(Kernel, Kv, Block)                                                                \
+  template void attend<Kernel, Kv, Block>(const float*, const KVCache<Kv, Block>&, int, const Batch&, \
+                                          const AttentionShape&, float*, AttentionWorkspace&);
+FOR_EACH_KERNEL(INSTANTIATE)

@@ -1,0 +1,101 @@
+// kvcache.cpp: the only writer of the cache.
+#include "kvcache.h"
+
+#include "build.h"
+
+// x [32], q [32]. The scale is the smallest float16 that is not below amax / 127, NaN where an element is not finite.
+static uint16_t store_q8_group(const float* x, int8_t* q) {
+  simd::F32 largest = simd::zero(), not_finite = simd::zero();
+  for (int i = 0; i < KvQ8::GROUP_SIZE; i += simd::LANES) {
+    const simd::F32 a = simd::load(x + i);
+    largest = simd::max(largest, simd::max(a, simd::sub(simd::zero(), a)));
+    not_finite = simd::fma(a, simd::zero(), not_finite);  // NaN for an infinity or NaN
+  }
+  const float amax = simd::largest(largest);
+  uint16_t scale = float_to_f16(amax / 127 + simd::sum(not_finite));
+  if (f16_to_float(scale) * 127 < amax) scale++;
+  const simd::F32 inverse = simd::set(scale == 0 ? 0 : 1 / f16_to_float(scale));
+  float rounded[KvQ8::GROUP_SIZE];
+  for (int i = 0; i < KvQ8::GROUP_SIZE; i += simd::LANES) {
+    // min gives its second operand for a NaN, whose conversion to an integer would be undefined
+    const simd::F32 y = simd::min(simd::mul(simd::load(x + i), inverse), simd::set(127));
+    simd::store(rounded + i, simd::round(simd::max(y, simd::set(-127))));
+  }
+  for (int i = 0; i < KvQ8::GROUP_SIZE; i++) q[i] = static_cast<int8_t>(rounded[i]);
+  return scale;
+}
+
+void KvQ8::store(const float* x, int dim, std::byte* row) {
+  uint16_t* scales = reinterpret_cast<uint16_t*>(row);
+  int8_t* q = reinterpret_cast<int8_t*>(scales + groups(dim));
+  for (int i = 0; i < dim; i += GROUP_SIZE) {
+    const size_t n = static_cast<size_t>(dim - i < GROUP_SIZE ? dim - i : GROUP_SIZE);
+    float group[GROUP_SIZE] = {};
+    int8_t rounded[GROUP_SIZE];
+    std::memcpy(group, x + i, n * sizeof(float));
+    scales[i / GROUP_SIZE] = store_q8_group(group, rounded);
+    std::memcpy(q + i, rounded, n);
+  }
+}
+
+template <class Kv, int Block>
+size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
+  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
+         (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+}
+
+template <class Kv, int Block>
+size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
+  const int block_size = Block ? Block : shape.block_size;
+  return bytes_per_token(shape) * static_cast<size_t>(shape.n_blocks) * static_cast<size_t>(block_size);
+}
+
+template <class Kv, int Block>
+KVCache<Kv, Block>::KVCache(const CacheShape& shape)
+    : shape_(shape), k_row_bytes_(Kv::row_bytes(shape.k_dim)), v_row_bytes_(Kv::row_bytes(shape.v_dim)) {
+  const size_t n_rows = row_index(shape.n_layers, 0, 0, 0);
+  k_ = Buffer<std::byte>(n_rows * k_row_bytes_);
+  v_ = Buffer<std::byte>(n_rows * v_row_bytes_);
+}
+
+template <class Kv, int Block>
+void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, const float* v) {
+  const int G = shape_.n_kv_heads, k_dim = shape_.k_dim, v_dim = shape_.v_dim;
+#pragma omp for schedule(static)
+  for (int t = 0; t < batch.n_tokens; t++) {
+    const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
+    for (int g = 0; g < G; g++) {
+      const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
+      const size_t to = row_index(layer, block, g, slot);
+      Kv::store(k + from * static_cast<size_t>(k_dim), k_dim, k_.data() + to * k_row_bytes_);
+      if (v_dim > 0) Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, v_.data() + to * v_row_bytes_);
+    }
+  }
+}
+
+template <class Kv, int Block>
+void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first, int n, float* out) const {
+  const int* table = batch.block_table + static_cast<size_t>(s) * static_cast<size_t>(batch.max_blocks);
+#pragma omp for schedule(static)
+  for (int i = 0; i < n; i++) {
+    const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
+    Kv::load(k_row(layer, block, 0, slot), shape_.k_dim,
+             out + static_cast<size_t>(i) * static_cast<size_t>(shape_.k_dim));
+  }
+}
+
+template <class Kv, int Block>
+void KVCache<Kv, Block>::copy_blocks(const Batch& batch) {
+  const size_t k_bytes = row_index(0, 1, 0, 0) * k_row_bytes_, v_bytes = row_index(0, 1, 0, 0) * v_row_bytes_;
+#pragma omp for collapse(2) schedule(static)
+  for (int layer = 0; layer < shape_.n_layers; layer++) {
+    for (int i = 0; i < batch.n_copies; i++) {
+      const size_t from = row_index(layer, batch.copy_from[i], 0, 0), to = row_index(layer, batch.copy_to[i], 0, 0);
+      std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, k_bytes);
+      if (v_bytes > 0) std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, v_bytes);
+    }
+  }
+}
+
+#define INSTANTIATE(Kv, Block) template class KVCache<Kv, Block>;
+FOR_EACH_CACHE(INSTANTIATE)
