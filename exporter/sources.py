@@ -6,6 +6,7 @@ architectures.py.
 """
 
 import json
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -259,10 +260,15 @@ GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without lo
 }
 
 
+MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
+
+
 def gguf_config(source: Source) -> dict:
     """The metadata under Hugging Face's names; an unknown key of the architecture keeps its own (and is refused later)."""
     architecture = source.metadata.get("general.architecture")
-    config = {"model_type": architecture}
+    if source.metadata.get("split.count", 1) != 1:
+        raise ExportError(f"{source.path}: split.count is {source.metadata['split.count']}: join the parts with llama-gguf-split --merge")
+    config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for key, value in source.metadata.items():
         prefix, _, name = key.partition(".")
         if prefix != architecture or name in GGUF_NO_EFFECT:
@@ -270,7 +276,48 @@ def gguf_config(source: Source) -> dict:
         if isinstance(value, list) and len(set(map(repr, value))) == 1:
             value = value[0]  # one value a layer, all the same
         config[GGUF_KEYS.get(name, key)] = value
+    config["tie_word_embeddings"] = "output.weight" not in source.tensors
+    if "token_embd.weight" in source.tensors:
+        config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
+    if architecture == "llama" and config.get("num_experts"):
+        config["model_type"] = "mixtral"
+    if architecture == "gemma3":  # llama.cpp keeps no query_pre_attn_scalar: head_dim but for the 27B, of 62 layers
+        wide = config.get("num_hidden_layers") == 62
+        config["query_pre_attn_scalar"] = (config["hidden_size"] // config["num_attention_heads"] if wide
+                                           else config.get("head_dim", 256))
+    if architecture == "deepseek2":
+        gguf_latent(config)
+    gguf_rope(config)
     return config
+
+
+def gguf_latent(config: dict) -> None:
+    """DeepSeek's widths: GGUF has the whole key's, before the latent's (older files) or beside it (key_length_mla)."""
+    key, value = config.pop("head_dim", 0), config.pop("value_length", 0)
+    key, config["v_head_dim"] = config.pop("key_length_mla", key), config.pop("value_length_mla", value)
+    config["qk_rope_head_dim"] = config.pop("rope_dim", 0)
+    config["qk_nope_head_dim"] = key - config["qk_rope_head_dim"]
+    config["num_key_value_heads"] = config.get("num_attention_heads")
+    config.setdefault("q_lora_rank", None)
+    if config.pop("expert_gating_func", 1) == 2:
+        config["model_type"] = "deepseek_v3"
+    elif config.get("n_group", 1) > 1:
+        config["topk_method"] = "group_limited_greedy"
+
+
+def gguf_rope(config: dict) -> None:
+    """GGUF's rope.scaling keys -> rope_scaling. Its attn_factor multiplies YaRN's own factor on cos and sin."""
+    names = ("factor", "original_max_position_embeddings", "attention_factor", "yarn_log_multiplier", "beta_fast", "beta_slow")
+    scaling = {name: config.pop(name) for name in names if name in config}
+    kind = config.pop("rope_type", "none")
+    if kind == "none":
+        return
+    multiplier = scaling.pop("yarn_log_multiplier", 0)
+    if multiplier:  # DeepSeek: 0.1 mscale_all_dim
+        scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
+    elif kind == "yarn" and "attention_factor" in scaling:
+        scaling["attention_factor"] *= 0.1 * math.log(scaling.get("factor", 1)) + 1
+    config["rope_scaling"] = scaling | {"rope_type": kind}
 
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Turns a checkpoint (GGUF, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin (README.md)."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from exporter import architectures, rewrite, writer
+from exporter.errors import ExportError
+from exporter.sources import open_source
+from exporter.tokenizer import write_tokenizer
+from exporter.weights import TYPES, size
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="NAME.safetensors")
+    parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
+    parser.add_argument("--as", dest="layout", metavar="mha|gqa:G|mla", type=rewrite.parse,
+                        help="the same model in another attention layout, exactly")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
+    options = parser.parse_args()
+    if options.output.suffix != ".safetensors":
+        parser.error(f"argument -o/--output: {options.output}: the name must end in .safetensors")
+    return options
+
+
+def export(options: argparse.Namespace) -> None:
+    source = open_source(options.source, options.tokenizer)
+    model = architectures.build(source)
+    if options.layout:
+        model = rewrite.rewrite(model, *options.layout)
+    output, tokenizer = options.output, options.output.with_suffix(".tokenizer.bin")
+    unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (tokenizer, output)}
+    try:
+        write_tokenizer(source, unfinished[tokenizer])
+        counts = writer.write(model, options.type, unfinished[output], unfinished[tokenizer], source.name)
+        for path, part in unfinished.items():
+            part.replace(path)
+    finally:
+        for part in unfinished.values():
+            part.unlink(missing_ok=True)
+    print(summary(source, model, counts, output, tokenizer))
+
+
+def summary(source, model: architectures.Model, counts, output: Path, tokenizer: Path) -> str:
+    c = model.config
+    parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
+    if c["attention"] == "mla":
+        widths = f"kv_lora_rank {c['kv_lora_rank']}, qk_rope_head_dim {c['qk_rope_head_dim']}"
+        cached = c["kv_lora_rank"] + c["qk_rope_head_dim"]
+    else:
+        widths = f"{c['n_kv_heads']} KV heads of {c['head_dim']}"
+        cached = 2 * c["n_kv_heads"] * c["head_dim"]
+    lines = [
+        f"{output} and {tokenizer.name}, from {source.name}",
+        f"  attention   {c['attention']}: {c['n_layers']} layers, {c['n_heads']} heads, {widths}",
+        f"  parameters  {parameters / 1e6:.1f} million",
+        "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
+        f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
+        f"  context     {c['seq_len']} tokens",
+    ]
+    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
+    if lost:
+        lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    try:
+        export(arguments())
+    except (ExportError, OSError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

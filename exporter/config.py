@@ -1,0 +1,96 @@
+"""A source's config.json, read key by key: a key that nothing read is refused, so that none is dropped silently."""
+
+from exporter.errors import ExportError
+from exporter.sources import Source
+
+ALIASES = {  # the same thing under other architectures' names
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "n_inner": "intermediate_size",
+    "activation_function": "hidden_act",
+    "hidden_activation": "hidden_act",
+    "layer_norm_epsilon": "norm_eps",
+    "rms_norm_eps": "norm_eps",
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+}
+
+# Keys that change nothing in the text that a model generates: training, bookkeeping, token ids (the tokenizer has them).
+NO_EFFECT = set("""
+architectures auto_map transformers_version torch_dtype dtype _name_or_path model_type unsloth_version unsloth_fixed
+is_llama_config transformers.js_config task_specific_params id2label label2id problem_type return_dict tokenizer_class
+output_hidden_states output_attentions output_router_logits chunk_size_feed_forward finetuning_task
+bos_token_id eos_token_id pad_token_id image_token_index boi_token_index eoi_token_index mm_tokens_per_image vision_config
+use_cache cache_implementation _attn_implementation_autoset attn_implementation pretraining_tp n_ctx
+initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop router_aux_loss_coef router_jitter_noise
+aux_loss_alpha seq_aux ep_size num_nextn_predict_layers num_mtp_layers qk_head_dim
+summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32
+""".split())
+
+# Keys that do, of which this project has one value; null stands for "not set".
+FIXED = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "use_bidirectional_attention": (False,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
+    "moe_layer_freq": (1,),
+}
+
+
+class Keys:
+    """The config of a source, its aliases resolved, with an architecture's defaults for the keys that it leaves out."""
+
+    def __init__(self, source: Source, values: dict, defaults: dict):
+        self.where = source.where
+        self.names = {}  # canonical name -> the file's
+        self.values = {}
+        self.read = set()
+        for name, value in values.items():
+            key = ALIASES.get(name, name)
+            if key in self.values and None not in (value, self.values[key]) and self.values[key] != value:
+                raise ExportError(f"{self.where}: {name} is {value!r} but {self.names[key]} is {self.values[key]!r}: remove one")
+            if value is not None or key not in self.values:
+                self.names[key], self.values[key] = name, value
+        self.defaults = defaults
+        for key, allowed in FIXED.items():
+            if self.get(key, allowed[0]) not in allowed:
+                self.refuse(key, f"only {allowed[0]!r} is supported")
+
+    def refuse(self, key: str, expected: str):
+        value = self.values.get(key, self.defaults.get(key))
+        raise ExportError(f"{self.where}: {self.names.get(key, key)} is {value!r}: {expected}")
+
+    def get(self, key: str, default=None):
+        """The file's value, else the architecture's; `default` where that is null."""
+        self.read.add(key)
+        value = self.values.get(key) if key in self.values else self.defaults.get(key)
+        return default if value is None else value
+
+    def choice(self, key: str, choices: dict):
+        value = self.get(key)
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(key, f"known are {', '.join(choices)}: export a model that has one of these")
+        return choices[value]
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            self.refuse(key, "must be a positive integer: fetch the file again")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or value == float("inf"):
+            self.refuse(key, "must be a positive number: fetch the file again")
+        return float(value)
+
+    def finish(self):
+        for key, value in self.values.items():
+            if value is not None and key not in self.read and key not in NO_EFFECT and self.names[key] not in NO_EFFECT:
+                self.refuse(key, "this key is not known, and a key that is dropped silently makes a wrong model: "
+                                 "export a model without it, or teach exporter/config.py what it means")

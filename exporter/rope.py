@@ -1,0 +1,108 @@
+"""RoPE tables: inverse frequencies with any rope_scaling applied, and the factor on cos and sin.
+
+In float32 and in Hugging Face's order (modeling_rope_utils.py), so that the table is the one that the model was run with.
+"""
+
+import math
+
+import numpy as np
+
+from exporter.config import Keys
+
+NEVER = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+KINDS = {  # rope_type -> its own parameters
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+}
+
+
+def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
+    """The parameters of the layers of a type, from rope_parameters (transformers 5) or rope_theta and rope_scaling.
+
+    rope_scaling is for the layers of full attention alone where a model has two kinds of layers (Gemma 3).
+    """
+    given = keys.get("rope_parameters")
+    theta, scaling = keys.get(theta_key), keys.get("rope_scaling")
+    if given is not None:
+        name, chosen = "rope_parameters", given.get(layer_type, given)
+    else:
+        name, chosen = "rope_scaling", scaling if layer_type == "full_attention" else None
+    chosen = {key: value for key, value in (chosen or {}).items() if value is not None}
+    kind = chosen.get("rope_type", chosen.get("type", "default"))
+    if kind not in KINDS:
+        keys.refuse(name, f"rope_type {kind!r} is not one of {', '.join(KINDS)} (kinds that depend on the length at run time "
+                          "are not supported): export a model without it")
+    for key, value in chosen.items():
+        if key not in KINDS[kind] | NEVER:
+            keys.refuse(name, f"{key} is not known for rope_type {kind!r}: export a model without it")
+        number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        if not number and key not in ("type", "rope_type", "truncate"):
+            keys.refuse(name, f"{key} must be a positive number: fetch the file again")
+    if chosen.get("partial_rotary_factor", 1) != 1:
+        keys.refuse(name, "partial_rotary_factor must be 1: export a model that rotates whole heads")
+    for key in {"factor", "low_freq_factor", "high_freq_factor"} & KINDS[kind]:
+        if not chosen.get(key):
+            keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
+    return {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta} | chosen | {
+        "rope_type": kind}
+
+
+def table(rope: dict, dim: int) -> tuple[np.ndarray, float]:
+    """inv_freq [dim / 2] float32 and the factor on cos and sin, for heads of which dim elements rotate."""
+    base = np.float32(rope["rope_theta"])
+    inv_freq = 1 / base ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    if rope["rope_type"] == "linear":
+        return inv_freq / np.float32(rope["factor"]), 1.0
+    if rope["rope_type"] == "llama3":
+        return llama3(inv_freq, rope), 1.0
+    if rope["rope_type"] == "yarn":
+        return yarn(inv_freq, rope), yarn_attention_factor(rope)
+    return inv_freq, 1.0
+
+
+def llama3(inv_freq: np.ndarray, rope: dict) -> np.ndarray:
+    """Long waves are slowed by the factor, short ones kept, those between interpolated (Llama 3.1)."""
+    low, high, length = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    wave = np.float32(2 * math.pi) / inv_freq
+    smooth = (length / wave - low) / (high - low)
+    slowed = inv_freq / np.float32(rope["factor"])
+    between = (1 - smooth) * slowed + smooth * inv_freq
+    return np.where(wave > length / low, slowed, np.where(wave < length / high, inv_freq, between)).astype(np.float32)
+
+
+def yarn(inv_freq: np.ndarray, rope: dict) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): a ramp over the dimensions from kept to slowed by the factor."""
+    n, length = len(inv_freq), rope["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        """The dimension that makes so many rotations over the original context."""
+        return n * math.log(length / (rotations * 2 * math.pi)) / math.log(rope["rope_theta"])
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * n - 1)
+    ramp = np.clip((np.arange(n, dtype=np.float32) - low) / (high - low if high != low else 0.001), 0, 1)
+    return (inv_freq / np.float32(rope["factor"]) * ramp + inv_freq * (1 - ramp)).astype(np.float32)
+
+
+def yarn_mscale(factor: float, mscale: float = 1) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
+
+
+def yarn_attention_factor(rope: dict) -> float:
+    if "attention_factor" in rope:
+        return float(rope["attention_factor"])
+    factor, mscale, all_dim = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
+    if mscale and all_dim:
+        return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim)
+    return yarn_mscale(factor)
+
+
+def softmax_mscale(rope: dict) -> float:
+    """DeepSeek's factor on the softmax scale (DeepseekV3Attention, yarn_apply_mscale): mscale_all_dim's, squared."""
+    if rope["rope_type"] == "default" or not rope.get("mscale_all_dim"):
+        return 1.0
+    return yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2

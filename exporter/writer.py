@@ -1,0 +1,95 @@
+"""Writes the model file: plain safetensors, one chunk of rows after the other, under a temporary name until it is whole."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from exporter.architectures import Model
+from exporter.errors import ExportError
+from exporter.weights import GROUP, QUANTIZED, Tensor, quantize, size, stored_type
+
+CHUNK = 1 << 22  # elements converted at a time
+DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "I8", "q4": "U8"}
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
+
+
+def written_type(name: str, tensor: Tensor, type: str | None) -> str:
+    """Vectors, tables and routers are f32; MLA's w_uk and w_uv, which each token multiplies twice, are never quantised."""
+    module = name.split(".")[-2]
+    if len(tensor.shape) == 1 or module in ("router", "position_embedding"):
+        return "f32"
+    chosen = stored_type(tensor, type)
+    if module in ("w_uk", "w_uv") and chosen in QUANTIZED:
+        return "f16" if tensor.type in QUANTIZED else tensor.type
+    return chosen
+
+
+def stored_parts(name: str, tensor: Tensor, type: str) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """(field of Weight, name, dtype, shape) of the tensors that hold one of ours."""
+    *outer, k = tensor.shape
+    if type not in QUANTIZED:
+        return [("data", name, DTYPES[type], tensor.shape)]
+    stem = name.removesuffix("weight")
+    groups = (*outer, k // GROUP)
+    parts = [("data", name, DTYPES[type], (*outer, k // 2 if type == "q4" else k)), ("scale", stem + "scale", "F16", groups)]
+    return parts + ([("min", stem + "min", "F16", groups)] if type == "q4" else [])
+
+
+def layout(model: Model, type: str | None) -> tuple[dict, list]:
+    """The safetensors header, and (name, tensor, type, {field: (offset, bytes of a row)}) of each of ours, in file order.
+
+    Float32 comes first and the rest has an even number of bytes, so that every tensor is aligned to its type.
+    """
+    plan = [(name, tensor, written_type(name, tensor, type)) for name, tensor in model.tensors.items()]
+    header, entries, offset = {}, [], 0
+    for name, tensor, kind in sorted(plan, key=lambda entry: entry[2] != "f32"):
+        places = {}
+        for field, stored, dtype, shape in stored_parts(name, tensor, kind):
+            bytes = size(shape) * BYTES[dtype]
+            header[stored] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + bytes]}
+            places[field] = (offset, bytes // tensor.n)
+            offset += bytes
+        entries.append((name, tensor, kind, places))
+    return header, entries
+
+
+def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str) -> Counter:
+    """Writes `path`, and returns the bytes of each type."""
+    header, entries = layout(model, type)
+    header["__metadata__"] = {
+        "format": "attn.cu 1",
+        "config": json.dumps(model.config),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "source": source,
+    }
+    text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
+    text += b" " * (-len(text) % 64 + 56)  # the data starts at a multiple of 64
+    total = sum(row * tensor.n for _, tensor, _, places in entries for _, row in places.values())
+    counts = Counter()
+    with path.open("wb") as file, tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None, leave=False) as bar:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + total)
+        for name, tensor, kind, places in entries:
+            write_tensor(file, 8 + len(text), name, tensor, kind, places, bar)
+            counts[kind] += sum(row for _, row in places.values()) * tensor.n
+    return counts
+
+
+def write_tensor(file, start: int, name: str, tensor: Tensor, kind: str, places: dict, bar) -> None:
+    step = max(1, CHUNK // tensor.k)
+    for first in range(0, tensor.n, step):
+        rows = np.arange(first, min(first + step, tensor.n))
+        try:
+            weight = tensor.read(rows)
+            weight = weight if weight.type == kind else quantize(weight.float32(), kind)
+        except ExportError as error:
+            raise ExportError(f"tensor {name} {error}") from error
+        for field, (offset, row_bytes) in places.items():
+            data = np.ascontiguousarray(getattr(weight, field))
+            os.pwrite(file.fileno(), data.data.cast("B"), start + offset + first * row_bytes)
+            bar.update(data.nbytes)
