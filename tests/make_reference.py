@@ -1,0 +1,662 @@
+"""Makes tests/reference: what transformers (float32, CPU) computes for the models that the tests run.
+
+    python tests/make_reference.py tiny [NAME ...]                  random tiny checkpoints, one or more an architecture
+    python tests/make_reference.py real GGUF NAME                   greedy text and perplexity of a real model
+
+Needs torch and transformers; the tests need neither. A tiny model is accepted only if
+  - the same model in float64 agrees to 2e-5 of the largest logit: the 2e-4 that the tests allow is then ten times what
+    rounding does, and no expert is chosen by a hair's breadth;
+  - every feature it is there for matters: without it (`matters` below) the logits move by 50 times what the tests allow;
+  - the text that it writes is not decided by near-ties and does not repeat one token.
+"""
+
+import copy
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import checkpoints
+
+TOLERANCE = 2e-4  # of the largest logit: what test_reference.py allows
+N_GREEDY = 16
+PROMPTS = [
+    "The quick brown fox jumps over the lazy dog; 0123456789 times?",
+    "for (int i = 0; i < n; i++) x[i] += y[i] * 3.14;  // done",
+    "To be, or not to be: that is the Question!",
+    "Once upon a time, in a land far, far away, lived (at 42) a Queen.",
+    "SELECT name, size FROM files WHERE size > 1e6;",
+]
+
+# Keys of the Hub's configs that change nothing; every model carries them.
+NO_EFFECT = {
+    "torch_dtype": "float32",
+    "transformers_version": "4.41.2",
+    "use_cache": True,
+    "initializer_range": 0.02,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+    "vocab_size": checkpoints.VOCAB_SIZE,
+}
+NORMS = {"norms": (r"layernorm.weight|norm.weight", 1.0)}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+DEEPSEEK_YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+
+
+def gpt2(**changes):
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new",
+        "n_positions": 128,
+        "n_ctx": 128,
+        "n_embd": 96,
+        "n_head": 3,
+        "n_layer": 3,
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    } | changes
+
+
+def bigcode(**changes):
+    return {
+        "model_type": "gpt_bigcode",
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "activation_function": "gelu_pytorch_tanh",
+        "attention_softmax_in_fp32": True,
+        "scale_attention_softmax_in_fp32": True,
+        "multi_query": True,
+        "n_positions": 128,
+        "n_embd": 160,
+        "n_head": 2,
+        "n_inner": 320,
+        "n_layer": 2,
+        "layer_norm_epsilon": 1e-5,
+        "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+        "scale_attn_weights": True,
+        "inference_runner": 0,
+        "max_batch_size": None,
+        "max_sequence_length": None,
+        "pad_key_length": True,
+        "pre_allocate_kv_cache": False,
+        "validate_runner_input": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+    } | changes
+
+
+def llama(model_type="llama", **changes):
+    architecture = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    return {
+        "model_type": model_type,
+        "architectures": [f"{architecture[model_type]}ForCausalLM"],
+        "hidden_size": 96,
+        "intermediate_size": 136,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+    } | changes
+
+
+def gemma3(**changes):
+    return {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 20,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": None,
+        "sliding_window": 12,
+        "sliding_window_pattern": 3,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "pad_token_id": 0,
+    } | changes
+
+
+def deepseek_v2(**changes):
+    return {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"},
+        "hidden_size": 96,
+        "intermediate_size": 136,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "q_lora_rank": None,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 40,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 40,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+        "pretraining_tp": 1,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2560,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000,
+        "rope_scaling": DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+    } | changes
+
+
+def deepseek_v3(**changes):
+    v3 = {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+        "q_lora_rank": 56,
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "topk_method": "noaux_tc",
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "ep_size": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    }
+    return deepseek_v2() | v3 | changes
+
+
+def mixtral(**changes):
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2, "output_router_logits": False}
+    return llama("mixtral", sliding_window=None, router_aux_loss_coef=0.02, **experts) | changes
+
+
+def qwen3_moe(**changes):
+    experts = {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 7,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+    }
+    qwen3 = {"head_dim": 32, "attention_bias": False, "use_sliding_window": False, "sliding_window": None}
+    return llama("qwen3", max_window_layers=2, rms_norm_eps=1e-6, **qwen3) | experts | changes
+
+
+# name -> config; what must matter: a change of config, or (tensors, the value that undoes them); and how it is stored.
+MODELS = {
+    "gpt2": {
+        "config": gpt2(),
+        "matters": {
+            "positions": ("wpe", 0.0),
+            "biases": (r"\.bias", 0.0),
+            "activation": {"activation_function": "relu"},
+        },
+        "strip": "transformer.",  # as OpenAI's own checkpoint names them, with the masks it holds
+        "extra": {f"h.{i}.attn.bias": [1, 1, 128, 128] for i in range(3)},
+    },
+    "gpt2_inner": {
+        "config": gpt2(n_inner=152, activation_function="gelu", n_head=2, layer_norm_epsilon=1e-3),
+        "matters": {"eps": {"layer_norm_epsilon": 0.1}},
+        "dtype": "F16",
+    },
+    "bigcode_mqa": {"config": bigcode(), "matters": {"biases": (r"\.bias", 0.0), "positions": ("wpe", 0.0)}},
+    "bigcode_mha": {
+        "config": bigcode(multi_query=False, n_embd=96, n_head=3),
+        "matters": {"biases": (r"c_attn\.bias", 0.0)},
+    },
+    "llama_mha": {
+        "config": llama(num_attention_heads=3, num_key_value_heads=3, pretraining_tp=1, rope_scaling=None),
+        "matters": NORMS | {"theta": {"rope_theta": 500.0}, "eps": {"rms_norm_eps": 0.1}},
+        "extra": {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": [16] for i in range(2)},
+        "shards": 2,
+    },
+    "llama_gqa": {"config": llama(), "matters": {"theta": {"rope_theta": 500.0}}, "dtype": "F16"},
+    "llama_mqa": {
+        "config": llama(num_attention_heads=5, num_key_value_heads=1, hidden_size=160),
+        "matters": {"theta": {"rope_theta": 500.0}},
+    },
+    "llama_head_dim": {
+        "config": llama(head_dim=80, num_attention_heads=3, num_key_value_heads=1),
+        "matters": {"theta": {"rope_theta": 500.0}},
+    },
+    "llama_bias": {
+        "config": llama(attention_bias=True, mlp_bias=True, num_key_value_heads=3),
+        "matters": {name: (rf"{name}_proj.bias", 0.0) for name in ("q", "v", "o", "gate", "up", "down")}
+        | {"k": (r"k_proj.bias", 0.5)},  # a constant on every key is nothing to a softmax, were it not for the rotation
+    },
+    "llama3": {
+        "config": llama(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_attention_heads=3, num_key_value_heads=1),
+        "matters": {"rope scaling": {"rope_scaling": None}},
+        "dtype": "BF16",
+    },
+    "llama_linear": {
+        "config": llama(rope_scaling={"type": "linear", "factor": 4.0}),
+        "matters": {"rope scaling": {"rope_scaling": None}},
+    },
+    "llama_yarn": {
+        "config": llama(
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            num_attention_heads=3,
+            num_key_value_heads=3,
+        ),
+        "matters": {
+            "rope scaling": {"rope_scaling": None},
+            "attention factor": {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                    "attention_factor": 1.0,
+                }
+            },
+        },
+    },
+    "llama_yarn_explicit": {  # in the words of transformers 5, every option given
+        "config": {key: value for key, value in llama().items() if key != "rope_theta"}
+        | {
+            "dtype": "float32",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 20000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.25,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        },
+        "matters": {"rope scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}},
+    },
+    "smollm2": {
+        "config": llama(
+            hidden_size=144,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            num_hidden_layers=4,
+            rope_theta=100000,
+            rope_interleaved=False,
+            rope_scaling=None,
+            is_llama_config=True,
+            mlp_bias=False,
+            attention_bias=False,
+            pretraining_tp=1,
+            tie_word_embeddings=True,
+        ),
+        "matters": NORMS,
+        "dtype": "BF16",
+    },
+    "mistral": {
+        "config": llama("mistral", sliding_window=16, num_hidden_layers=3, head_dim=32),
+        "matters": {"window": {"sliding_window": None}, "window + 1": {"sliding_window": 17}},
+        "dtype": "BF16",
+    },
+    "qwen2": {
+        "config": llama(
+            "qwen2",
+            rms_norm_eps=1e-6,
+            use_sliding_window=False,
+            sliding_window=8,
+            max_window_layers=1,
+            tie_word_embeddings=True,
+        ),
+        "matters": {"biases": (r"[qv]_proj.bias", 0.0)},
+    },
+    "qwen2_window": {
+        "config": llama(
+            "qwen2",
+            use_sliding_window=True,
+            sliding_window=12,
+            max_window_layers=2,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+        ),
+        "matters": {"window": {"use_sliding_window": False}, "window layers": {"max_window_layers": 0}},
+    },
+    "qwen3": {
+        "config": llama(
+            "qwen3",
+            head_dim=96,
+            attention_bias=False,
+            use_sliding_window=False,
+            sliding_window=None,
+            max_window_layers=2,
+            rms_norm_eps=1e-6,
+            rope_theta=1000000,
+        ),
+        "matters": {"q norm": (r"q_norm", 1.0), "k norm": (r"k_norm", 1.0), "theta": {"rope_theta": 5000.0}},
+    },
+    "qwen3_yarn": {
+        "config": llama(
+            "qwen3",
+            head_dim=32,
+            attention_bias=True,
+            rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+            tie_word_embeddings=True,
+        ),
+        "matters": {"rope scaling": {"rope_scaling": None}, "biases": (r"_proj.bias", 0.0)},
+    },
+    "gemma3": {
+        "config": gemma3(),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "window + 1": {"sliding_window": 13},
+            "pattern": {"sliding_window_pattern": 2},
+            "global theta": {"rope_theta": 10000.0},
+            "local theta": {"rope_local_base_freq": 1000000.0},
+            "scale": {"query_pre_attn_scalar": 32},
+            "activation": {"hidden_activation": "silu"},
+        }
+        | {name: (rf"{name}.weight", 0.0) for name in ("q_norm", "k_norm", "post_attention_layernorm")}
+        | {name: (rf"{name}_feedforward_layernorm.weight", 0.0) for name in ("pre", "post")},
+    },
+    "gemma3_long": {  # as the 4B and larger: scaled global positions; in the words of transformers 5
+        "config": {
+            key: value
+            for key, value in gemma3(
+                num_key_value_heads=2,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+                use_bidirectional_attention=False,
+            ).items()
+            if key not in ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
+        },
+        "matters": {"layer types": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}},
+        "dtype": "BF16",
+    },
+    "gemma3_cap": {
+        "config": gemma3(final_logit_softcapping=3.0, num_attention_heads=2),
+        "matters": {"logit cap": {"final_logit_softcapping": None}},
+    },
+    "deepseek_v2_lite": {
+        "config": deepseek_v2(),
+        "matters": {
+            "rope scaling": {"rope_scaling": None},
+            "mscale": {"rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            "top-k": {"num_experts_per_tok": 2},
+            "kv norm": (r"kv_a_layernorm", 1.0),
+            "shared experts": (r"shared_experts.down", 0.0),
+            "router": (r"mlp.gate.weight", 0.0),
+        },
+    },
+    "deepseek_v2": {
+        "config": deepseek_v2(
+            q_lora_rank=56,
+            kv_lora_rank=256,
+            qk_rope_head_dim=64,
+            topk_method="group_limited_greedy",
+            n_routed_experts=12,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=4.0,
+            rope_scaling=DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+        ),
+        "matters": {
+            "groups": {"topk_method": "greedy"},
+            "scaling factor": {"routed_scaling_factor": 1.0},
+            "q norm": (r"q_a_layernorm", 1.0),
+            "mscale": {"rope_scaling": DEEPSEEK_YARN | {"mscale": 0.5, "mscale_all_dim": 0.5}},
+        },
+        "dtype": "BF16",
+        "shards": 3,
+    },
+    "deepseek_v2_dense": {
+        "config": deepseek_v2(first_k_dense_replace=2, num_hidden_layers=2, rope_scaling=None),
+        "matters": {"theta": {"rope_theta": 500.0}},
+    },
+    "deepseek_v3": {
+        "config": deepseek_v3(),
+        "matters": {
+            "correction bias": (r"e_score_correction_bias", 0.0),
+            "groups": {"topk_group": 4},
+            "normalisation": {"norm_topk_prob": False},
+            "scaling factor": {"routed_scaling_factor": 1.0},
+            "rope scaling": {"rope_scaling": None},
+            "mscale": {"rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+        },
+    },
+    "deepseek_v3_plain": {
+        "config": deepseek_v3(
+            q_lora_rank=None, norm_topk_prob=False, rope_scaling=None, kv_lora_rank=96, v_head_dim=64
+        ),
+        "matters": {"correction bias": (r"e_score_correction_bias", 0.0), "normalisation": {"norm_topk_prob": True}},
+        "dtype": "BF16",
+    },
+    "deepseek_v3_fp8": {  # as published: float8 in blocks of 128 x 128
+        "config": deepseek_v3(
+            hidden_size=192,
+            num_hidden_layers=2,
+            quantization_config={
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
+        ),
+        "matters": {},
+        "dtype": "BF16",
+        "fp8": r"layers.*_proj(_with_mqa)?\.weight$",
+    },
+    "mixtral": {
+        "config": mixtral(),
+        "matters": {"top-k": {"num_experts_per_tok": 1}, "router": (r"mlp.gate.weight", 0.0)},
+        "dtype": "BF16",
+        "shards": 2,
+    },
+    "mixtral_window": {
+        "config": mixtral(sliding_window=14, num_key_value_heads=6, tie_word_embeddings=True),
+        "matters": {"window": {"sliding_window": None}},
+    },
+    "qwen3_moe": {
+        "config": qwen3_moe(num_hidden_layers=3, decoder_sparse_step=2),
+        "matters": {"normalisation": {"norm_topk_prob": False}, "q norm": (r"q_norm", 1.0)},
+    },
+    "qwen3_moe_plain": {
+        "config": qwen3_moe(num_hidden_layers=3, mlp_only_layers=[1], norm_topk_prob=False, num_key_value_heads=1),
+        "matters": {"normalisation": {"norm_topk_prob": True}, "top-k": {"num_experts_per_tok": 2}},
+        "dtype": "BF16",
+    },
+}
+
+
+def hub_config(config):
+    known = {
+        key: value for key, value in config.items() if key not in ("model_type", "quantization_config", "auto_map")
+    }
+    return transformers.AutoConfig.for_model(config["model_type"], **copy.deepcopy(known))
+
+
+def tensor_shapes(spec):
+    """name -> shape of the checkpoint as the Hub has it: what transformers saves, plus and minus what `spec` says."""
+    model = transformers.AutoModelForCausalLM.from_config(hub_config(spec["config"]))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        from safetensors import safe_open
+
+        with safe_open(f"{folder}/model.safetensors", "np") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    shapes = {name.removeprefix(spec.get("strip", "")): shape for name, shape in shapes.items()} | spec.get("extra", {})
+    if "fp8" in spec:
+        for name in [name for name in shapes if re.search(spec["fp8"], name)]:
+            shapes[name + "_scale_inv"] = [(side + 127) // 128 for side in shapes[name]]
+    return dict(sorted(shapes.items()))
+
+
+def without_float8(reference, folder):
+    """The same checkpoint with torch's own float8 decoding, for transformers on the CPU."""
+    plain = {}
+    for name in reference["tensors"]:
+        dtype, array = checkpoints.stored(name, reference["tensors"], reference)
+        if name.endswith("_scale_inv"):
+            continue
+        if dtype == "F8_E4M3":
+            values = torch.from_numpy(array).view(torch.float8_e4m3fn).float()
+            _, scale = checkpoints.stored(name + "_scale_inv", reference["tensors"], reference)
+            blocks = torch.from_numpy(scale).repeat_interleave(128, 0).repeat_interleave(128, 1)
+            array = (values * blocks[: array.shape[0], : array.shape[1]]).numpy()
+            dtype = "F32"
+        plain[name] = (dtype, array)
+    checkpoints.write_safetensors(folder / "model.safetensors", plain)
+
+
+def load_model(folder, config, extra):
+    """transformers' model of the folder with this config; every tensor of the folder must be used but `extra`."""
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=hub_config(config), dtype=torch.float32, output_loading_info=True, **plain
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    assert not set(info["unexpected_keys"]) - set(extra), info
+    return model.eval()
+
+
+def all_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].double().numpy()
+
+
+def greedy(model, ids, n):
+    """n ids, and the smallest lead of a chosen one over the next best, of the largest logit."""
+    ids, lead, n_prompt = list(ids), np.inf, len(ids)
+    for _ in range(n):
+        last = all_logits(model, ids)[-1]
+        second, first = np.sort(last)[-2:]
+        lead = min(lead, (first - second) / np.abs(last).max())
+        ids.append(int(last.argmax()))
+    return ids[n_prompt:], lead
+
+
+def check_features(name, spec, folder, ids, logits):
+    for feature, change in spec["matters"].items():
+        if isinstance(change, dict):
+            model = load_model(folder, spec["config"] | change, spec.get("extra", {}))
+        else:
+            pattern, value = change
+            model = load_model(folder, spec["config"], spec.get("extra", {}))
+            hit = [t for n, t in [*model.named_parameters(), *model.named_buffers()] if re.search(pattern, n)]
+            assert hit, f"{name}: no tensor matches {pattern}"
+            for tensor in hit:
+                tensor.data.fill_(value)
+        moved = np.abs(all_logits(model, ids) - logits).max() / np.abs(logits).max()
+        print(f"    without {feature}: {moved:.1e}")
+        assert moved > 50 * TOLERANCE, f"{name}: {feature} hardly matters"
+
+
+def make_tiny(name, spec, number):
+    prompt = PROMPTS[number % len(PROMPTS)]
+    ids = list(prompt.encode())
+    reference = {
+        "config": NO_EFFECT | spec["config"],
+        "dtype": spec.get("dtype", "F32"),
+        "shards": spec.get("shards", 1),
+        "tensors": tensor_shapes(spec | {"config": NO_EFFECT | spec["config"]}),
+        "prompt": prompt,
+        "positions": sorted({0, 1, len(ids) // 3, len(ids) // 2, *range(len(ids) - 8, len(ids))}),
+    }
+    spec = spec | {"config": reference["config"]}
+    for seed in range(40):
+        reference["seed"] = seed
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = checkpoints.build(reference, temporary)
+            if "fp8" in spec:
+                without_float8(reference, folder)
+            model = load_model(folder, spec["config"], spec.get("extra", {}))
+            logits = all_logits(model, ids)
+            text, lead = greedy(model, ids, N_GREEDY)
+            rounding = np.abs(all_logits(model.double(), ids) - logits).max() / np.abs(logits).max()
+            print(f"{name}, seed {seed}: float64 differs {rounding:.1e}, lead {lead:.1e}, {len(set(text))} ids")
+            if rounding > TOLERANCE / 10 or lead < 5 * TOLERANCE or len(set(text)) < 6 or max(text) > 255:
+                continue
+            check_features(name, spec, folder, ids, logits)
+        break
+    else:
+        sys.exit(f"{name}: no seed will do")
+    reference["greedy"] = text
+    write_json(checkpoints.REFERENCE / f"tiny_{name}.json", reference)
+    np.save(checkpoints.REFERENCE / f"tiny_{name}.npy", logits[reference["positions"]].astype(np.float32))
+
+
+def write_json(path, value):
+    """One key a line, and one tensor a line."""
+    import json
+
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    path.write_text(re.sub(r"\[[\s\d,]*?\]", lambda m: re.sub(r"\s+", "", m[0]).replace(",", ", "), text) + "\n")
+
+
+def main():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    checkpoints.REFERENCE.mkdir(exist_ok=True)
+    if sys.argv[1] == "tiny":
+        for number, (name, spec) in enumerate(MODELS.items()):
+            if len(sys.argv) == 2 or name in sys.argv[2:]:
+                make_tiny(name, spec, number)
+
+
+if __name__ == "__main__":
+    main()
