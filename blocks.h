@@ -2,12 +2,13 @@
 // found again.
 //
 // A block that nobody references keeps its tokens as a cache until the pool needs it, the least recently used
-// first. Full blocks are found by a chained hash of all tokens up to their end, and shared; a part-filled one
-// (a contiguous slot is one) is found by the prefix before it and handed to one owner, who goes on writing
-// it. A hash is only a hint: on a hit the tokens are compared, and so is the identity of the prefix, which by
-// induction compares all tokens before.
+// first. Full blocks are found by a chained hash of all tokens up to their end, and shared. A part-filled one (a
+// contiguous cache's slot is one) is found by the prefix before it and handed to one owner, who writes on. A hash
+// is only a hint: on a hit the tokens are compared, and so is the identity of the prefix, which by induction
+// compares all tokens before.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <list>
 #include <unordered_map>
@@ -28,29 +29,25 @@ class BlockPool {
   // hash: the tests force collisions.
   BlockPool(int n_blocks, int block_size, BlockHash hash = block_hash);
 
-  // A block of the caller's alone, contents undefined; evicts cached contents if it must. -1: all are
-  // referenced.
+  // A block of the caller's alone, contents undefined; evicts cached contents if it must. -1: none is left.
   int allocate();
-  void share(int block);  // one reference more
-  // One reference less. The last one leaves contents that were published or kept as cache.
-  void release(int block);
-  // The block to write in place of `block`, of which the caller holds a reference: itself, withdrawn from the
-  // cache, where the caller is alone; otherwise a new one, into which the caller must copy it before he
-  // releases it. -1: none left.
+  void share(int block);    // one reference more
+  void release(int block);  // one less; the last leaves what was published or kept as cache
+  // The block to write in place of `block`, which the caller references: itself, withdrawn from the cache, where he
+  // is alone; otherwise a new one, into which he must copy it before he releases it. -1: none is left.
   int own(int block);
 
-  // The block holding tokens [block_size] right after `prefix`, one reference taken, and prefix moved past
-  // it. -1: none.
+  // The block of tokens [block_size] right after *prefix, referenced once more; moves *prefix past it. -1: none.
   int find(Prefix* prefix, const int* tokens);
-  // An unreferenced part-filled block right after `prefix` that begins with the most of tokens [n]: how many,
-  // *matched >= 1. The caller's alone from now on. -1: none.
+  // The unreferenced part-filled block right after `prefix` that begins with the most of tokens [n]: *matched >= 1
+  // of them. It is the caller's alone. -1: none.
   int find_part(const Prefix& prefix, const int* tokens, int n, int* matched);
 
-  // The block, full, holds tokens [block_size] after *prefix, which moves past it: others may find it from
-  // now on, and nobody may write it.
+  // `block` is full and holds tokens [block_size] after *prefix, which moves past it: from now on others may find
+  // it, and nobody may write it without asking own.
   void publish(int block, Prefix* prefix, const int* tokens);
-  // The caller's block holds tokens [n], n < block_size, after prefix, and its only reference is about to be
-  // released.
+  // `block` holds tokens [n], n < block_size, after `prefix`: find_part may find it once the caller has released
+  // it. No effect where others reference it too.
   void keep_part(int block, const Prefix& prefix, const int* tokens, int n);
 
   int n_blocks() const { return static_cast<int>(blocks_.size()); }
@@ -61,29 +58,29 @@ class BlockPool {
   int references(int block) const { return blocks_[static_cast<size_t>(block)].references; }
 
  private:
+  using Index = std::unordered_multimap<uint64_t, int>;  // hash -> block
   struct Block {
     int references = 0;
-    bool cached = false;  // found in index_
-    Prefix before;        // the prefix its tokens follow
-    Prefix after;         // full blocks: the prefix it ends
-    std::vector<int> tokens;
+    Index* index = nullptr;          // the one that finds it; null: its contents are nobody's or its owner's alone
+    uint64_t key = 0;                // ... under this hash
+    int64_t before = 0;              // id of the prefix that its tokens follow
+    int64_t id = 0;                  // of the prefix that a full block ends
+    std::vector<int> tokens;         // while an index finds it
     std::list<int>::iterator place;  // in used_ or unused_
   };
-  using Index = std::unordered_multimap<uint64_t, int>;  // hash -> block
 
   Block& at(int block) { return blocks_[static_cast<size_t>(block)]; }
-  int lookup(const Prefix& prefix, uint64_t hash, const int* tokens);
-  void forget(int block);
-  void reference(int block);
+  int lookup(const Prefix& prefix, uint64_t hash, const int* tokens) const;
   void insert(Index* index, uint64_t key, int block, const Prefix& prefix, const int* tokens, int n);
+  void forget(int block);
 
   int block_size_;
   BlockHash hash_;
   std::vector<Block> blocks_;
-  std::list<int> used_,
-      unused_;  // unused_: in the order allocate takes them: without contents first, then oldest first
-  Index full_, parts_;  // full blocks by the hash of their end, part-filled ones by the hash before them
-  int64_t next_id_ = 1;
+  std::list<int> used_;
+  std::list<int> unused_;  // as allocate takes them: first those without contents, then the least recently used
+  Index full_, parts_;     // full blocks by the hash of their end, part-filled ones by that of their beginning
+  int64_t next_id_ = 1;    // 0: the empty prefix
   int64_t n_evicted_ = 0;
   int n_shared_ = 0;
 };
