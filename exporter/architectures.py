@@ -41,6 +41,7 @@ class Architecture:
     scaled_embedding: bool = False  # by sqrt(hidden_size)
     windows: str = "none"  # 'none', 'all', 'upper' (from max_window_layers), 'pattern'
     mla: bool = False
+    needs: str = "$"  # names of tensors, beyond those of every model, that must be there
     experts: dict = field(default_factory=dict)  # the experts' fields of our config that do not follow from the file's
 
 
@@ -51,29 +52,34 @@ GEMMA3 = dict(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, rope_the
 GPT2 = dict(tie_word_embeddings=True, scale_attn_weights=True, norm_eps=1e-5)
 DEEPSEEK = LLAMA | dict(kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
                         rope_interleave=True)
-MIXTRAL_MODULES = {"block_sparse_moe.gate": "router", "block_sparse_moe.experts": "experts"}
+MIXTRAL_MODULES = {"block_sparse_moe.gate": "router"}
+QK_NORMS = r"[qk]_norm\.weight"
+GPT2_NEEDS = r"(norm|[qkvo]_proj|up_proj|down_proj)\.bias|position_embedding\.weight"
 GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 
 ARCHITECTURES = {
     "llama": Architecture(LLAMA),
     "llama2c": Architecture(LLAMA | dict(norm_eps=1e-5), interleaved=True),
     "mistral": Architecture(LLAMA | dict(sliding_window=None), windows="all"),
-    "qwen2": Architecture(QWEN, windows="upper"),
-    "qwen3": Architecture(QWEN | dict(head_dim=128), windows="upper"),
-    "gemma3_text": Architecture(GEMMA3, windows="pattern", modules=GEMMA_MODULES, norm_plus_one=True, scaled_embedding=True),
-    "gpt2": Architecture(GPT2 | dict(hidden_act="gelu_new"), norm="layer", rotates=False, fused="blocks", conv1d=True),
+    "qwen2": Architecture(QWEN, windows="upper", needs=r"[qkv]_proj\.bias"),
+    "qwen3": Architecture(QWEN | dict(head_dim=128), windows="upper", needs=QK_NORMS),
+    "gemma3_text": Architecture(GEMMA3, windows="pattern", modules=GEMMA_MODULES, norm_plus_one=True, scaled_embedding=True,
+                                needs=QK_NORMS + r"|post_norm\.weight"),
+    "gpt2": Architecture(GPT2 | dict(hidden_act="gelu_new"), norm="layer", rotates=False, fused="blocks", conv1d=True,
+                         needs=GPT2_NEEDS),
     "gpt_bigcode": Architecture(GPT2 | dict(hidden_act="gelu_pytorch_tanh", multi_query=True), norm="layer", rotates=False,
-                                fused="heads"),
+                                fused="heads", needs=GPT2_NEEDS),
     "mixtral": Architecture(LLAMA | dict(norm_eps=1e-5, rope_theta=1e6, sliding_window=None), windows="all",
                             modules=MIXTRAL_MODULES, experts=dict(norm_topk_prob=True)),
-    "qwen3_moe": Architecture(QWEN | dict(norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]), windows="all"),
+    "qwen3_moe": Architecture(QWEN | dict(norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]), windows="all",
+                              needs=QK_NORMS),
     "deepseek_v2": Architecture(DEEPSEEK | dict(n_shared_experts=2, topk_method="greedy", norm_topk_prob=False,
                                                 first_k_dense_replace=0, routed_scaling_factor=1.0, scoring_func="softmax"),
-                                mla=True, interleaved=True, experts=dict(group_score="max")),
+                                mla=True, interleaved=True, needs=r"_a_norm\.weight", experts=dict(group_score="max")),
     "deepseek_v3": Architecture(DEEPSEEK | dict(n_shared_experts=1, topk_method="noaux_tc", norm_topk_prob=True,
                                                 first_k_dense_replace=3, routed_scaling_factor=2.5, scoring_func="sigmoid",
                                                 n_group=8, topk_group=4),
-                                mla=True, interleaved=True, experts=dict(group_score="top2_sum")),
+                                mla=True, interleaved=True, needs=r"_a_norm\.weight", experts=dict(group_score="top2_sum")),
 }
 
 # Names ----------------------------------------------------------------------------------------------------------------
@@ -132,7 +138,7 @@ GGUF_MODULES = {
 }
 GGUF_TOP = {"token_embd": "embed_tokens", "position_embd": "position_embedding", "output_norm": "norm", "output": "lm_head",
             "rope_freqs": "rope_freqs"}
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+IGNORED = re.compile(r"^freq_cis$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\.")
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:(\d+)\.)?(.+)")
 EXPERT_MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -379,7 +385,7 @@ def to_halves(config: dict, tensors: dict[str, Tensor]) -> None:
             tensors[name] = select(tensor, index, tensor.shape)
 
 
-def expected_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
+def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Every tensor of a model with this config: its shape, and whether it must be there (README.md, "The model file")."""
     c = config
     dim, heads, vocab = c["dim"], c["n_heads"], c["vocab_size"]
@@ -409,7 +415,7 @@ def expected_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
         prefix = f"layers.{layer}."
         add(prefix, projections)
         add(prefix, dict(attention_norm=(dim,), mlp_norm=(dim,)))
-        add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), required=False)
+        add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
         if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
             add(prefix, mlp(c["hidden_dim"]))
             shapes[prefix + "gate_proj.weight"] = ((c["hidden_dim"], dim), False)
@@ -419,11 +425,11 @@ def expected_shapes(config: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
         add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()}, suffixes=("weight",))
         if c["n_shared_experts"]:
             add(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
-    return shapes
+    return {name: (shape, required or bool(re.search(f"(^|[._])({needs})$", name))) for name, (shape, required) in shapes.items()}
 
 
-def check_shapes(source: Source, config: dict, tensors: dict[str, Tensor]) -> None:
-    expected = expected_shapes(config)
+def check_shapes(source: Source, config: dict, tensors: dict[str, Tensor], needs: str) -> None:
+    expected = expected_shapes(config, needs)
     for name, tensor in tensors.items():
         if name not in expected:
             raise ExportError(f"{source.path}: tensor {name} {list(tensor.shape)} has no place in this architecture: "
@@ -489,9 +495,9 @@ def build(source: Source) -> Model:
     if architecture.norm_plus_one:
         for name, tensor in tensors.items():
             if name.endswith("norm.weight"):
-                tensors[name] = apply(tensor, lambda x: x + 1, "f32")
+                tensors[name] = apply(tensor, lambda x: x + 1)
     factors = tensors.pop("rope_freqs.weight", None)  # Llama 3's rope_scaling, as GGUF carries it
-    check_shapes(source, config, tensors)
+    check_shapes(source, config, tensors, architecture.needs)
     for i, inv_freq in enumerate(tables):
         tensors[f"rope.{i}.inv_freq"] = of_array(inv_freq / factors.float32() if factors else inv_freq)
     return Model(config, tensors)

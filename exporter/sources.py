@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 
 from exporter.errors import ExportError
-from exporter.weights import GROUP, Tensor, Weight, quantize, size
+from exporter.weights import GROUP, Tensor, Weight, size
 
 
 class Source:
@@ -200,12 +200,11 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
         raise ExportError(f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
                           f"({len(data)} bytes): it is truncated: fetch it again")
     rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
-    type, unpack = GGUF_TYPES.get(kind.name, ("q8" if k % GROUP == 0 else "f16", None))
-    note = "" if unpack else kind.name
-    if unpack is None:
-        def unpack(bytes):
-            return quantize(gguf.dequantize(bytes, kind).astype(np.float32, copy=False), type)
-    return Tensor(shape, type, lambda index: unpack(rows[index]), note)
+    if kind.name in GGUF_TYPES:
+        type, unpack = GGUF_TYPES[kind.name]
+        return Tensor(shape, type, lambda index: unpack(rows[index]))
+    return Tensor(shape, "f32", lambda index: Weight("f32", gguf.dequantize(rows[index], kind).astype(np.float32, copy=False)),
+                  keep="q8" if k % GROUP == 0 else "f16", note=kind.name)
 
 
 def float_rows(dtype: str, type: str):
@@ -327,7 +326,7 @@ SAFETENSORS_TYPES = {
     "F32": ("<f4", "f32"),
     "F16": ("<f2", "f16"),
     "BF16": ("<u2", "bf16"),
-    "F8_E4M3": ("u1", "bf16"),
+    "F8_E4M3": ("u1", "fp8"),
 }
 
 
@@ -390,8 +389,6 @@ def safetensors_tensor(data: np.ndarray, dtype: str, type: str, shape: tuple[int
     rows = np.frombuffer(data, dtype).reshape(-1, k)
     if dtype == "<f8":
         return Tensor(shape, type, lambda index: Weight(type, rows[index].astype(np.float32)))
-    if dtype == "u1":
-        return Tensor(shape, "fp8", lambda index: Weight("fp8", rows[index]))
     return Tensor(shape, type, lambda index: Weight(type, rows[index]))
 
 
@@ -421,9 +418,9 @@ def fp8_tensor(tensor: Tensor, scale: np.ndarray, block: list[int]) -> Tensor:
 
     def read(index: np.ndarray) -> Weight:
         scales = np.repeat(scale[index // block[0]], block[1], axis=1)[:, : tensor.k]
-        return quantize(table[tensor.read(index).data] * scales, "bf16")
+        return Weight("f32", table[tensor.read(index).data] * scales)
 
-    return Tensor(tensor.shape, "bf16", read)
+    return Tensor(tensor.shape, "f32", read, keep="bf16", note="F8_E4M3")
 
 
 # llama2.c -------------------------------------------------------------------------------------------------------------

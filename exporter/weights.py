@@ -7,7 +7,7 @@ export needs the memory of one chunk of rows, whatever the size of the model. Ch
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,12 +75,13 @@ def nonzero(scale: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Tensor:
-    """shape; n rows of k elements (a vector has n rows of one); read(rows) -> Weight of these rows, of the given type."""
+    """n rows of k elements (a vector has n rows of one), read(rows) -> Weight of these rows."""
 
     shape: tuple[int, ...]
-    type: str
+    type: str  # of what read gives
     read: Callable[[np.ndarray], Weight]
-    note: str = ""  # what became of a source type that this project lacks, for the summary
+    keep: str = ""  # the type to write it in where that is not `type`: the source's is none of ours
+    note: str = ""  # the source's type then, for the summary
 
     @property
     def k(self) -> int:
@@ -108,16 +109,17 @@ def of_array(array: np.ndarray) -> Tensor:
 def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = None) -> Tensor:
     """The given rows, in their order, some perhaps repeated."""
     shape = shape or (len(rows), *tensor.shape[-1:][: len(tensor.shape) - 1])
-    return Tensor(shape, tensor.type, lambda index: tensor.read(rows[index]), tensor.note)
+    return replace(tensor, shape=shape, read=lambda index: tensor.read(rows[index]))
 
 
 def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(shape, tensor.type, tensor.read, tensor.note)
+    return replace(tensor, shape=shape)
 
 
 def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
     """The rows of all, one tensor after the other, in the common type (f32 where they differ)."""
     type = tensors[0].type if len({t.type for t in tensors}) == 1 else "f32"
+    keep = tensors[0].keep if len({t.keep for t in tensors}) == 1 else ""
     starts = np.cumsum([0] + [t.n for t in tensors])
 
     def read(index: np.ndarray) -> Weight:
@@ -132,23 +134,19 @@ def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tenso
                 for f in ("data", "scale", "min")]
         return Weight(type, *join)
 
-    return Tensor(shape or (int(starts[-1]), *tensors[0].shape[1:]), type, read, tensors[0].note)
+    return Tensor(shape or (int(starts[-1]), *tensors[0].shape[1:]), type, read, keep, tensors[0].note)
 
 
-def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], type: str | None = None,
-          shape: tuple[int, ...] | None = None) -> Tensor:
-    """function of the whole tensor's float32 values, kept in `type` (its own, or f16 where that is quantised)."""
-    type = type or ("f16" if tensor.type in QUANTIZED else tensor.type)
+def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...] | None = None) -> Tensor:
+    """function of the whole tensor's float32 values; a quantised one is then kept as f16."""
     shape = shape or tensor.shape
     k = 1 if len(shape) == 1 else shape[-1]
-
-    def read(index: np.ndarray) -> Weight:
-        return quantize(function(tensor.float32()).reshape(-1, k)[index], type)
-
-    return Tensor(shape, type, read, tensor.note)
+    keep = tensor.keep or tensor.type
+    return Tensor(shape, "f32", lambda index: Weight("f32", function(tensor.float32()).reshape(-1, k)[index]),
+                  "f16" if keep in QUANTIZED else keep, tensor.note)
 
 
 def stored_type(tensor: Tensor, type: str | None) -> str:
     """The type in which a matrix is written: `type` where asked for, its own else; rows of q8 and q4 are whole groups."""
-    type = type or tensor.type
+    type = type or tensor.keep or tensor.type
     return "f16" if type in QUANTIZED and tensor.k % GROUP else type

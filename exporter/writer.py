@@ -25,7 +25,7 @@ def written_type(name: str, tensor: Tensor, type: str | None) -> str:
         return "f32"
     chosen = stored_type(tensor, type)
     if module in ("w_uk", "w_uv") and chosen in QUANTIZED:
-        return "f16" if tensor.type in QUANTIZED else tensor.type
+        return "f16" if (tensor.keep or tensor.type) in QUANTIZED else tensor.keep or tensor.type
     return chosen
 
 

@@ -1,0 +1,159 @@
+"""A float64 forward pass over a model file, written from the formulas of README.md: the witness of what export.py writes."""
+
+import json
+import math
+import struct
+
+import numpy as np
+
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+
+
+def load(path):
+    """(config, {tensor name: float64 array, dequantised}, metadata)."""
+    data = path.read_bytes()
+    length = struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    raw = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        values = np.frombuffer(data[8 + length + begin : 8 + length + end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        raw[name] = values
+    tensors = {}
+    for name, values in raw.items():
+        stem = name.removesuffix("weight")
+        if name in (stem + "scale", stem + "min") or name.endswith((".scale", ".min")):
+            continue
+        if values.dtype == np.uint8:
+            values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+        x = values.astype(np.float64)
+        if stem + "scale" in raw:
+            x *= np.repeat(raw[stem + "scale"].astype(np.float64), 32, axis=-1)
+            if stem + "min" in raw:
+                x += np.repeat(raw[stem + "min"].astype(np.float64), 32, axis=-1)
+        tensors[name] = x
+    return json.loads(metadata["config"]), tensors, metadata
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def cap(x, limit):
+    return limit * np.tanh(x / limit) if limit else x
+
+
+class NumpyModel:
+    def __init__(self, path):
+        self.c, self.t, self.metadata = load(path)
+
+    def linear(self, name, x):
+        y = x @ self.t[name + ".weight"].T
+        return y + self.t[name + ".bias"] if name + ".bias" in self.t else y
+
+    def norm(self, name, x):
+        if name + ".weight" not in self.t:
+            return x
+        if self.c["norm"] == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c["norm_eps"]) * self.t[name + ".weight"]
+        return x + self.t[name + ".bias"] if name + ".bias" in self.t else x
+
+    def rotate(self, layer, x):
+        """x [T, heads, width]: element i of the first half with i + n."""
+        index = self.c["rope"][layer]
+        if index < 0:
+            return x
+        inv_freq = self.t[f"rope.{index}.inv_freq"]
+        n = len(inv_freq)
+        angle = np.arange(len(x))[:, None, None] * inv_freq
+        cos, sin = np.cos(angle) * self.c["rope_scale"][index], np.sin(angle) * self.c["rope_scale"][index]
+        a, b = x[..., :n], x[..., n : 2 * n]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * n :]], axis=-1)
+
+    def attend(self, layer, q, k, v):
+        """q [T, H, dk], k [T, G, dk], v [T, G, dv] -> [T, H dv]."""
+        group = q.shape[1] // k.shape[1]
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = cap(np.einsum("thd,shd->hts", q, k) * self.c["attention_scale"], self.c["attention_softcap"])
+        t, s = np.arange(len(q))[:, None], np.arange(len(q))
+        window = self.c["window"][layer] or len(q)
+        scores = np.where((s <= t) & (s > t - window), scores, -np.inf)
+        return np.einsum("hts,shd->thd", softmax(scores), v).reshape(len(q), -1)
+
+    def attention(self, layer, x):
+        c, p, T = self.c, f"layers.{layer}.", len(x)
+        heads = c["n_heads"]
+        if c["attention"] != "mla":
+            q = self.norm(p + "q_norm", self.linear(p + "q_proj", x).reshape(T, heads, -1))
+            k = self.norm(p + "k_norm", self.linear(p + "k_proj", x).reshape(T, c["n_kv_heads"], -1))
+            v = self.linear(p + "v_proj", x).reshape(T, c["n_kv_heads"], -1)
+            return self.linear(p + "o_proj", self.attend(layer, self.rotate(layer, q), self.rotate(layer, k), v))
+        if c["q_lora_rank"]:
+            q = self.linear(p + "q_b_proj", self.norm(p + "q_a_norm", self.linear(p + "q_a_proj", x)))
+        else:
+            q = self.linear(p + "q_proj", x)
+        q = q.reshape(T, heads, -1)
+        nope, rank = c["qk_nope_head_dim"], c["kv_lora_rank"]
+        q = np.concatenate([q[..., :nope], self.rotate(layer, q[..., nope:])], axis=-1)
+        kv = self.linear(p + "kv_a_proj", x)
+        latent = self.norm(p + "kv_a_norm", kv[:, :rank])
+        k_rope = self.rotate(layer, kv[:, None, rank:])
+        k_nope = np.einsum("tr,hnr->thn", latent, self.t[p + "w_uk.weight"])
+        k = np.concatenate([k_nope, np.broadcast_to(k_rope, (T, heads, k_rope.shape[-1]))], axis=-1)
+        v = np.einsum("tr,hvr->thv", latent, self.t[p + "w_uv.weight"])
+        return self.linear(p + "o_proj", self.attend(layer, q, k, v))
+
+    def activate(self, x):
+        if self.c["activation"] == "silu":
+            return x / (1 + np.exp(-x))
+        if self.c["activation"] == "gelu":
+            return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    def mlp(self, p, x):
+        up = self.linear(p + "up_proj", x)
+        gated = p + "gate_proj.weight" in self.t
+        return self.linear(p + "down_proj", self.activate(self.linear(p + "gate_proj", x)) * up if gated else self.activate(up))
+
+    def experts(self, p, x):
+        c = self.c
+        logits = x @ self.t[p + "router.weight"].T
+        scores = softmax(logits) if c["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits))
+        choice = scores + self.t.get(p + "router.bias", 0)
+        groups = choice.reshape(len(x), c["n_group"], -1)
+        rank = groups.max(axis=-1) if c["group_score"] == "max" else np.sort(groups, axis=-1)[..., -2:].sum(axis=-1)
+        kept = np.argsort(-rank, axis=-1)[:, : c["topk_group"]]
+        mask = np.zeros_like(rank, bool)
+        np.put_along_axis(mask, kept, True, axis=-1)
+        choice = np.where(mask[..., None], groups, -np.inf).reshape(len(x), -1)
+        top = np.argsort(-choice, axis=-1)[:, : c["num_experts_per_tok"]]
+        weight = np.take_along_axis(scores, top, axis=-1)
+        if c["norm_topk_prob"]:
+            weight = weight / weight.sum(axis=-1, keepdims=True)
+        out = np.zeros_like(x)
+        gate, up, down = (self.t[p + f"experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        for t in range(len(x)):
+            for e, w in zip(top[t], weight[t] * c["routed_scaling_factor"], strict=True):
+                out[t] += w * (down[e] @ (self.activate(gate[e] @ x[t]) * (up[e] @ x[t])))
+        return out + self.mlp(p + "shared_experts.", x) if c["n_shared_experts"] else out
+
+    def logits(self, tokens):
+        """[T, vocab_size] of a text from its beginning."""
+        c = self.c
+        x = self.t["embed_tokens.weight"][tokens] * c["embedding_scale"]
+        if "position_embedding.weight" in self.t:
+            x = x + self.t["position_embedding.weight"][: len(tokens)]
+        for layer in range(c["n_layers"]):
+            p = f"layers.{layer}."
+            x = x + self.norm(p + "attention_post_norm", self.attention(layer, self.norm(p + "attention_norm", x)))
+            h = self.norm(p + "mlp_norm", x)
+            moe = c.get("n_routed_experts") and c["moe_layers"][layer]
+            x = x + self.norm(p + "mlp_post_norm", self.experts(p, h) if moe else self.mlp(p, h))
+        x = self.norm("norm", x)
+        classifier = "lm_head" if "lm_head.weight" in self.t else "embed_tokens"
+        return cap(self.linear(classifier, x), c["logit_softcap"])
