@@ -61,7 +61,7 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS := -std=c++20 -O3 -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
-LDLIBS := -lpcre2-8
+LDLIBS := -lpcre2-8 -lutf8proc -lnettle
 sanitize_flags_1 := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE = $(CXX) $(CXXFLAGS) -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
 
@@ -106,7 +106,7 @@ packages_test := python3-venv libgtest-dev
 packages_lint := python3-venv
 packages_bench := python3-venv
 packages_fuzz := clang libclang-rt-dev libomp-dev
-PACKAGES := g++ libcli11-dev nlohmann-json3-dev libpcre2-dev $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
+PACKAGES := g++ libcli11-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev nettle-dev $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)

@@ -1,0 +1,358 @@
+"""The model's tokenizer as NAME.tokenizer.bin, which tokenizer.cpp reads.
+
+Whatever the source calls it, a tokenizer here is one thing: text is split at special tokens, normalised, split into pieces
+by patterns applied in order, and in every piece the pair of neighbours whose merge has the lowest rank is merged until no
+pair is left. Byte-level BPE starts from bytes, SentencePiece BPE from code points, with bytes for those it lacks.
+
+The file. Integers are unsigned 32 bits, little-endian; a string is its length in bytes, the bytes, and zeros up to a
+multiple of 4; everything is aligned to 4 bytes and the file ends where the last section ends.
+
+    magic "attn.tok", version 1, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
+    n_patterns, n_before, n_after, n_end_of_generation
+    offsets[vocab_size + 1]     of each token in the text of all tokens, the first 0
+    kinds[vocab_size]           one byte each, padded to 4: 0 text, 1 the byte that stands for itself, 2 control, 3 unused
+    string                      the tokens one after the other: the bytes that each stands for (a control token: its name)
+    merges[n_merges][3]         left id, right id, merged id; the rank is the index
+    specials[n_specials][2]     id, flags (1 control, 2 takes the white space to its left, 4 to its right); found in the text
+    before[n_before], after[n_after]        ids put around a text, BOS and EOS
+    end_of_generation[n_end_of_generation]  ids
+    patterns[n_patterns]        strings, in PCRE2's syntax; a match is a piece and so is what lies between two
+    chat                        trim (1 system, 2 user, 4 assistant), then strings: refusal, system_refusal, start, system_start,
+                                system_to_user, user_to_assistant, assistant_to_user, generation (see ChatTemplate)
+
+In SentencePiece vocabularies the tokens hold spaces, not U+2581: that character is read as a space, as theirs is.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from exporter.chat import ChatTemplate, take_apart
+from exporter.errors import ExportError
+
+MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
+BYTE_LEVEL, IGNORE_MERGES, NFC = 1, 2, 4  # flags. IGNORE_MERGES: a piece that is a token is that token
+PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
+# each that does not begin with one, the first likewise
+TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
+STRIP_LEFT, STRIP_RIGHT = 2, 4  # flags of special tokens
+
+END_OF_GENERATION = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>",
+                     "<|eot|>", "</s>", "<｜end▁of▁sentence｜>", "<eos>"}
+
+
+@dataclass
+class Tokenizer:
+    flags: int = 0
+    prefix: int = PREFIX_NONE
+    tokens: list[bytes] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    merges: list[tuple[int, int, int]] = field(default_factory=list)
+    specials: dict[int, int] = field(default_factory=dict)  # id -> flags
+    patterns: list[str] = field(default_factory=list)
+    bos: int | None = None
+    eos: int | None = None
+    unk: int | None = None
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    end_of_generation: list[int] = field(default_factory=list)
+    chat: ChatTemplate = field(default_factory=ChatTemplate)
+
+
+def write_tokenizer(source, path: Path) -> str:
+    """Writes the tokenizer of a sources.Source; returns the file's SHA-256 in hexadecimal."""
+    tokenizer = read_tokenizer(source)
+    fit_vocabulary(tokenizer, source.config.get("vocab_size") or len(tokenizer.tokens))
+    data = serialize(tokenizer)
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tokenizer(source) -> Tokenizer:
+    if source.tokenizer_file is not None:
+        return read_file(source.tokenizer_file, source)
+    if source.kind == "gguf":
+        return from_gguf(source)
+    if source.kind == "hf":
+        for name in "tokenizer.json", "tokenizer.model":
+            if (source.folder / name).is_file():
+                return read_file(source.folder / name, source)
+        if (source.folder / "vocab.json").is_file() and (source.folder / "merges.txt").is_file():
+            return from_gpt2_files(source)
+        raise ExportError(f"{source.folder}: no tokenizer.json, tokenizer.model or vocab.json with merges.txt: give it with --tokenizer")
+    beside = source.path.parent / "tokenizer.bin"
+    if beside.is_file():
+        return read_file(beside, source)
+    raise ExportError(f"{source.path}: a llama2.c checkpoint holds no tokenizer: give it with --tokenizer")
+
+
+def read_file(path: Path, source) -> Tokenizer:
+    if path.suffix == ".json":
+        return from_tokenizer_json(path, source)
+    if path.suffix == ".model":
+        return from_sentencepiece(path, source)
+    return from_llama2c(path, source)
+
+
+def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """As many tokens as the model has rows: the rows that pad an embedding stand for nothing."""
+    if not 0 < size <= 1 << 24:
+        raise ExportError(f"the config's vocab_size {size} is not between 1 and {1 << 24}: fetch the model again")
+    for id in range(len(tokenizer.tokens), size):
+        tokenizer.tokens.append(b"[PAD%d]" % id)
+        tokenizer.kinds.append(UNUSED)
+    del tokenizer.tokens[size:], tokenizer.kinds[size:]
+    tokenizer.merges = [merge for merge in tokenizer.merges if max(merge) < size]
+    tokenizer.specials = {id: flags for id, flags in tokenizer.specials.items() if id < size}
+    tokenizer.end_of_generation = sorted({id for id in tokenizer.end_of_generation if id < size})
+    for id in tokenizer.before + tokenizer.after:
+        if id >= size:
+            raise ExportError(f"token {id} goes around every text, the model has {size} tokens: this tokenizer belongs to another model")
+
+
+def serialize(t: Tokenizer) -> bytes:
+    def string(value: bytes | str) -> bytes:
+        value = value.encode() if isinstance(value, str) else value
+        return struct.pack("<I", len(value)) + value + bytes(-len(value) % 4)
+
+    def integers(values) -> bytes:
+        return np.asarray(values, np.uint32).astype("<u4").tobytes()
+
+    def or_none(id: int | None) -> int:
+        return NONE if id is None or id >= len(t.tokens) else id
+
+    counts = [len(part) for part in (t.tokens, t.merges, t.specials, t.patterns, t.before, t.after, t.end_of_generation)]
+    lengths = np.fromiter((len(token) for token in t.tokens), np.uint32, len(t.tokens))
+    kinds = bytes(t.kinds)
+    chat = t.chat
+    trim = chat.trim_system | chat.trim_user << 1 | chat.trim_assistant << 2
+    return b"".join([
+        MAGIC,
+        integers([VERSION, t.flags, t.prefix, or_none(t.bos), or_none(t.unk), *counts]),
+        integers(np.concatenate([[0], np.cumsum(lengths)])),
+        kinds + bytes(-len(kinds) % 4),
+        string(b"".join(t.tokens)),
+        integers(t.merges),
+        integers(list(t.specials.items())),
+        integers(t.before), integers(t.after), integers(t.end_of_generation),
+        *(string(pattern) for pattern in t.patterns),
+        integers([trim]),
+        *(string(text) for text in (chat.refusal, chat.system_refusal, chat.start, chat.system_start, chat.system_to_user,
+                                    chat.user_to_assistant, chat.assistant_to_user, chat.generation)),
+    ])
+
+
+# Patterns ----------------------------------------------------------------------------------------------------------------
+
+SPACES = r"\t-\r\x{85}\p{Z}"  # white space as Unicode has it; PCRE2's \s adds U+180E
+WORDS = r"\p{L}\p{M}\p{Nd}\p{Pc}"
+
+
+def pcre(pattern: str, where: str) -> str:
+    """A pattern of the tokenizers library (Oniguruma, Ruby's syntax) in PCRE2's, where the two differ."""
+    out, in_class, i = [], False, 0
+    while i < len(pattern):
+        c = pattern[i : i + 2] if pattern[i] == "\\" else pattern[i]
+        i += len(c)
+        if c in (r"\s", r"\w"):
+            c = SPACES if c == r"\s" else WORDS
+            c = c if in_class else f"[{c}]"
+        elif c in (r"\S", r"\W") and not in_class:
+            c = f"[^{SPACES if c == chr(92) + 'S' else WORDS}]"
+        elif c == "$" and not in_class:  # the end of a line
+            c = r"(?=\n|\z)"
+        elif c in (r"\h", r"\S", r"\W", r"\b") or (in_class and (c == "[" or pattern[i - 1 : i + 1] == "&&")):
+            raise ExportError(f"{where}: pre-tokenizer pattern {pattern!r} uses {c}, not supported here: use another model")
+        elif c == "[":
+            in_class = True
+            if pattern[i : i + 1] == "^":
+                c, i = "[^", i + 1
+        elif c == "]":
+            in_class = False
+        out.append(c)
+    # A run of n spaces that does not end a line would be tried from each of its n places, in n steps each.
+    return re.sub(r"^(\[[^]]*\])\+\(\?=\\n\|\\z\)$", r"(?<!\1)\g<0>", "".join(out))
+
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s|\p{{N}}%s"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
+DEEPSEEK_CASED = (
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄ"
+    "ῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
+    "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+")
+DEEPSEEK_LLM = [r"[\r\n]", DEEPSEEK_CASED, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", DEEPSEEK_HAN, DIGIT]
+DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_HAN, DIGIT]
+DEEPSEEK_V3 = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
+               r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+               r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]
+
+# tokenizer.ggml.pre -> patterns, flags
+GGUF_PRE = {
+    **dict.fromkeys(["gpt-2", "default", "phi-2", "olmo", "mpt"], ([GPT2], 0)),
+    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell"], ([DIGIT, GPT2], 0)),
+    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3"], ([CL100K % "{1,3}"], IGNORE_MERGES)),
+    "qwen2": ([CL100K % ""], NFC),
+    "deepseek-r1-qwen": ([CL100K % ""], 0),
+    "deepseek-llm": (DEEPSEEK_LLM, 0),
+    "deepseek-coder": (DEEPSEEK_CODER, 0),
+    "deepseek-v3": (DEEPSEEK_V3, 0),
+    "tekken": ([O200K % ("", "", "")], IGNORE_MERGES),
+    "gpt-4o": ([O200K % (CONTRACTION, CONTRACTION, "{1,3}")], 0),
+}
+
+
+# Vocabularies ------------------------------------------------------------------------------------------------------------
+
+def byte_characters() -> dict[str, int]:
+    """GPT-2's printable stand-ins: bytes that print stand for themselves, the others for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_CHARACTERS = byte_characters()
+
+
+def byte_level(text: str) -> bytes:
+    """A byte-level token's bytes; a token in no such alphabet (added by hand) stands for its own text."""
+    try:
+        return bytes([BYTE_CHARACTERS[c] for c in text])
+    except KeyError:
+        return utf8(text)
+
+
+def utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def set_tokens(t: Tokenizer, texts: list[str], plain: set[int]) -> None:
+    """tokens and kinds; `plain`: ids whose text is no spelling of bytes (special tokens)."""
+    for id, text in enumerate(texts):
+        kind = TEXT
+        if id in plain:
+            token = utf8(text)
+        elif t.flags & BYTE_LEVEL:
+            token = byte_level(text)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+            token, kind = bytes([int(text[3:5], 16)]), BYTE
+        else:
+            token = utf8(text.replace("▁", " "))
+        t.tokens.append(token)
+        t.kinds.append(kind)
+
+
+def merges_from_scores(texts: list[str], scores: list[float], skip: set[int]) -> list[tuple[int, int, int]]:
+    """SentencePiece merges the pair whose token has the highest score. As pairs in order of rank, ties as Hugging Face breaks
+    them (convert_slow_tokenizer.py, generate_merges): the longer left part first."""
+    ids = {text: id for id, text in enumerate(texts) if id not in skip}
+    merges = []
+    for id, text in enumerate(texts):
+        if id in skip:
+            continue
+        parts = [(ids[text[:cut]], ids[text[cut:]], cut) for cut in range(1, len(text)) if text[:cut] in ids and text[cut:] in ids]
+        merges += [(-scores[id], -cut, cut - len(text), left, right, id) for left, right, cut in sorted(parts)]
+    merges.sort(key=lambda merge: merge[:3])
+    return [merge[3:] for merge in merges]
+
+
+def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int, int]]:
+    merges = []
+    for pair in pairs:
+        left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
+        try:
+            merges.append((ids[left], ids[right], ids[left + right]))
+        except KeyError as error:
+            raise ExportError(f"{where}: merge {left!r} {right!r}: {error} is not in the vocabulary: fetch it again") from error
+    return merges
+
+
+def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> None:
+    """End of generation by name, the chat template: once the tokens are known."""
+    t.end_of_generation += [id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, 0) & 1]
+    if t.eos is not None:
+        t.end_of_generation.append(t.eos)
+
+    def name(id):
+        return "" if id is None else texts[id]
+
+    t.chat = take_apart(template, name(t.bos), name(t.eos))
+
+
+# Sources -----------------------------------------------------------------------------------------------------------------
+
+GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
+
+
+def from_gguf(source) -> Tokenizer:
+    where, values = source.path, source.metadata
+
+    def get(key: str, default=None):
+        return values.get(f"tokenizer.ggml.{key}", default)
+
+    model, texts = get("model"), get("tokens")
+    if model not in ("gpt2", "llama") or not texts:
+        raise ExportError(f"{where}: tokenizer.ggml.model is {model!r}, only gpt2 (byte-level BPE) and llama (SentencePiece BPE) "
+                          "are known: use another model")
+    types = get("token_type") or [GGUF_NORMAL] * len(texts)
+    t = Tokenizer(bos=get("bos_token_id"), eos=get("eos_token_id"), unk=get("unknown_token_id"))
+    control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
+    added = {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
+    if model == "gpt2":
+        pre = get("pre", "default")
+        if pre not in GGUF_PRE:
+            raise ExportError(f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
+                              "export from the Hugging Face folder, whose tokenizer.json holds the pattern itself")
+        patterns, flags = GGUF_PRE[pre]
+        t.flags, t.patterns, t.unk = BYTE_LEVEL | flags, [pcre(pattern, where) for pattern in patterns], None
+        t.merges = merges_from_pairs(get("merges", []), {text: id for id, text in enumerate(texts)}, where)
+        add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+    else:
+        # SentencePiece's user-defined tokens come before any other merge (their score there is 0); GGUF gives them -1000.
+        # Those of spaces (GGUF writes them as such) arise from merges, the others are found in the text.
+        scores = [0.0 if id in added else score for id, score in enumerate(get("scores") or [0.0] * len(texts))]
+        texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
+        added = {id for id in added if texts[id].strip("▁")}
+        t.prefix = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE
+        t.merges = merges_from_scores(texts, scores, {id for id, type in enumerate(types) if type == GGUF_BYTE} | control)
+        add_bos = True
+    set_tokens(t, texts, control | added)
+    t.specials = {id: int(id in control) for id in sorted(control | added)}
+    for id in control:
+        t.kinds[id] = CONTROL
+    for id, type in enumerate(types):
+        if type == GGUF_UNUSED:
+            t.kinds[id] = UNUSED
+    if get("add_bos_token", add_bos) and t.bos is not None:
+        t.before = [t.bos]
+    if get("add_eos_token", False) and t.eos is not None:
+        t.after = [t.eos]
+    t.end_of_generation = [get(key) for key in ("eot_token_id", "eom_token_id") if get(key) is not None]
+    set_special_ids(t, texts, values.get("tokenizer.chat_template"))
+    return t
+
+
+def from_tokenizer_json(path: Path, source) -> Tokenizer:
+    raise ExportError(f"{path}: tokenizer.json is not read yet")
+
+
+def from_gpt2_files(source) -> Tokenizer:
+    raise ExportError(f"{source.folder}: vocab.json is not read yet")
+
+
+def from_sentencepiece(path: Path, source) -> Tokenizer:
+    raise ExportError(f"{path}: tokenizer.model is not read yet")
+
+
+def from_llama2c(path: Path, source) -> Tokenizer:
+    raise ExportError(f"{path}: llama2.c tokenizers are not read yet")
