@@ -1,0 +1,384 @@
+// The forward pass against a float64 one written from the papers' formulas, for every variant x kernel x cache, and bit
+// for bit against itself under every way to cut the same work.
+#include "transformer.h"
+
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "tiny_model.h"
+#include "variants.h"
+
+namespace {
+
+using Vec = std::vector<double>;
+
+// --- the reference
+// ----------------------------------------------------------------------------------------------------
+
+class Reference {
+ public:
+  explicit Reference(const TinyModel& m) : m_(m), c_(m.config) {}
+
+  // Logits [T, vocab] of a sequence, every position recomputed from scratch.
+  std::vector<Vec> logits(const std::vector<int>& tokens) {
+    std::vector<Vec> x;
+    for (int t : tokens) x.push_back(row(at("embed_tokens.weight"), t));
+    for (int l = 0; l < c_["n_layers"]; l++) {
+      const std::string name = "layers." + std::to_string(l) + ".";
+      std::vector<Vec> h;
+      for (const Vec& v : x) h.push_back(rms(v, name + "attention_norm.weight"));
+      const std::vector<Vec> o = c_["attention"] == "mla" ? mla(h, name, l) : gqa(h, name, l);
+      for (size_t t = 0; t < x.size(); t++) add(x[t], times(name + "o_proj", o[t]));
+      for (Vec& v : x) add(v, mlp(rms(v, name + "mlp_norm.weight"), name, l));
+    }
+    std::vector<Vec> out;
+    for (const Vec& v : x) out.push_back(times("embed_tokens", rms(v, "norm.weight")));
+    return out;
+  }
+
+ private:
+  const Array& at(const std::string& name) const { return m_.tensors.at(name); }
+  static Vec row(const Array& a, int64_t r) { return Vec(a.row(r), a.row(r) + a.shape.back()); }
+  static void add(Vec& x, const Vec& y) {
+    for (size_t i = 0; i < x.size(); i++) x[i] += y[i];
+  }
+  static Vec slice(const Vec& x, int first, int n) { return Vec(x.begin() + first, x.begin() + first + n); }
+  static double dot(const Vec& a, const Vec& b) {
+    double s = 0;
+    for (size_t i = 0; i < a.size(); i++) s += a[i] * b[i];
+    return s;
+  }
+  // Rows first .. first + n - 1 of a matrix times x.
+  static Vec times(const Array& w, const Vec& x, int64_t first, int64_t n) {
+    Vec y;
+    for (int64_t r = first; r < first + n; r++) y.push_back(dot(row(w, r), x));
+    return y;
+  }
+  Vec times(const std::string& name, const Vec& x) const {
+    const Array& w = at(name + ".weight");
+    Vec y = times(w, x, 0, w.shape[0]);
+    if (m_.tensors.count(name + ".bias")) add(y, row(at(name + ".bias"), 0));
+    return y;
+  }
+  Vec rms(Vec x, const std::string& weight) const {
+    const double factor = 1 / std::sqrt(dot(x, x) / static_cast<double>(x.size()) + c_["norm_eps"].get<double>());
+    for (size_t i = 0; i < x.size(); i++) x[i] *= factor * static_cast<double>(at(weight).data[i]);
+    return x;
+  }
+  void rotate(Vec& x, int first, size_t position) const {
+    const Array& table = at("rope.0.inv_freq");
+    const size_t n = table.data.size();
+    for (size_t i = 0; i < n; i++) {
+      const double angle = static_cast<double>(position) * static_cast<double>(table.data[i]);
+      double &a = x[static_cast<size_t>(first) + i], &b = x[static_cast<size_t>(first) + i + n];
+      const double a0 = a, b0 = b;
+      a = a0 * std::cos(angle) - b0 * std::sin(angle);
+      b = b0 * std::cos(angle) + a0 * std::sin(angle);
+    }
+  }
+  // softmax(q . k[first .. t]) v[first .. t]
+  Vec attend(const Vec& q, const std::vector<Vec>& k, const std::vector<Vec>& v, size_t t, int layer) const {
+    const int window = c_["window"][static_cast<size_t>(layer)];
+    const size_t first = window > 0 && t + 1 > static_cast<size_t>(window) ? t + 1 - static_cast<size_t>(window) : 0;
+    Vec s, out(v[0].size(), 0.0);
+    for (size_t j = first; j <= t; j++) s.push_back(dot(q, k[j]) * c_["attention_scale"].get<double>());
+    const double m = *std::max_element(s.begin(), s.end());
+    double total = 0;
+    for (double& e : s) total += e = std::exp(e - m);
+    for (size_t j = 0; j < s.size(); j++)
+      for (size_t i = 0; i < out.size(); i++) out[i] += s[j] / total * v[first + j][i];
+    return out;
+  }
+  std::vector<Vec> gqa(const std::vector<Vec>& h, const std::string& name, int layer) const {
+    const int H = c_["n_heads"], G = c_["n_kv_heads"], d = c_["head_dim"];
+    std::vector<Vec> out(h.size());
+    for (int head = 0; head < H; head++) {
+      const int g = head / (H / G);
+      std::vector<Vec> k, v;
+      for (size_t t = 0; t < h.size(); t++) {
+        k.push_back(slice(times(name + "k_proj", h[t]), g * d, d));
+        v.push_back(slice(times(name + "v_proj", h[t]), g * d, d));
+        rotate(k.back(), 0, t);
+        Vec q = slice(times(name + "q_proj", h[t]), head * d, d);
+        rotate(q, 0, t);
+        const Vec o = attend(q, k, v, t, layer);
+        out[t].insert(out[t].end(), o.begin(), o.end());
+      }
+    }
+    return out;
+  }
+  // Keys and values rebuilt for every head from the latent, as DeepSeek V2 section 2.1 writes it.
+  std::vector<Vec> mla(const std::vector<Vec>& h, const std::string& name, int layer) const {
+    const int H = c_["n_heads"], r = c_["kv_lora_rank"], nope = c_["qk_nope_head_dim"], p = c_["qk_rope_head_dim"],
+              v_dim = c_["v_head_dim"];
+    std::vector<Vec> out(h.size());
+    for (int head = 0; head < H; head++) {
+      std::vector<Vec> k, v;
+      for (size_t t = 0; t < h.size(); t++) {
+        const Vec kv = times(name + "kv_a_proj", h[t]);
+        const Vec latent = rms(slice(kv, 0, r), name + "kv_a_norm.weight");
+        Vec shared = slice(kv, r, p);
+        rotate(shared, 0, t);
+        k.push_back(times(at(name + "w_uk.weight"), latent, head * nope, nope));
+        k.back().insert(k.back().end(), shared.begin(), shared.end());
+        v.push_back(times(at(name + "w_uv.weight"), latent, head * v_dim, v_dim));
+        const Vec q_a = rms(times(name + "q_a_proj", h[t]), name + "q_a_norm.weight");
+        Vec q = slice(times(name + "q_b_proj", q_a), head * (nope + p), nope + p);
+        rotate(q, nope, t);
+        const Vec o = attend(q, k, v, t, layer);
+        out[t].insert(out[t].end(), o.begin(), o.end());
+      }
+    }
+    return out;
+  }
+  static Vec gated(const Vec& gate, Vec up) {
+    for (size_t i = 0; i < up.size(); i++) up[i] *= gate[i] / (1 + std::exp(-gate[i]));
+    return up;
+  }
+  Vec mlp(const Vec& h, const std::string& name, int layer) const {
+    if (!c_.contains("moe_layers") || c_["moe_layers"][static_cast<size_t>(layer)] == 0)
+      return times(name + "down_proj", gated(times(name + "gate_proj", h), times(name + "up_proj", h)));
+    const int E = c_["n_routed_experts"], k = c_["num_experts_per_tok"];
+    Vec scores = times(name + "router", h);
+    const double m = *std::max_element(scores.begin(), scores.end());
+    double total = 0;
+    for (double& s : scores) total += s = std::exp(s - m);
+    std::vector<int> order;
+    for (int e = 0; e < E; e++) order.push_back(e);
+    std::sort(order.begin(), order.end(),
+              [&](int a, int b) { return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)]; });
+    double chosen = 0;
+    for (int j = 0; j < k; j++) chosen += scores[static_cast<size_t>(order[static_cast<size_t>(j)])];
+    const std::string shared = name + "shared_experts.";
+    Vec y = times(shared + "down_proj", gated(times(shared + "gate_proj", h), times(shared + "up_proj", h)));
+    for (int j = 0; j < k; j++) {
+      const int e = order[static_cast<size_t>(j)];
+      const auto expert = [&](const char* which, const Vec& x) {
+        const Array& w = at(name + "experts." + which + ".weight");
+        return times(w, x, e * w.shape[1], w.shape[1]);
+      };
+      Vec out = expert("down_proj", gated(expert("gate_proj", h), expert("up_proj", h)));
+      const double weight = scores[static_cast<size_t>(e)] / chosen * c_["routed_scaling_factor"].get<double>();
+      for (double& o : out) o *= weight;
+      add(y, out);
+    }
+    return y;
+  }
+
+  const TinyModel& m_;
+  const nlohmann::json& c_;
+};
+
+// --- the code under test, driven by a schedule
+// ------------------------------------------------------------------------
+
+struct Piece {
+  int sequence, n;  // the next n tokens of the sequence
+};
+using Schedule = std::vector<std::vector<Piece>>;  // steps
+
+constexpr int CONTEXT = 40;
+
+using Logits = std::vector<std::vector<float>>;  // of each sequence [T, vocab_size]
+
+int blocks_per_sequence(int block_size) {
+  return (CONTEXT + block_size - 1) / block_size;
+}
+
+// Runs the schedule and returns the logits of every position of every sequence. Blocks are dealt in a shuffled order.
+Logits run_schedule(const std::function<float*(const Batch&)>& forward, int block_size, const Model& model,
+                    const std::vector<std::vector<int>>& sequences, const Schedule& schedule) {
+  const int S = static_cast<int>(sequences.size()), per_sequence = blocks_per_sequence(block_size);
+  std::vector<int> blocks;
+  for (int b = 0; b < S * per_sequence; b++) blocks.push_back(b);
+  std::shuffle(blocks.begin(), blocks.end(), std::mt19937(1));
+  std::vector<int> done(sequences.size(), 0);
+  Logits out(sequences.size());
+  const auto vocab = static_cast<size_t>(model.config.vocab_size);
+  for (const auto& step : schedule) {
+    std::vector<int> tokens, positions, query_start = {0}, context_len, table, slots, logit_rows;
+    for (const Piece& piece : step) {
+      const auto s = static_cast<size_t>(piece.sequence);
+      const int* row = blocks.data() + piece.sequence * per_sequence;
+      for (int i = 0; i < piece.n; i++) {
+        const int position = done[s] + i;
+        logit_rows.push_back(static_cast<int>(tokens.size()));
+        tokens.push_back(sequences[s][static_cast<size_t>(position)]);
+        positions.push_back(position);
+        slots.push_back(row[position / block_size] * block_size + position % block_size);
+      }
+      done[s] += piece.n;
+      query_start.push_back(static_cast<int>(tokens.size()));
+      context_len.push_back(done[s]);
+      for (int b = 0; b < per_sequence; b++) table.push_back(b * block_size < done[s] ? row[b] : INT32_MIN);
+    }
+    Batch batch;
+    batch.n_tokens = batch.n_logits = static_cast<int>(tokens.size());
+    batch.n_sequences = static_cast<int>(step.size());
+    batch.tokens = tokens.data();
+    batch.positions = positions.data();
+    batch.query_start = query_start.data();
+    batch.context_len = context_len.data();
+    batch.block_table = table.data();
+    batch.max_blocks = per_sequence;
+    batch.slot_mapping = slots.data();
+    batch.logit_rows = logit_rows.data();
+    const float* logits = forward(batch);
+    for (const Piece& piece : step) {
+      auto& to = out[static_cast<size_t>(piece.sequence)];
+      to.insert(to.end(), logits, logits + static_cast<size_t>(piece.n) * vocab);
+      logits += static_cast<size_t>(piece.n) * vocab;
+    }
+  }
+  return out;
+}
+
+template <class T, int Block>
+Logits run(const Model& model, const std::vector<std::vector<int>>& sequences, const Schedule& schedule,
+           MlaForm form = MlaForm::automatic) {
+  const int S = static_cast<int>(sequences.size()), block_size = Block ? Block : CONTEXT;
+  T transformer(model, {S * CONTEXT, S, S * CONTEXT, CONTEXT, S * blocks_per_sequence(block_size), form});
+  return run_schedule([&](const Batch& b) { return transformer.forward(b); }, block_size, model, sequences, schedule);
+}
+
+std::vector<int> random_tokens(int n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<int> tokens;
+  for (int i = 0; i < n; i++) tokens.push_back(static_cast<int>(random() % 50));
+  return tokens;
+}
+
+// Largest difference to the reference, relative to the largest logit.
+double error(const std::vector<float>& logits, const std::vector<Vec>& reference) {
+  double worst = 0, largest = 0;
+  size_t i = 0;
+  for (const Vec& row : reference)
+    for (double r : row) {
+      largest = std::max(largest, std::fabs(r));
+      worst = std::max(worst, std::fabs(static_cast<double>(logits[i++]) - r));
+    }
+  return worst / largest;
+}
+
+// The error of a stored element relative to its row's largest (2^-24, 2^-11, 2^-8, 1/254) passes two layers of
+// attention and MLP; 40 covers the growth that these random weights (gain 1.5 a product) show with a factor of about 3
+// to spare.
+template <class Kv>
+double tolerance();
+template <>
+double tolerance<KvF32>() {
+  return 40 * 0x1p-24;
+}
+template <>
+double tolerance<KvF16>() {
+  return 40 * 0x1p-11;
+}
+template <>
+double tolerance<KvBF16>() {
+  return 40 * 0x1p-8;
+}
+template <>
+double tolerance<KvQ8>() {
+  return 40 / 254.0;
+}
+
+struct Case {
+  TemporaryFile file;
+  Model model;
+  std::vector<std::vector<int>> sequences;
+  std::vector<std::vector<Vec>> reference;
+  explicit Case(const TinyModel& tiny) : file(tiny.bytes()), model(load_model(file.path())) {
+    Reference r(tiny);
+    for (const int n : {21, 9}) {
+      sequences.push_back(random_tokens(n, static_cast<unsigned>(n)));
+      reference.push_back(r.logits(sequences.back()));
+    }
+  }
+};
+
+template <class Attention>
+const Case& the_case() {
+  static const Case c(tiny_model(name(Attention::variant), true, 7));
+  return c;
+}
+
+using Run = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm);
+
+void check(const Case& c, Run run_case, double tolerated) {
+  for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
+    const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form);
+    EXPECT_LT(error(whole[0], c.reference[0]), tolerated);
+    EXPECT_LT(error(whole[1], c.reference[1]), tolerated);
+    // Prompt chunks and decode tokens, alone or mixed, in both orders.
+    const Schedule mixed = {{{0, 5}}, {{1, 1}, {0, 7}}, {{0, 1}, {1, 4}}, {{1, 1}, {0, 1}}, {{0, 7}, {1, 3}}};
+    EXPECT_EQ(whole, run_case(c.model, c.sequences, mixed, form));
+    if (c.model.config.attention != Variant::mla) break;
+  }
+}
+
+template <class Attention, class Kernel, class Kv, int Block>
+void check_combination() {
+  check(the_case<Attention>(), run<Transformer<Attention, Kernel, Kv, Block>, Block>, tolerance<Kv>());
+}
+
+struct Combination {
+  const char* name;
+  void (*check)();
+};
+class EveryCombination : public testing::TestWithParam<Combination> {};
+TEST_P(EveryCombination, AgreesWithTheReferenceAndItself) {
+  GetParam().check();
+}
+
+#define COMBINATION(Attention, Kernel, Kv, Block) \
+  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, check_combination<Attention, Kernel, Kv, Block>},
+const Combination COMBINATIONS[] = {FOR_EACH_TRANSFORMER(COMBINATION)};
+INSTANTIATE_TEST_SUITE_P(Transformer, EveryCombination, testing::ValuesIn(COMBINATIONS),
+                         [](const auto& c) { return std::string(c.param.name); });
+
+template <class Attention>
+void check_threads() {
+  using T = Transformer<Attention, Flash, KvF16, 16>;
+  const Case& c = the_case<Attention>();
+  const Schedule schedule = {{{0, 20}, {1, 8}}, {{0, 1}, {1, 1}}};
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(1);
+  const auto one = run<T, 16>(c.model, c.sequences, schedule);
+  for (const int threads : {2, 3}) {
+    omp_set_num_threads(threads);
+    EXPECT_EQ(one, (run<T, 16>(c.model, c.sequences, schedule))) << threads << " threads";
+  }
+  omp_set_num_threads(before);
+}
+
+TEST(Transformer, ThreadsDoNotChangeABit) {
+  check_threads<Gqa>();
+  check_threads<Mla>();
+}
+
+// A block's address does not matter: every block size, and the contiguous cache, give the same bits.
+TEST(Transformer, CachesAgreeBitForBit) {
+  const Case& c = the_case<Gqa>();
+  const Schedule schedule = {{{0, 13}, {1, 8}}, {{0, 8}, {1, 1}}};
+  const auto contiguous = run<Transformer<Gqa, Flash, KvQ8, 0>, 0>(c.model, c.sequences, schedule);
+  EXPECT_EQ(contiguous, (run<Transformer<Gqa, Flash, KvQ8, 1>, 1>(c.model, c.sequences, schedule)));
+  EXPECT_EQ(contiguous, (run<Transformer<Gqa, Flash, KvQ8, 3>, 3>(c.model, c.sequences, schedule)));
+  EXPECT_EQ(contiguous, (run<Transformer<Gqa, Flash, KvQ8, 16>, 16>(c.model, c.sequences, schedule)));
+}
+
+TEST(Transformer, RefusesAnotherVariant) {
+  const Case& c = the_case<Gqa>();
+  const Limits limits{8, 1, 1, 8, 1, MlaForm::automatic};
+  try {
+    Transformer<Mla, Flash, KvF32, 0> t(c.model, limits);
+    FAIL() << "a GQA model was taken by an MLA build";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("make ATTENTION=gqa"), std::string::npos) << e.what();
+  }
+}
+
+}  // namespace
