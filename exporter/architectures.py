@@ -13,7 +13,7 @@ from exporter import rope
 from exporter.config import Keys
 from exporter.errors import ExportError
 from exporter.sources import Source
-from exporter.weights import Tensor, apply, concat, of_array, reshape, select
+from exporter.weights import Tensor, apply, concat, of_array, select
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = {

@@ -27,6 +27,9 @@ class Weight:
     scale: np.ndarray | None = None  # float16
     min: np.ndarray | None = None  # float16
 
+    def parts(self) -> tuple:
+        return self.data, self.scale, self.min
+
     def float32(self) -> np.ndarray:
         if self.type == "bf16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
@@ -107,13 +110,18 @@ def of_array(array: np.ndarray) -> Tensor:
 
 
 def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The given rows, in their order, some perhaps repeated."""
+    """The given rows, in their order, some perhaps repeated; a row of zeros for each negative number."""
     shape = shape or (len(rows), *tensor.shape[-1:][: len(tensor.shape) - 1])
-    return replace(tensor, shape=shape, read=lambda index: tensor.read(rows[index]))
 
+    def read(index: np.ndarray) -> Weight:
+        weight = tensor.read(np.maximum(rows[index], 0))
+        zero = rows[index] < 0
+        if not zero.any():
+            return weight
+        parts = [part if part is None else np.where(zero[:, None], part.dtype.type(0), part) for part in weight.parts()]
+        return Weight(weight.type, *parts)
 
-def reshape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return replace(tensor, shape=shape)
+    return replace(tensor, shape=shape, read=read)
 
 
 def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
@@ -130,9 +138,8 @@ def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tenso
             p = int(np.searchsorted(starts, run[0], side="right")) - 1
             piece = tensors[p].read(run - starts[p])
             pieces.append(piece if piece.type == type else Weight("f32", piece.float32()))
-        join = [None if getattr(pieces[0], f) is None else np.concatenate([getattr(p, f) for p in pieces])
-                for f in ("data", "scale", "min")]
-        return Weight(type, *join)
+        columns = zip(*(piece.parts() for piece in pieces), strict=True)
+        return Weight(type, *(None if column[0] is None else np.concatenate(column) for column in columns))
 
     return Tensor(shape or (int(starts[-1]), *tensors[0].shape[1:]), type, read, keep, tensors[0].note)
 
