@@ -36,6 +36,7 @@ struct Merge {
 };
 struct Special {
   uint32_t id, flags;
+  std::string_view text;
 };
 
 struct FreeCode {
@@ -262,12 +263,14 @@ void Tokenizer::Impl::parse(const std::string& path) {
 }
 
 void Tokenizer::Impl::parse_specials(Reader& in, size_t n) {
-  for (const Special& special : in.array<Special>(n, "specials")) {
-    in.id(special.id, vocab_size, "the id of a special token");
-    if (!token(special.id).empty()) specials.push_back(special);
+  for (size_t i = 0; i < n; ++i) {
+    const uint32_t id = in.id(in.integer("specials"), vocab_size, "the id of a special token");
+    const uint32_t special_flags = in.integer("specials");
+    const std::string_view text = in.string("specials");
+    if (!text.empty()) specials.push_back({id, special_flags, text});
   }
-  std::ranges::stable_sort(specials, {}, [this](const Special& special) { return token(special.id); });
-  for (const Special& special : specials) ++first_special[static_cast<uint8_t>(token(special.id)[0]) + size_t{1}];
+  std::ranges::stable_sort(specials, {}, &Special::text);
+  for (const Special& special : specials) ++first_special[static_cast<uint8_t>(special.text[0]) + size_t{1}];
   for (size_t byte = 1; byte < first_special.size(); ++byte) first_special[byte] += first_special[byte - 1];
 }
 
@@ -370,7 +373,7 @@ void Encoder::encode(std::string_view text, std::span<const Range> control_range
     if (special->flags & STRIP_LEFT) plain = plain.substr(0, plain.find_last_not_of(WHITE_SPACE) + 1);
     encode_plain(plain, begin == 0);
     ids.push_back(static_cast<int>(special->id));
-    at += t_.token(special->id).size();
+    at += special->text.size();
     if (special->flags & STRIP_RIGHT) at = std::min(text.find_first_not_of(WHITE_SPACE, at), text.size());
     begin = at;
   }
@@ -385,11 +388,11 @@ const Special* Encoder::find_special(std::string_view text, size_t at, size_t co
   const Special* longest = nullptr;
   // Those in [low, high) share the text's next k bytes; they are sorted, so the one that ends there comes first.
   for (size_t k = 1; low < high; ++k) {
-    for (; low < high && t_.token(low->id).size() == k; ++low) {
+    for (; low < high && low->text.size() == k; ++low) {
       if (!(low->flags & CONTROL) || at + k <= control_end) longest = low;
     }
     if (at + k == text.size()) break;
-    const auto byte = [&](const Special& special) { return static_cast<uint8_t>(t_.token(special.id)[k]); };
+    const auto byte = [&](const Special& special) { return static_cast<uint8_t>(special.text[k]); };
     const auto same = std::ranges::equal_range(low, high, static_cast<uint8_t>(text[at + k]), {}, byte);
     low = same.begin();
     high = same.end();

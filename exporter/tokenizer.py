@@ -13,7 +13,7 @@ multiple of 4; everything is aligned to 4 bytes and the file ends where the last
     kinds[vocab_size]           one byte each, padded to 4: 0 text, 1 the byte that stands for itself, 2 control, 3 unused
     string                      the tokens one after the other: the bytes that each stands for (a control token: its name)
     merges[n_merges][3]         left id, right id, merged id; the rank is the index
-    specials[n_specials][2]     id, flags (1 control, 2 takes the white space to its left, 4 to its right); found in the text
+    specials[n_specials]        id, flags (1 control, 2 takes the white space to its left, 4 to its right), string: found in the text
     before[n_before], after[n_after]        ids put around a text, BOS and EOS
     end_of_generation[n_end_of_generation]  ids
     patterns[n_patterns]        strings, in PCRE2's syntax; a match is a piece and so is what lies between two
@@ -53,7 +53,7 @@ class Tokenizer:
     tokens: list[bytes] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     merges: list[tuple[int, int, int]] = field(default_factory=list)
-    specials: dict[int, int] = field(default_factory=dict)  # id -> flags
+    specials: dict[int, tuple[int, str]] = field(default_factory=dict)  # id -> flags, text
     patterns: list[str] = field(default_factory=list)
     bos: int | None = None
     eos: int | None = None
@@ -108,7 +108,7 @@ def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
         tokenizer.kinds.append(UNUSED)
     del tokenizer.tokens[size:], tokenizer.kinds[size:]
     tokenizer.merges = [merge for merge in tokenizer.merges if max(merge) < size]
-    tokenizer.specials = {id: flags for id, flags in tokenizer.specials.items() if id < size}
+    tokenizer.specials = {id: special for id, special in tokenizer.specials.items() if id < size}
     tokenizer.end_of_generation = sorted({id for id in tokenizer.end_of_generation if id < size})
     for id in tokenizer.before + tokenizer.after:
         if id >= size:
@@ -138,7 +138,7 @@ def serialize(t: Tokenizer) -> bytes:
         kinds + bytes(-len(kinds) % 4),
         string(b"".join(t.tokens)),
         integers(t.merges),
-        integers(list(t.specials.items())),
+        *(integers([id, flags]) + string(text) for id, (flags, text) in t.specials.items()),
         integers(t.before), integers(t.after), integers(t.end_of_generation),
         *(string(pattern) for pattern in t.patterns),
         integers([trim]),
@@ -187,11 +187,17 @@ O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPE
          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
+# Letters with case, as DeepSeek's pattern lists them.
 DEEPSEEK_CASED = (
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄ"
-    "ῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
-    "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+")
-DEEPSEEK_LLM = [r"[\r\n]", DEEPSEEK_CASED, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", DEEPSEEK_HAN, DIGIT]
+    "41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C 38E-3A1 3A3-3F5 "
+    "3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B 1D6B-1D77 1D79-1D9A 1E00-1F15 "
+    "1F18-1F1D 1F20-1F45 1F48-1F4D 1F50-1F57 1F59 1F5B 1F5D 1F5F-1F7D 1F80-1FB4 1FB6-1FBC 1FBE 1FC2-1FC4 1FC6-1FCC "
+    "1FD0-1FD3 1FD6-1FDB 1FE0-1FEC 1FF2-1FF4 1FF6-1FFC 2102 2107 210A-2113 2115 2119-211D 2124 2126 2128 212A-212D "
+    "212F-2134 2139 213C-213F 2145-2149 214E 2183 2184 2C00-2C7B 2C7E-2CE4 2CEB-2CEE 2CF2 2CF3 A640-A66D A680-A69B "
+    "A722-A76F A771-A787 A78B-A78E AB70-ABBF FB00-FB06 FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB "
+    "10C80-10CB2 10CC0-10CF2 118A0-118DF 1E900-1E943")
+DEEPSEEK_WORD = r"\s?[%s]+" % re.sub(r"[0-9A-F]+", r"\\x{\g<0>}", DEEPSEEK_CASED).replace(" ", "")
+DEEPSEEK_LLM = [r"[\r\n]", DEEPSEEK_WORD, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", DEEPSEEK_HAN, DIGIT]
 DEEPSEEK_CODER = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_HAN, DIGIT]
 DEEPSEEK_V3 = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
                r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
@@ -224,26 +230,19 @@ def byte_characters() -> dict[str, int]:
 BYTE_CHARACTERS = byte_characters()
 
 
-def byte_level(text: str) -> bytes:
-    """A byte-level token's bytes; a token in no such alphabet (added by hand) stands for its own text."""
-    try:
-        return bytes([BYTE_CHARACTERS[c] for c in text])
-    except KeyError:
-        return utf8(text)
-
-
 def utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def set_tokens(t: Tokenizer, texts: list[str], plain: set[int]) -> None:
-    """tokens and kinds; `plain`: ids whose text is no spelling of bytes (special tokens)."""
+def set_tokens(t: Tokenizer, texts: list[str], added: set[int]) -> None:
+    """tokens and kinds. In a byte-level vocabulary, the texts of `added` tokens are their own, no spelling of bytes."""
     for id, text in enumerate(texts):
         kind = TEXT
-        if id in plain:
-            token = utf8(text)
+        if id in t.specials and t.specials[id][0] & 1:
+            token, kind = utf8(text), CONTROL
         elif t.flags & BYTE_LEVEL:
-            token = byte_level(text)
+            spelled = id not in added and all(c in BYTE_CHARACTERS for c in text)
+            token = bytes([BYTE_CHARACTERS[c] for c in text]) if spelled else utf8(text)
         elif re.fullmatch("<0x[0-9A-F]{2}>", text):
             token, kind = bytes([int(text[3:5], 16)]), BYTE
         else:
@@ -279,7 +278,7 @@ def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int,
 
 def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> None:
     """End of generation by name, the chat template: once the tokens are known."""
-    t.end_of_generation += [id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, 0) & 1]
+    t.end_of_generation += [id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, (0,))[0] & 1]
     if t.eos is not None:
         t.end_of_generation.append(t.eos)
 
@@ -319,17 +318,14 @@ def from_gguf(source) -> Tokenizer:
         add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
     else:
         # SentencePiece's user-defined tokens come before any other merge (their score there is 0); GGUF gives them -1000.
-        # Those of spaces (GGUF writes them as such) arise from merges, the others are found in the text.
+        # Those of spaces, which GGUF writes as such, arise from merges like any other.
         scores = [0.0 if id in added else score for id, score in enumerate(get("scores") or [0.0] * len(texts))]
         texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
-        added = {id for id in added if texts[id].strip("▁")}
         t.prefix = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE
         t.merges = merges_from_scores(texts, scores, {id for id, type in enumerate(types) if type == GGUF_BYTE} | control)
         add_bos = True
-    set_tokens(t, texts, control | added)
-    t.specials = {id: int(id in control) for id in sorted(control | added)}
-    for id in control:
-        t.kinds[id] = CONTROL
+    t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
+    set_tokens(t, texts, added)
     for id, type in enumerate(types):
         if type == GGUF_UNUSED:
             t.kinds[id] = UNUSED
