@@ -160,6 +160,12 @@ inline F32 low_bf16(I32 pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pa
 inline F32 high_bf16(I32 pairs) {
   return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
 }
+#if defined(__AVX512BF16__)
+#define SIMD_BF16_DOT 1
+inline F32 dot2_bf16(F32 sum, I32 a, I32 b) {  // sum + a dot product of 2 bfloat16 a lane; subnormals count as zero
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
 #if defined(__AVX512VNNI__)
 inline I32 dot4(I32 sum, I32 u, I32 s) { return _mm512_dpbusd_epi32(sum, u, s); }
 #else
