@@ -75,6 +75,8 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(line, sizeof line, format, arguments);
   va_end(arguments);
+  for (char* c = line; *c; c++)  // names come from files: a line stays a line, and no terminal obeys it
+    if (static_cast<unsigned char>(*c) < ' ' || *c == 127) *c = '?';
   throw Error(line);
 }
 

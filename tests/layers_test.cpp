@@ -1,0 +1,131 @@
+// The small layers against float64, at widths that do and do not fill a register.
+#include "layers.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+namespace {
+
+std::vector<float> normal(size_t n, unsigned seed, float deviation = 1, float mean = 0) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> distribution(mean, deviation);
+  std::vector<float> x(n);
+  for (float& v : x) v = distribution(random);
+  return x;
+}
+
+constexpr double EPS = 0x1p-24;  // float32: half a unit in the last place
+
+class Widths : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Layers, Widths, testing::Values(1, 2, 7, 8, 15, 16, 17, 64, 80, 576, 1000));
+
+TEST_P(Widths, Norms) {
+  const int n = GetParam(), rows = 3, stride = n + 5;
+  const auto x = normal(static_cast<size_t>(rows * stride), 1, 2, 3), w = normal(static_cast<size_t>(n), 2),
+             b = normal(static_cast<size_t>(n), 3);
+  const float eps = 1e-5f;
+  for (const NormKind kind : {NormKind::rms, NormKind::layer}) {
+    for (const bool bias : {false, true}) {
+      std::vector<float> out(static_cast<size_t>(rows * n));
+      norm(kind, eps, {w.data(), bias ? b.data() : nullptr}, x.data(), stride, rows, n, out.data(), n);
+      for (int r = 0; r < rows; r++) {
+        const float* in = x.data() + r * stride;
+        double mean = 0, squares = 0;
+        for (int i = 0; i < n; i++) mean += static_cast<double>(in[i]) / n;
+        if (kind == NormKind::rms) mean = 0;
+        for (int i = 0; i < n; i++) squares += (in[i] - mean) * (in[i] - mean);
+        const double factor = 1 / std::sqrt(squares / n + static_cast<double>(eps));
+        for (int i = 0; i < n; i++) {
+          const auto at = static_cast<size_t>(i);
+          const double expected =
+              (in[i] - mean) * factor * static_cast<double>(w[at]) + (bias ? static_cast<double>(b[at]) : 0.0);
+          // Sums of n terms lose at most n roundings, but the lanes cut that by their number; inputs are up to
+          // about 12. A layer norm of one element is 0 / sqrt(eps): the mean's rounding is divided by 3e-3.
+          EXPECT_NEAR(static_cast<double>(out[static_cast<size_t>(r * n + i)]), expected,
+                      (static_cast<double>(n) / 4 + 12) * EPS * 12 * std::max(1.0, factor) *
+                          std::max(1.0, std::fabs(static_cast<double>(w[at]))));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Widths, Activations) {
+  const int n = GetParam(), rows = 2;
+  auto gate = normal(static_cast<size_t>(rows * n), 4, 4), up = normal(static_cast<size_t>(rows * n), 5);
+  const float extremes[] = {0.0f, -0.0f, 100, -100, 1e30f, -1e30f, 1e-30f, 88.5f, -88.5f};
+  for (size_t i = 0; i < std::min(gate.size(), std::size(extremes)); i++) gate[i] = extremes[i];
+  const auto exact = [](Activation a, double x) {
+    if (a == Activation::silu) return x / (1 + std::exp(-x));
+    if (a == Activation::gelu) return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+    return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+  };
+  for (const Activation a : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+    std::vector<float> gated(gate.size()), plain(gate.size());
+    activate(a, gate.data(), up.data(), rows, n, gated.data());
+    activate(a, nullptr, gate.data(), rows, n, plain.data());
+    for (size_t i = 0; i < gate.size(); i++) {
+      const double expected = exact(a, static_cast<double>(gate[i]));
+      // Where 1 + tanh or 1 + erf cancels, the error is absolute: a few roundings of 1, times |x|.
+      const double bound = 16 * EPS * std::max(std::fabs(static_cast<double>(gate[i])), 1e-30);
+      EXPECT_NEAR(static_cast<double>(plain[i]), expected, bound) << gate[i];
+      EXPECT_NEAR(static_cast<double>(gated[i]), expected * static_cast<double>(up[i]),
+                  2 * bound * std::max(1.0, std::fabs(static_cast<double>(up[i]))));
+    }
+  }
+}
+
+TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
+  const int T = 3, heads = 2, stride = 11, n = 4, row = heads * stride + 3;
+  const int positions[] = {0, 5, 100000};
+  const float inv_freq[] = {1, 0.3f, 0.01f, 1e-4f};
+  std::vector<float> cos(T * n), sin(T * n);
+  rope_angles(positions, T, inv_freq, n, 1.25f, cos.data(), sin.data());
+  const auto x = normal(static_cast<size_t>(T * row), 6);
+  auto y = x;
+  rope(y.data(), row, T, heads, stride, n, cos.data(), sin.data());
+  for (int t = 0; t < T; t++) {
+    for (int i = 0; i < row; i++) {
+      const int within = i % stride;
+      const auto at = static_cast<size_t>(t * row + i);
+      if (i >= heads * stride || within >= 2 * n) {
+        EXPECT_EQ(y[at], x[at]);
+        continue;
+      }
+      // The angle is a float32 product by definition; its cosine is exact to a rounding.
+      const auto angle = static_cast<double>(static_cast<float>(positions[t]) * inv_freq[within % n]);
+      const size_t other = within < n ? at + n : at - n;
+      const double a = static_cast<double>(x[at]), b = static_cast<double>(x[other]);
+      const double expected = 1.25 * (a * std::cos(angle) + (within < n ? -b : b) * std::sin(angle));
+      EXPECT_NEAR(static_cast<double>(y[at]), expected, 8 * EPS * (std::fabs(a) + std::fabs(b)));
+    }
+  }
+}
+
+TEST(Layers, EmbeddingAddsThePosition) {
+  constexpr int vocab = 5, dim = 19;
+  const auto w = normal(vocab * dim, 7), positions = normal(4 * dim, 8);
+  const TensorView view{DType::f32, vocab, dim, w.data(), nullptr, nullptr};
+  Buffer<std::byte> packed(packed_bytes(DType::f32, vocab, dim));
+  for (int b = 0; b < row_blocks(vocab); b++) pack(view, false, b, packed.data());
+  const Matrix matrix{DType::f32, vocab, dim, packed.data()};
+  const int tokens[] = {4, 0, 4}, at[] = {0, 3, 1};
+  std::vector<float> x(3 * dim);
+  embed(matrix, positions.data(), tokens, at, 3, 2, x.data());
+  for (size_t t = 0; t < 3; t++)
+    for (size_t i = 0; i < dim; i++)
+      EXPECT_EQ(x[t * dim + i],
+                2 * w[static_cast<size_t>(tokens[t]) * dim + i] + positions[static_cast<size_t>(at[t]) * dim + i]);
+}
+
+TEST(Layers, ScaleAndCap) {
+  std::vector<float> x = {0, 1, -50, 1e6f};
+  scale_and_cap(x.data(), x.size(), 0.5f, 30);
+  EXPECT_FLOAT_EQ(x[1], 30 * std::tanh(0.5f / 30));
+  EXPECT_FLOAT_EQ(x[2], 30 * std::tanh(-25.0f / 30));
+  EXPECT_FLOAT_EQ(x[3], 30);
+}
+
+}  // namespace

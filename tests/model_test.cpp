@@ -1,0 +1,217 @@
+// The loader: what a good file becomes, and that no bad one is taken, crashes or hangs.
+#include "model.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+
+#include "tiny_model.h"
+
+namespace {
+
+std::string refusal(const std::string& path) {
+  try {
+    load_model(path);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+
+std::string refusal_of_bytes(const std::string& bytes) {
+  const TemporaryFile file(bytes);
+  return refusal(file.path());
+}
+
+// Splits a file into header and data and joins them again after `change` worked on the header.
+template <class Change>
+std::string with_header(const std::string& bytes, Change change) {
+  uint64_t length;
+  std::memcpy(&length, bytes.data(), 8);
+  nlohmann::json header = nlohmann::json::parse(bytes.substr(8, length));
+  change(header);
+  std::string text = header.dump();
+  while (text.size() % 8 != 0) text += ' ';
+  const uint64_t n = text.size();
+  return std::string(reinterpret_cast<const char*>(&n), 8) + text + bytes.substr(8 + length);
+}
+
+template <class Change>
+std::string with_config(const std::string& bytes, Change change) {
+  return with_header(bytes, [&](nlohmann::json& header) {
+    nlohmann::json config = nlohmann::json::parse(header["__metadata__"]["config"].get<std::string>());
+    change(config);
+    header["__metadata__"]["config"] = config.dump();
+  });
+}
+
+const std::string& good(const char* variant = "gqa") {
+  static std::map<std::string, std::string> all;
+  std::string& bytes = all[variant];
+  if (bytes.empty()) bytes = tiny_model(variant, true, 3).bytes();
+  return bytes;
+}
+
+TEST(Model, LoadsWhatTheFileHolds) {
+  const TinyModel tiny = tiny_model("gqa", true, 3);
+  const TemporaryFile file(tiny.bytes());
+  const Model m = load_model(file.path());
+  EXPECT_EQ(m.config.n_kv_heads, 2);
+  EXPECT_EQ(m.config.window, (std::vector<int>{7, 0}));
+  EXPECT_EQ(m.lm_head.weight.data, m.embed_tokens.data) << "tied";
+  EXPECT_EQ(m.layers[1].experts.size(), 4u);
+  EXPECT_FALSE(m.layers[1].mlp.up);
+  EXPECT_FALSE(m.layers[0].q_norm);
+  // A matrix comes back as it was, experts too.
+  const Array& up = tiny.tensors.at("layers.1.experts.up_proj.weight");
+  std::vector<float> row(24);
+  unpack_row(m.layers[1].experts[3].up.weight, 15, row.data());
+  EXPECT_EQ(row, std::vector<float>(up.row(3 * 16 + 15), up.row(3 * 16 + 15) + 24));
+  double parameters = 0;
+  for (const auto& [name, a] : tiny.tensors) parameters += static_cast<double>(a.data.size());
+  EXPECT_EQ(m.n_parameters, parameters);
+  EXPECT_EQ(read_variant(file.path()), Variant::gqa);
+}
+
+TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {
+  const TinyModel tiny = tiny_model("mla", false, 3);
+  const TemporaryFile file(tiny.bytes());
+  const Model m = load_model(file.path());
+  const Array& w_uk = tiny.tensors.at("layers.0.w_uk.weight");  // [6, 6, 16]
+  std::vector<float> row(16), column(6);
+  unpack_row(m.layers[0].w_uk[2], 4, row.data());
+  EXPECT_EQ(row, std::vector<float>(w_uk.row(2 * 6 + 4), w_uk.row(2 * 6 + 4) + 16));
+  unpack_row(m.layers[0].w_uk_t[2], 9, column.data());
+  for (int i = 0; i < 6; i++) EXPECT_EQ(column[static_cast<size_t>(i)], w_uk.row(2 * 6 + i)[9]);
+}
+
+TEST(Model, RefusesWhatIsNoModel) {
+  EXPECT_NE(refusal("no/such/file.safetensors").find("cannot open"), std::string::npos);
+  EXPECT_NE(refusal(std::filesystem::temp_directory_path().string()).find("not a file"), std::string::npos);
+  EXPECT_NE(refusal_of_bytes(""), "");
+  EXPECT_NE(refusal_of_bytes("1234567"), "");
+  EXPECT_NE(refusal_of_bytes(std::string(64, '\xff')).find("header length"), std::string::npos);
+  EXPECT_NE(refusal_of_bytes(std::string("\2\0\0\0\0\0\0\0[]", 10)).find("not a JSON object"), std::string::npos);
+}
+
+struct BadConfig {
+  const char* key;
+  nlohmann::json value;
+};
+
+TEST(Model, RefusesBadHyperParametersByName) {
+  const BadConfig bad[] = {{"dim", 0},
+                           {"dim", -24},
+                           {"dim", 2.5},
+                           {"dim", "24"},
+                           {"dim", 1u << 31},
+                           {"dim", 1e300},
+                           {"n_layers", 1000000},
+                           {"n_heads", 5},
+                           {"n_kv_heads", 0},
+                           {"n_kv_heads", 4},
+                           {"head_dim", 7},
+                           {"vocab_size", 49},
+                           {"seq_len", 0},
+                           {"norm", "batch"},
+                           {"norm_eps", nullptr},
+                           {"norm_eps", -1},
+                           {"attention_scale", 1e39},
+                           {"activation", "relu"},
+                           {"window", {7}},
+                           {"window", {7, -1}},
+                           {"rope", {0, 1}},
+                           {"rope", {0, -2}},
+                           {"rope", 0},
+                           {"attention", "mha"},
+                           {"attention", "linear"},
+                           {"n_routed_experts", 5},
+                           {"num_experts_per_tok", 5},
+                           {"num_experts_per_tok", 0},
+                           {"moe_layers", {0, 2}},
+                           {"scoring_func", "tanh"},
+                           {"n_group", 3},
+                           {"topk_group", 2},
+                           {"group_score", "top2_sum_"},
+                           {"norm_topk_prob", 1},
+                           {"head_dims", 8},
+                           {"kv_lora_rank", 4}};
+  for (const BadConfig& b : bad) {
+    const std::string why = refusal_of_bytes(with_config(good(), [&](nlohmann::json& c) { c[b.key] = b.value; }));
+    EXPECT_NE(why, "") << b.key << " = " << b.value;
+    EXPECT_EQ(why.find('\n'), std::string::npos) << why;
+  }
+  EXPECT_NE(refusal_of_bytes(with_config(good(), [](nlohmann::json& c) { c["sparsity"] = 1; })).find("\"sparsity\""),
+            std::string::npos);
+  EXPECT_NE(refusal_of_bytes(with_config(good(), [](nlohmann::json& c) { c.erase("norm_eps"); })).find("\"norm_eps\""),
+            std::string::npos);
+  const auto mla_rank = [](nlohmann::json& c) { c["kv_lora_rank"] = 20; };
+  EXPECT_NE(refusal_of_bytes(with_config(good("mla"), mla_rank)).find("kv_a"), std::string::npos);
+}
+
+TEST(Model, RefusesBadTensorsByName) {
+  const auto tensor = [](const char* name, auto change) {
+    return refusal_of_bytes(with_header(good(), [&](nlohmann::json& h) { change(h[name]); }));
+  };
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["dtype"] = "F64"; }).find("norm.weight"), std::string::npos);
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["shape"] = {25}; }).find("norm.weight"), std::string::npos);
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["shape"] = {12, 2}; }).find("expected F32 [24]"), std::string::npos);
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["shape"] = {-24}; }).find("shape"), std::string::npos);
+  EXPECT_NE(tensor("norm.weight",
+                   [](auto& t) {
+                     t["data_offsets"] = {0, 1ull << 40};
+                   })
+                .find("outside"),
+            std::string::npos);
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["data_offsets"] = {96, 0}; }).find("outside"), std::string::npos);
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["data_offsets"] = {0, 96}; }), "") << "overlaps";
+  EXPECT_NE(tensor("norm.weight", [](auto& t) { t["more"] = 1; }).find("nothing else"), std::string::npos);
+  const std::string missing = refusal_of_bytes(with_header(good(), [](nlohmann::json& h) {
+    h["layers.0.extra.weight"] = h["layers.0.q_proj.weight"];
+    h.erase("layers.0.q_proj.weight");
+  }));
+  EXPECT_NE(missing.find("layers.0.q_proj.weight is missing"), std::string::npos) << missing;
+  const std::string unused = refusal_of_bytes(with_header(good(), [](nlohmann::json& h) {
+    h["layers.0.k_proj.biases"] = h["layers.0.v_proj.bias"];
+    h.erase("layers.0.v_proj.bias");
+  }));
+  EXPECT_NE(unused.find("k_proj.biases"), std::string::npos) << unused;
+  std::string twice = good();  // the same key twice: JSON readers differ in which they take
+  const size_t at = twice.find("\"dtype\":\"F32\"");
+  twice.replace(at, 13, "\"shape\":[1],\"");
+  EXPECT_NE(refusal_of_bytes(twice), "");
+  EXPECT_NE(refusal_of_bytes(good() + std::string(8, '\0')).find("after the last tensor"), std::string::npos);
+  for (const size_t cut : {size_t{1}, size_t{100}, good().size() / 2, good().size() - 9})
+    EXPECT_NE(refusal_of_bytes(good().substr(0, good().size() - cut)), "") << cut << " bytes cut off";
+}
+
+// Every byte of the header and of its length may be anything: the loader either takes the file or says why not, in a
+// line.
+TEST(Model, SurvivesMutatedHeaders) {
+  for (const char* variant : {"gqa", "mla"}) {
+    const std::string& bytes = good(variant);
+    uint64_t length;
+    std::memcpy(&length, bytes.data(), 8);
+    std::mt19937 random(1);
+    int refused = 0;
+    const TemporaryFile file(bytes);
+    constexpr int CASES = 2500;
+    for (int i = 0; i < CASES; i++) {
+      std::string mutant = bytes;
+      const int changes = 1 + static_cast<int>(random() % 3);
+      for (int j = 0; j < changes; j++) {
+        const size_t at = random() % 20 == 0 ? random() % 8 : 8 + random() % length;
+        const char digits[] = "0123456789-eE.[]{},:\"\\ ";
+        mutant[at] = random() % 2 ? digits[random() % (sizeof digits - 1)] : static_cast<char>(random());
+      }
+      if (random() % 10 == 0) mutant.resize(random() % mutant.size());
+      file.write(mutant);
+      const std::string why = refusal(file.path());
+      refused += !why.empty();
+      ASSERT_EQ(why.find('\n'), std::string::npos) << why;
+    }
+    EXPECT_GT(refused, CASES * 8 / 10) << "most mutants are no models";
+  }
+}
+
+}  // namespace
