@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Turns a checkpoint (GGUF, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin (README.md)."""
+"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from exporter import architectures, rewrite, writer
+from exporter import rewrite, writer
 from exporter.errors import ExportError
+from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
 from exporter.weights import TYPES, size
@@ -15,11 +16,18 @@ from exporter.weights import TYPES, size
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin")
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="NAME.safetensors")
     parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
-    parser.add_argument("--as", dest="layout", metavar="mha|gqa:G|mla", type=rewrite.parse,
-                        help="the same model in another attention layout, exactly")
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        metavar="mha|gqa:G|mla",
+        type=rewrite.parse,
+        help="the same model in another attention layout, exactly",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
     options = parser.parse_args()
     if options.output.suffix != ".safetensors":
@@ -29,7 +37,7 @@ def arguments() -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> None:
     source = open_source(options.source, options.tokenizer)
-    model = architectures.build(source)
+    model = build(source)
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
     output, tokenizer = options.output, options.output.with_suffix(".tokenizer.bin")
@@ -45,7 +53,7 @@ def export(options: argparse.Namespace) -> None:
     print(summary(source, model, counts, output, tokenizer))
 
 
-def summary(source, model: architectures.Model, counts, output: Path, tokenizer: Path) -> str:
+def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":

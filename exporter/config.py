@@ -1,7 +1,7 @@
 """A source's config.json, read key by key: a key that nothing read is refused, so that none is dropped silently."""
 
 from exporter.errors import ExportError
-from exporter.sources import Source
+from exporter.source import Source
 
 ALIASES = {  # the same thing under other architectures' names
     "n_embd": "hidden_size",
@@ -15,21 +15,73 @@ ALIASES = {  # the same thing under other architectures' names
     "rms_norm_eps": "norm_eps",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
 }
 
-# Keys that change nothing in the text that a model generates: training, bookkeeping, token ids (the tokenizer has them).
-NO_EFFECT = set("""
-architectures auto_map transformers_version torch_dtype dtype _name_or_path model_type unsloth_version unsloth_fixed
-is_llama_config transformers.js_config task_specific_params id2label label2id problem_type return_dict tokenizer_class
-output_hidden_states output_attentions output_router_logits chunk_size_feed_forward finetuning_task
-bos_token_id eos_token_id pad_token_id image_token_index boi_token_index eoi_token_index mm_tokens_per_image vision_config
-use_cache cache_implementation _attn_implementation_autoset attn_implementation pretraining_tp n_ctx
-initializer_range attention_dropout resid_pdrop embd_pdrop attn_pdrop router_aux_loss_coef router_jitter_noise
-aux_loss_alpha seq_aux ep_size num_nextn_predict_layers num_mtp_layers qk_head_dim
-summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-inference_runner validate_runner_input pad_key_length pre_allocate_kv_cache max_sequence_length max_batch_size
-reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32
-""".split())
+# Keys that change nothing in the text of a model: training, bookkeeping, token ids (the tokenizer has them).
+NO_EFFECT = {
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_name_or_path",
+    "model_type",
+    "unsloth_version",
+    "unsloth_fixed",
+    "is_llama_config",
+    "transformers.js_config",
+    "task_specific_params",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "tokenizer_class",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "chunk_size_feed_forward",
+    "finetuning_task",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "image_token_index",
+    "boi_token_index",
+    "eoi_token_index",
+    "mm_tokens_per_image",
+    "vision_config",
+    "use_cache",
+    "cache_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "pretraining_tp",
+    "n_ctx",
+    "initializer_range",
+    "attention_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "aux_loss_alpha",
+    "seq_aux",
+    "ep_size",
+    "qk_head_dim",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "inference_runner",
+    "validate_runner_input",
+    "pad_key_length",
+    "pre_allocate_kv_cache",
+    "max_sequence_length",
+    "max_batch_size",
+    "reorder_and_upcast_attn",
+    "attention_softmax_in_fp32",
+    "scale_attention_softmax_in_fp32",
+}
 
 # Keys that do, of which this project has one value; null stands for "not set".
 FIXED = {
@@ -54,7 +106,9 @@ class Keys:
         for name, value in values.items():
             key = ALIASES.get(name, name)
             if key in self.values and None not in (value, self.values[key]) and self.values[key] != value:
-                raise ExportError(f"{self.where}: {name} is {value!r} but {self.names[key]} is {self.values[key]!r}: remove one")
+                raise ExportError(
+                    f"{self.where}: {name} is {value!r} but {self.names[key]} is {self.values[key]!r}: remove one"
+                )
             if value is not None or key not in self.values:
                 self.names[key], self.values[key] = name, value
         self.defaults = defaults
@@ -93,5 +147,8 @@ class Keys:
     def finish(self):
         for key, value in self.values.items():
             if value is not None and key not in self.read and key not in NO_EFFECT and self.names[key] not in NO_EFFECT:
-                self.refuse(key, "this key is not known, and a key that is dropped silently makes a wrong model: "
-                                 "export a model without it, or teach exporter/config.py what it means")
+                self.refuse(
+                    key,
+                    "this key is not known, and a key that is dropped silently makes a wrong model: "
+                    "export a model without it, or teach exporter/config.py what it means",
+                )

@@ -1,11 +1,12 @@
 """Exact rewrites of attention: the same model in another layout of its KV cache (--as).
 
-mha, gqa:G   each KV head is repeated for the heads that shared it. Norms of q and k are the same for all heads, so they
+mha, gqa:G   Each KV head is repeated for the heads that shared it. Norms of q and k are the same for all heads, so they
              need no change.
-mla          one row a token, as wide as all KV heads' K and V together: the values are the latent, the rotated keys are the
-             rope part that all heads share. A query is padded with zeros but for its own KV head's slice, so that it sees
-             that head's key alone; w_uv picks that head's slice of the latent. There is no part without rotation, and a norm
-             of the latent that is not there is not computed. Nothing is compressed: that, MLA learns by training.
+mla          One row a token, as wide as all KV heads' K and V together: the values are the latent, the rotated keys are
+             the rope part that all heads share. A query is padded with zeros but for its own KV head's slice, so that
+             it sees that head's key alone; w_uv picks that head's slice of the latent. There is no part without
+             rotation, and a norm of the latent that is not there is not computed. Windows and soft caps need no change;
+             norms of keys are refused. Nothing is compressed: that, MLA learns by training.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import re
 
 import numpy as np
 
-from exporter.architectures import Model, variant
 from exporter.errors import ExportError
+from exporter.hyperparameters import variant
+from exporter.model import Model
 from exporter.weights import Tensor, concat, of_array, select
 
 NOPE = 16  # the loader wants a part without rotation: one vector of zeros
@@ -41,7 +43,9 @@ def repeat_heads(model: Model, groups: int) -> Model:
     c = model.config
     heads, have, width = c["n_heads"], c["n_kv_heads"], c["head_dim"]
     if groups % have or heads % groups:
-        raise ExportError(f"--as gqa:{groups}: n_kv_heads is {have}: G must be a multiple of it and divide n_heads, {heads}")
+        raise ExportError(
+            f"--as gqa:{groups}: n_kv_heads is {have}: G must be a multiple of it and divide n_heads, {heads}"
+        )
     rows = np.arange(have * width).reshape(have, width).repeat(groups // have, axis=0).reshape(-1)
     tensors = {}
     for name, tensor in model.tensors.items():
@@ -56,7 +60,13 @@ def as_mla(model: Model) -> Model:
     heads, groups, width = c["n_heads"], c["n_kv_heads"], c["head_dim"]
     norm = next((name for name in model.tensors if name.endswith(("q_norm.weight", "k_norm.weight"))), None)
     if norm:
-        raise ExportError(f"--as mla: {norm}: a norm of each head's keys has no place in a latent row: use --as mha or gqa:G")
+        raise ExportError(
+            f"--as mla: {norm}: a norm of each head's keys has no place in a latent row: use --as mha or gqa:G"
+        )
+    for name in model.tensors:  # a row of the latent is biased whole
+        other = name.replace("k_proj", "v_proj") if "k_proj" in name else name.replace("v_proj", "k_proj")
+        if other not in model.tensors:
+            raise ExportError(f"--as mla: tensor {name} is there but {other} is not: use --as mha or gqa:G")
     latent = groups * width
     # RoPE rotates the halves of the whole row: first the first halves of all heads, then their second halves.
     k_rows = np.arange(latent).reshape(groups, 2, -1).transpose(1, 0, 2)  # [half, KV head, width / 2]

@@ -1,6 +1,6 @@
 """RoPE tables: inverse frequencies with any rope_scaling applied, and the factor on cos and sin.
 
-In float32 and in Hugging Face's order (modeling_rope_utils.py), so that the table is the one that the model was run with.
+In float32 and in Hugging Face's order (modeling_rope_utils.py): the table is the one that the model was run with.
 """
 
 import math
@@ -32,8 +32,11 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     chosen = {key: value for key, value in (chosen or {}).items() if value is not None}
     kind = chosen.get("rope_type", chosen.get("type", "default"))
     if kind not in KINDS:
-        keys.refuse(name, f"rope_type {kind!r} is not one of {', '.join(KINDS)} (kinds that depend on the length at run time "
-                          "are not supported): export a model without it")
+        keys.refuse(
+            name,
+            f"rope_type {kind!r} is not one of {', '.join(KINDS)} (kinds that depend on the length at run time "
+            "are not supported): export a model without it",
+        )
     for key, value in chosen.items():
         if key not in KINDS[kind] | NEVER:
             keys.refuse(name, f"{key} is not known for rope_type {kind!r}: export a model without it")
@@ -45,8 +48,11 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     for key in {"factor", "low_freq_factor", "high_freq_factor"} & KINDS[kind]:
         if not chosen.get(key):
             keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
-    return {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta} | chosen | {
-        "rope_type": kind}
+    return (
+        {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta}
+        | chosen
+        | {"rope_type": kind}
+    )
 
 
 def table(rope: dict, dim: int) -> tuple[np.ndarray, float]:

@@ -1,7 +1,7 @@
 """Weight types, and tensors that are read row by row only when they are written.
 
-The types are those of README.md, "The model file": f32, bf16, f16, q8 and q4 (groups of 32 inputs with one float16 scale,
-q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows, so that an
+The types are those of README.md, "The model file": f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
+scale, in q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows, so that an
 export needs the memory of one chunk of rows, whatever the size of the model. Choosing, repeating and joining rows
 (permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.
 """
@@ -45,7 +45,8 @@ class Weight:
 
 
 def quantize(x: np.ndarray, type: str) -> Weight:
-    """x [n, k] float32 in another type, rounded to nearest; |error| <= scale / 2 in q8 and q4 but for float16's rounding."""
+    """x [n, k] float32 in another type, rounded to nearest; in q8 and q4 the error is half a scale, or what
+    float16's rounding of scale and minimum clips at the ends."""
     peak = np.abs(x).max(initial=0)
     if not np.isfinite(peak):
         raise ExportError("holds an infinite or undefined value: the checkpoint is damaged")
@@ -61,7 +62,7 @@ def quantize(x: np.ndarray, type: str) -> Weight:
         return Weight("f16", x.astype(np.float16))
     groups = x.reshape(len(x), -1, GROUP)
     low = groups.min(axis=-1, keepdims=True).astype(np.float16)
-    # Quantised against the scale as stored, so that the rounding of the scale costs nothing but the clipped last half step.
+    # Against the scale and the minimum as stored, so that their own rounding costs nothing but at the ends.
     if type == "q8":
         scale = (np.abs(groups).max(axis=-1, keepdims=True) / 127).astype(np.float16)
         q = np.rint(groups / nonzero(scale)).clip(-127, 127).astype(np.int8)
@@ -149,11 +150,16 @@ def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], shape: t
     shape = shape or tensor.shape
     k = 1 if len(shape) == 1 else shape[-1]
     keep = tensor.keep or tensor.type
-    return Tensor(shape, "f32", lambda index: Weight("f32", function(tensor.float32()).reshape(-1, k)[index]),
-                  "f16" if keep in QUANTIZED else keep, tensor.note)
+    return Tensor(
+        shape,
+        "f32",
+        lambda index: Weight("f32", function(tensor.float32()).reshape(-1, k)[index]),
+        "f16" if keep in QUANTIZED else keep,
+        tensor.note,
+    )
 
 
 def stored_type(tensor: Tensor, type: str | None) -> str:
-    """The type in which a matrix is written: `type` where asked for, its own else; rows of q8 and q4 are whole groups."""
+    """The type in which a matrix is written: `type` or its own; rows of q8 and q4 are whole groups."""
     type = type or tensor.keep or tensor.type
     return "f16" if type in QUANTIZED and tensor.k % GROUP else type

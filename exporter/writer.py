@@ -1,4 +1,4 @@
-"""Writes the model file: plain safetensors, one chunk of rows after the other, under a temporary name until it is whole."""
+"""Writes the model file: plain safetensors, one chunk of rows after the other."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from exporter.architectures import Model
 from exporter.errors import ExportError
+from exporter.model import Model
 from exporter.weights import GROUP, QUANTIZED, Tensor, quantize, size, stored_type
 
 CHUNK = 1 << 22  # elements converted at a time
@@ -19,7 +19,7 @@ BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 def written_type(name: str, tensor: Tensor, type: str | None) -> str:
-    """Vectors, tables and routers are f32; MLA's w_uk and w_uv, which each token multiplies twice, are never quantised."""
+    """Vectors, tables and routers are f32; MLA's w_uk and w_uv are never quantised."""
     module = name.split(".")[-2]
     if len(tensor.shape) == 1 or module in ("router", "position_embedding"):
         return "f32"
@@ -36,12 +36,15 @@ def stored_parts(name: str, tensor: Tensor, type: str) -> list[tuple[str, str, s
         return [("data", name, DTYPES[type], tensor.shape)]
     stem = name.removesuffix("weight")
     groups = (*outer, k // GROUP)
-    parts = [("data", name, DTYPES[type], (*outer, k // 2 if type == "q4" else k)), ("scale", stem + "scale", "F16", groups)]
+    parts = [
+        ("data", name, DTYPES[type], (*outer, k // 2 if type == "q4" else k)),
+        ("scale", stem + "scale", "F16", groups),
+    ]
     return parts + ([("min", stem + "min", "F16", groups)] if type == "q4" else [])
 
 
 def layout(model: Model, type: str | None) -> tuple[dict, list]:
-    """The safetensors header, and (name, tensor, type, {field: (offset, bytes of a row)}) of each of ours, in file order.
+    """The safetensors header, and our tensors in file order: (name, tensor, type, {field: (offset, bytes of a row)}).
 
     Float32 comes first and the rest has an even number of bytes, so that every tensor is aligned to its type.
     """
@@ -71,16 +74,21 @@ def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: s
     text += b" " * (-len(text) % 64 + 56)  # the data starts at a multiple of 64
     total = sum(row * tensor.n for _, tensor, _, places in entries for _, row in places.values())
     counts = Counter()
-    with path.open("wb") as file, tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None, leave=False) as bar:
+    with (
+        path.open("wb") as file,
+        tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None, leave=False) as bar,
+    ):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + total)
-        for name, tensor, kind, places in entries:
-            write_tensor(file, 8 + len(text), name, tensor, kind, places, bar)
+        for entry in entries:
+            _, tensor, kind, places = entry
+            write_tensor(file, 8 + len(text), entry, source, bar)
             counts[kind] += sum(row for _, row in places.values()) * tensor.n
     return counts
 
 
-def write_tensor(file, start: int, name: str, tensor: Tensor, kind: str, places: dict, bar) -> None:
+def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
+    name, tensor, kind, places = entry
     step = max(1, CHUNK // tensor.k)
     for first in range(0, tensor.n, step):
         rows = np.arange(first, min(first + step, tensor.n))
@@ -88,7 +96,7 @@ def write_tensor(file, start: int, name: str, tensor: Tensor, kind: str, places:
             weight = tensor.read(rows)
             weight = weight if weight.type == kind else quantize(weight.float32(), kind)
         except ExportError as error:
-            raise ExportError(f"tensor {name} {error}") from error
+            raise ExportError(f"{source}: tensor {name} {error}") from error
         for field, (offset, row_bytes) in places.items():
             data = np.ascontiguousarray(getattr(weight, field))
             os.pwrite(file.fileno(), data.data.cast("B"), start + offset + first * row_bytes)

@@ -1,4 +1,4 @@
-"""A float64 forward pass over a model file, written from the formulas of README.md: the witness of what export.py writes."""
+"""A float64 forward pass over a model file, written from README.md's formulas: the witness of what export.py writes."""
 
 import json
 import math
@@ -18,7 +18,9 @@ def load(path):
     raw = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        values = np.frombuffer(data[8 + length + begin : 8 + length + end], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        values = np.frombuffer(data[8 + length + begin : 8 + length + end], DTYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
         if entry["dtype"] == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         raw[name] = values
@@ -118,7 +120,9 @@ class NumpyModel:
     def mlp(self, p, x):
         up = self.linear(p + "up_proj", x)
         gated = p + "gate_proj.weight" in self.t
-        return self.linear(p + "down_proj", self.activate(self.linear(p + "gate_proj", x)) * up if gated else self.activate(up))
+        return self.linear(
+            p + "down_proj", self.activate(self.linear(p + "gate_proj", x)) * up if gated else self.activate(up)
+        )
 
     def experts(self, p, x):
         c = self.c

@@ -1,0 +1,276 @@
+"""GGUF files (ggml's docs/gguf.md): metadata as ggml's converter writes it, weights in ggml's block types."""
+
+import math
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from exporter.errors import ExportError
+from exporter.source import Source, map_file
+from exporter.weights import GROUP, Tensor, Weight, size
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# GGUF key, after the architecture's name -> Hugging Face's, or a name of our own that gguf_config resolves.
+GGUF_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "value_length",
+    "attention.layer_norm_rms_epsilon": "norm_eps",
+    "attention.layer_norm_epsilon": "norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.sliding_window_pattern": "sliding_window_pattern",
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "rope.dimension_count": "rope_dim",
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "attention.key_length_mla": "key_length_mla",
+    "attention.value_length_mla": "value_length_mla",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_shared_count": "n_shared_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+    "expert_gating_func": "expert_gating_func",
+    "expert_group_count": "n_group",
+    "expert_group_used_count": "topk_group",
+    "leading_dense_block_count": "first_k_dense_replace",
+}
+GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
+
+
+class GgufHeader:
+    """A cursor over a GGUF header (ggml's docs/gguf.md). The gguf package reads it too, thirty times slower."""
+
+    def __init__(self, data: np.ndarray):
+        self.view = memoryview(data)
+        self.at = 0
+
+    def scalar(self, code: str):
+        (value,) = struct.unpack_from("<" + code, self.view, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        if length > len(self.view) - self.at:
+            raise ValueError(f"a string of {length} bytes")
+        self.at += length
+        return str(self.view[self.at - length : self.at], "utf-8", "surrogateescape")
+
+    def value(self, kind: int):
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.scalar(SCALARS[kind])
+        kind, length = self.scalar("I"), self.scalar("Q")
+        if kind in (STRING, ARRAY):
+            if length > len(self.view) - self.at:
+                raise ValueError(f"an array of {length} elements")
+            return [self.value(kind) for _ in range(length)]
+        code = "<" + SCALARS[kind]
+        values = np.frombuffer(self.view, code, length, self.at)
+        self.at += values.nbytes
+        return values.tolist()
+
+    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name, dims = self.string(), self.scalar("I")
+        if dims > 4:
+            raise ValueError(f"tensor {name} of {dims} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]  # GGUF lists the innermost first
+        return name, self.scalar("I"), shape, self.scalar("Q")
+
+
+def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
+    source = Source("gguf", path, path, tokenizer_file)
+    data = map_file(path)
+    header = GgufHeader(data)
+    try:
+        header.at = 4
+        version = header.scalar("I")
+        if version not in (2, 3):
+            raise ExportError(f"{path}: GGUF version {version}: convert it again, with a tool that writes version 3")
+        n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
+        for _ in range(n_keys):
+            key = header.string()
+            source.metadata[key] = header.value(header.scalar("I"))
+        tensors = [header.tensor() for _ in range(n_tensors)]
+    except (struct.error, ValueError, KeyError, OverflowError) as error:
+        raise ExportError(f"{path}: its header is truncated or damaged at byte {header.at}: fetch it again") from error
+    align = source.metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or align <= 0:
+        raise ExportError(f"{path}: general.alignment is {align}, it must be a positive integer: fetch it again")
+    start = -(-header.at // align) * align
+    for name, kind, shape, offset in tensors:
+        source.tensors[name] = gguf_tensor(path, data, name, kind, shape, start + offset)
+    source.config = gguf_config(source)
+    return source
+
+
+def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], offset: int) -> Tensor:
+    try:
+        kind = gguf.GGMLQuantizationType(kind)
+        blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError) as error:
+        raise ExportError(f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it") from error
+    k = 1 if len(shape) == 1 else shape[-1]
+    n = size(shape) // k if k else 0
+    row_bytes = k * block_bytes // blocks
+    if n <= 0 or k % blocks or offset + n * row_bytes > len(data):
+        raise ExportError(
+            f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
+            f"({len(data)} bytes): it is truncated: fetch it again"
+        )
+    rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
+    if kind.name in GGUF_TYPES:
+        type, unpack = GGUF_TYPES[kind.name]
+        return Tensor(shape, type, lambda index: unpack(rows[index]))
+    return Tensor(
+        shape,
+        "f32",
+        lambda index: Weight("f32", gguf.dequantize(rows[index], kind).astype(np.float32, copy=False)),
+        keep="q8" if k % GROUP == 0 else "f16",
+        note=kind.name,
+    )
+
+
+def float_rows(dtype: str, type: str):
+    return lambda rows: Weight(type, rows.view(dtype))
+
+
+def blocks_of(rows: np.ndarray, dtype: list) -> np.ndarray:
+    """[n, k / 32] structures out of the bytes of some rows."""
+    return rows.view(np.dtype(dtype))
+
+
+def q8_0(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("q", "i1", GROUP)])
+    return Weight("q8", blocks["q"].reshape(len(rows), -1), blocks["d"])
+
+
+def nibbles(q: np.ndarray) -> np.ndarray:
+    """ggml keeps element j in the low half of byte j, and j + 16 in the high half; here neighbours share a byte."""
+    elements = np.concatenate([q & 15, q >> 4], axis=-1)
+    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).reshape(len(q), -1)
+
+
+def q4_0(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("q", "u1", GROUP // 2)])
+    low = np.float16(-8) * blocks["d"]
+    if not np.isfinite(low).all():
+        raise ExportError("has a scale whose minimum is more than float16 can hold: export with --type bf16")
+    return Weight("q4", nibbles(blocks["q"]), blocks["d"], low)
+
+
+def q4_1(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("d", "<f2"), ("m", "<f2"), ("q", "u1", GROUP // 2)])
+    return Weight("q4", nibbles(blocks["q"]), blocks["d"], blocks["m"])
+
+
+def q5_0(rows: np.ndarray) -> Weight:
+    """Five bits, centred: they fit in q8 as they are."""
+    blocks = blocks_of(rows, [("d", "<f2"), ("high", "u1", 4), ("q", "u1", GROUP // 2)])
+    high = np.unpackbits(blocks["high"], axis=-1, bitorder="little")
+    low = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
+    return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
+
+
+GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
+    "F32": ("f32", float_rows("<f4", "f32")),
+    "F16": ("f16", float_rows("<f2", "f16")),
+    "BF16": ("bf16", float_rows("<u2", "bf16")),
+    "Q8_0": ("q8", q8_0),
+    "Q5_0": ("q8", q5_0),
+    "Q4_0": ("q4", q4_0),
+    "Q4_1": ("q4", q4_1),
+}
+
+
+MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
+
+
+def gguf_config(source: Source) -> dict:
+    """The metadata under Hugging Face's names; an unknown key keeps its own, and is refused later."""
+    architecture = source.metadata.get("general.architecture")
+    if source.metadata.get("split.count", 1) != 1:
+        raise ExportError(
+            f"{source.path}: split.count is {source.metadata['split.count']}: join the parts: llama-gguf-split --merge"
+        )
+    config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
+    for key, value in source.metadata.items():
+        prefix, _, name = key.partition(".")
+        if prefix != architecture or name in GGUF_NO_EFFECT:
+            continue
+        if isinstance(value, list) and len(set(map(repr, value))) == 1:
+            value = value[0]  # one value a layer, all the same
+        config[GGUF_KEYS.get(name, key)] = value
+    config["tie_word_embeddings"] = "output.weight" not in source.tensors
+    if "token_embd.weight" in source.tensors:
+        config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
+    if architecture == "llama" and config.get("num_experts"):
+        config["model_type"] = "mixtral"
+    if architecture == "gemma3":  # llama.cpp keeps no query_pre_attn_scalar: head_dim but for the 27B, of 62 layers
+        wide = config.get("num_hidden_layers") == 62
+        config["query_pre_attn_scalar"] = (
+            config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
+        )
+    if architecture == "deepseek2":
+        gguf_latent(config)
+    gguf_rope(config)
+    return config
+
+
+def gguf_latent(config: dict) -> None:
+    """DeepSeek's widths: GGUF has the whole key's, before the latent's (older files) or beside it (key_length_mla)."""
+    key, value = config.pop("head_dim", 0), config.pop("value_length", 0)
+    key, config["v_head_dim"] = config.pop("key_length_mla", key), config.pop("value_length_mla", value)
+    config["qk_rope_head_dim"] = config.pop("rope_dim", 0)
+    config["qk_nope_head_dim"] = key - config["qk_rope_head_dim"]
+    config["num_key_value_heads"] = config.get("num_attention_heads")
+    config.setdefault("q_lora_rank", None)
+    if config.pop("expert_gating_func", 1) == 2:
+        config["model_type"] = "deepseek_v3"
+    elif config.get("n_group", 1) > 1:
+        config["topk_method"] = "group_limited_greedy"
+
+
+def gguf_rope(config: dict) -> None:
+    """GGUF's rope.scaling keys -> rope_scaling. Its attn_factor multiplies YaRN's own factor on cos and sin."""
+    names = (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "yarn_log_multiplier",
+        "beta_fast",
+        "beta_slow",
+    )
+    scaling = {name: config.pop(name) for name in names if name in config}
+    kind = config.pop("rope_type", "none")
+    if kind == "none":
+        return
+    multiplier = scaling.pop("yarn_log_multiplier", 0)
+    if multiplier:  # DeepSeek: 0.1 mscale_all_dim
+        scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
+    elif kind == "yarn" and "attention_factor" in scaling:
+        scaling["attention_factor"] *= 0.1 * math.log(scaling.get("factor", 1)) + 1
+    config["rope_scaling"] = scaling | {"rope_type": kind}

@@ -1,0 +1,156 @@
+"""The hyper-parameters of the model file (README.md) from a source's config: one function for each group of keys."""
+
+import math
+
+import numpy as np
+
+from exporter import rope
+from exporter.architectures import Architecture
+from exporter.config import Keys
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+
+
+def hyperparameters(keys: Keys, architecture: Architecture) -> tuple[dict, list[np.ndarray]]:
+    """The model file's config, and its RoPE tables."""
+    sizes = dimensions(keys, architecture)
+    types = layer_types(keys, architecture, sizes["n_layers"])
+    kinds = dict(
+        norm=architecture.norm, norm_eps=keys.number("norm_eps"), activation=keys.choice("hidden_act", ACTIVATIONS)
+    )
+    attended, tables = attention(keys, architecture, sizes, types)
+    config = dict(attention=variant(sizes)) | sizes | kinds | attended | experts(keys, architecture, sizes)
+    return config, tables
+
+
+def dimensions(keys: Keys, architecture: Architecture) -> dict:
+    heads, dim = keys.positive("num_attention_heads"), keys.positive("hidden_size")
+    sizes = dict(
+        dim=dim,
+        hidden_dim=keys.positive("intermediate_size", 4 * dim),
+        n_layers=keys.positive("num_hidden_layers"),
+        n_heads=heads,
+        vocab_size=keys.positive("vocab_size"),
+        seq_len=keys.positive("max_position_embeddings"),
+    )
+    kv_heads = keys.positive("num_key_value_heads", 1 if keys.get("multi_query", False) else heads)
+    if architecture.mla:
+        keys.get("head_dim")  # transformers writes qk_rope_head_dim here, and nothing uses it
+        return sizes | latent_dimensions(keys)
+    if keys.get("head_dim") is None and dim % heads:
+        keys.refuse("num_attention_heads", f"does not divide hidden_size {dim}: fetch the file again")
+    head_dim = keys.positive("head_dim", dim // heads)
+    if heads % kv_heads:
+        keys.refuse("num_key_value_heads", f"does not divide num_attention_heads {heads}: fetch the file again")
+    for key in ("value_length", "rope_dim"):
+        if keys.get(key, head_dim) != head_dim:
+            keys.refuse(key, f"must be head_dim, {head_dim}: heads of two widths are not supported")
+    return sizes | dict(n_kv_heads=kv_heads, head_dim=head_dim)
+
+
+def latent_dimensions(keys: Keys) -> dict:
+    sizes = {key: keys.positive(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
+    if abs(keys.number("norm_eps") - 1e-6) > 1e-9:
+        keys.refuse("norm_eps", "the latent's norm has 1e-6 whatever this says, so it must be 1e-6")
+    return dict(q_lora_rank=keys.get("q_lora_rank", 0)) | sizes
+
+
+def variant(config: dict) -> str:
+    if "kv_lora_rank" in config:
+        return "mla"
+    return {config["n_heads"]: "mha", 1: "mqa"}.get(config["n_kv_heads"], "gqa")
+
+
+def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[str]:
+    given = keys.get("layer_types")
+    window, pattern = keys.get("sliding_window"), keys.get("sliding_window_pattern", 0)
+    first = keys.get("max_window_layers", 0)
+    on = keys.get("use_sliding_window", True) and window is not None
+    if given is not None:
+        if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, SLIDING}:
+            keys.refuse("layer_types", f"must be one of {FULL}, {SLIDING} for each of the {n_layers} layers")
+        return given
+    if architecture.windows == "pattern" and (not isinstance(pattern, int) or pattern <= 0):
+        keys.refuse("sliding_window_pattern", "must be a positive integer")
+    slides = {
+        "none": lambda layer: False,
+        "all": lambda layer: on,
+        "upper": lambda layer: on and layer >= first,
+        "pattern": lambda layer: on and (layer + 1) % pattern != 0,
+    }[architecture.windows]
+    return [SLIDING if slides(layer) else FULL for layer in range(n_layers)]
+
+
+def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[str]) -> tuple[dict, list]:
+    """The attention's part of the config, and the RoPE tables."""
+    width = sizes["head_dim"] if "head_dim" in sizes else sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
+    scale = keys.number("query_pre_attn_scalar", width) ** -0.5 if keys.get("scale_attn_weights", True) else 1.0
+    tables, index = [], {}
+    for layer_type in dict.fromkeys(types) if architecture.rotates else ():
+        local = layer_type == SLIDING and "rope_local_base_freq" in architecture.defaults
+        parameters = rope.parameters(
+            keys, layer_type if local else FULL, "rope_local_base_freq" if local else "rope_theta"
+        )
+        if parameters not in tables:
+            tables.append(parameters)
+        index[layer_type] = tables.index(parameters)
+    scale *= rope.softmax_mscale(tables[0]) if architecture.mla else 1
+    tables = [rope.table(parameters, sizes.get("qk_rope_head_dim", width)) for parameters in tables]
+    window = keys.positive("sliding_window") if SLIDING in types else 0
+    return dict(
+        attention_scale=scale,
+        window=[window if layer_type == SLIDING else 0 for layer_type in types],
+        rope=[index.get(layer_type, -1) for layer_type in types],
+        rope_scale=[factor for _, factor in tables],
+        attention_softcap=keys.get("attn_logit_softcapping", 0),
+        logit_softcap=keys.get("final_logit_softcapping", 0),
+        embedding_scale=math.sqrt(sizes["dim"]) if architecture.scaled_embedding else 1,
+    ), [inv_freq for inv_freq, _ in tables]
+
+
+def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
+    n = keys.get("num_experts", 0)
+    if not n:
+        return {}
+    keys.positive("num_experts")
+    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    first = keys.get("first_k_dense_replace", 0)
+    method, norm = (
+        keys.get("topk_method", "greedy"),
+        architecture.experts.get("norm_topk_prob", keys.get("norm_topk_prob", False)),
+    )
+    grouped = {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}
+    if method not in grouped:
+        keys.refuse("topk_method", f"known are {', '.join(grouped)}")
+    if norm and method in ("greedy", "group_limited_greedy") and architecture.mla:
+        keys.refuse("norm_topk_prob", "implementations of this architecture differ on what it means")
+    if keys.positive("num_experts_per_tok") > n:
+        keys.refuse("num_experts_per_tok", f"more than the {n} experts")
+    groups = keys.positive("n_group", 1)
+    if n % groups or keys.positive("topk_group", 1) > groups:
+        keys.refuse("n_group", f"does not divide the {n} experts, or topk_group {keys.get('topk_group')} is more")
+    return dict(
+        n_routed_experts=n,
+        num_experts_per_tok=keys.get("num_experts_per_tok"),
+        n_shared_experts=keys.get("n_shared_experts", 0),
+        moe_intermediate_size=keys.positive("moe_intermediate_size", sizes["hidden_dim"]),
+        moe_layers=[
+            int(layer >= first and layer not in dense and (layer + 1) % step == 0) for layer in range(sizes["n_layers"])
+        ],
+        scoring_func=keys.choice("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"})
+        if architecture.mla
+        else "softmax",
+        norm_topk_prob=norm,
+        routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
+        n_group=groups if grouped[method] else 1,
+        topk_group=keys.get("topk_group", 1) if grouped[method] else 1,
+        group_score=architecture.experts.get("group_score", "max"),
+    )

@@ -1,0 +1,68 @@
+"""From a source to the model that is written."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from exporter.architectures import Architecture, architecture_of
+from exporter.config import Keys
+from exporter.errors import ExportError
+from exporter.hyperparameters import hyperparameters
+from exporter.names import canonical_tensors
+from exporter.source import Source
+from exporter.tensors import arrange, check_shapes
+from exporter.weights import Tensor, of_array
+
+
+@dataclass
+class Model:
+    """What is written: config as README.md lists it, tensors by the model file's names."""
+
+    config: dict
+    tensors: dict[str, Tensor]
+
+
+def build(source: Source) -> Model:
+    """Reads no weights yet. Throws ExportError for a key or a tensor that is unknown, missing or wrong."""
+    architecture, values = architecture_of(source)
+    keys = Keys(source, values, architecture.defaults)
+    config, tables = hyperparameters(keys, architecture)
+    needs = "|".join([architecture.needs, *biases(keys, architecture)])
+    interleaved = architecture.interleaved and keys.get("rope_interleave", True)
+    tied, ahead = keys.get("tie_word_embeddings"), keys.get("num_nextn_predict_layers", 0)
+    keys.finish()
+
+    tensors = canonical_tensors(source, architecture, config["n_layers"], ahead)
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    if not tied and "lm_head.weight" not in tensors:
+        raise ExportError(
+            f"{source.path}: tensor lm_head.weight is missing and tie_word_embeddings is false: fetch the checkpoint "
+            "again, with all its files"
+        )
+    arrange(source, architecture, config, interleaved, tensors)
+    slowed = tensors.pop("rope_freqs.weight", None)
+    check_shapes(source, config, tensors, needs)
+    for i, inv_freq in enumerate(tables):
+        tensors[f"rope.{i}.inv_freq"] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
+    return Model(config, tensors)
+
+
+def biases(keys: Keys, architecture: Architecture) -> list[str]:
+    """Patterns of the biases that the config announces."""
+    modules = {
+        "attention_bias": r"(kv_a|q_a|o)_proj" if architecture.mla else "[qkvo]_proj",
+        "mlp_bias": "(gate|up|down)_proj",
+    }
+    return [pattern + r"\.bias" for key, pattern in modules.items() if keys.get(key)]
+
+
+def slowdown(source: Source, factors: Tensor | None, shape: tuple[int, ...]) -> np.ndarray | int:
+    """Llama 3's rope_scaling as GGUF carries it: a tensor of divisors."""
+    if factors is None:
+        return 1
+    if factors.shape != shape:
+        raise ExportError(
+            f"{source.path}: tensor rope_freqs.weight is {list(factors.shape)}, not {list(shape)}: fetch the file again"
+        )
+    return factors.float32()

@@ -1,0 +1,51 @@
+"""What every source of a model gives: a config, lazily read tensors, and what the tokenizer needs."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from exporter.errors import ExportError
+from exporter.weights import Tensor, Weight
+
+
+class Source:
+    """kind: 'gguf', 'hf' or 'llama2c'. path: as given. where: the file that holds the config, for error lines.
+
+    config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
+    metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
+    folder: a Hugging Face folder, None elsewhere. tokenizer_file: --tokenizer, None where not given.
+    """
+
+    def __init__(self, kind: str, path: Path, where: Path, tokenizer_file: Path | None):
+        self.kind = kind
+        self.path = path
+        self.where = where
+        self.folder = path if kind == "hf" else None
+        self.tokenizer_file = tokenizer_file
+        self.config: dict = {}
+        self.metadata: dict = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The file's bytes, mapped."""
+    try:
+        with path.open("rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}: give a file that can be read") from error
+    except ValueError as error:
+        raise ExportError(f"{path}: empty file: fetch it again") from error
+
+
+def array_tensor(data: np.ndarray, dtype: str, type: str, shape: tuple[int, ...]) -> Tensor:
+    """A row-major array of the file's own bytes, in a type that needs no unpacking."""
+    rows = np.frombuffer(data, dtype).reshape(-1, 1 if len(shape) == 1 else shape[-1])
+    if dtype == "<f8":
+        return Tensor(shape, type, lambda index: Weight(type, rows[index].astype(np.float32)))
+    return Tensor(shape, type, lambda index: Weight(type, rows[index]))

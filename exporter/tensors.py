@@ -1,0 +1,193 @@
+"""From a checkpoint's tensors, under canonical names, to the model file's: split, stacked, permuted and checked."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from exporter.architectures import Architecture
+from exporter.errors import ExportError
+from exporter.source import Source
+from exporter.weights import Tensor, apply, concat, select
+
+
+def arrange(
+    source: Source, architecture: Architecture, config: dict, interleaved: bool, tensors: dict[str, Tensor]
+) -> None:
+    """Changes `tensors` in place; interleaved: the checkpoint's RoPE rotates neighbours, the model file's halves."""
+    if architecture.conv1d:
+        for name, tensor in tensors.items():
+            if re.search(r"(qkv|o|up|down)_proj\.weight$", name):
+                tensors[name] = apply(tensor, np.transpose, shape=tensor.shape[::-1])
+    if architecture.fused:
+        split_qkv(source.path, qkv_rows(config, architecture.fused), tensors)
+    if architecture.mla:
+        split_kv_b(source.path, config, tensors)
+    if config.get("n_routed_experts"):
+        stack_experts(source.path, config["n_routed_experts"], tensors)
+    if interleaved:
+        to_halves(config, tensors)
+    if architecture.norm_plus_one:
+        for name, tensor in tensors.items():
+            if name.endswith("norm.weight"):
+                tensors[name] = apply(tensor, lambda x: x + 1)
+
+
+def neighbours_to_halves(n_heads: int, kept: int, rotated: int) -> np.ndarray:
+    """Row numbers that bring RoPE's pairs from neighbours (2i, 2i + 1) to halves (i, i + n).
+
+    kept: rows at the start of each head that do not rotate.
+    """
+    head = np.concatenate([np.arange(kept), kept + np.arange(0, rotated, 2), kept + np.arange(1, rotated, 2)])
+    return (np.arange(n_heads)[:, None] * (kept + rotated) + head).reshape(-1)
+
+
+def split_qkv(where: Path, rows: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if ".qkv_proj." in name]:
+        fused = tensors.pop(name)
+        if fused.n != sum(map(len, rows.values())):
+            raise ExportError(
+                f"{where}: tensor {name} has {fused.n} rows, not {sum(map(len, rows.values()))} for q, k and v"
+            )
+        for part, index in rows.items():
+            tensors[name.replace("qkv_proj", part)] = select(fused, index)
+
+
+def qkv_rows(config: dict, layout: str) -> dict[str, np.ndarray]:
+    q, kv = config["n_heads"] * config["head_dim"], config["n_kv_heads"] * config["head_dim"]
+    order = np.arange(q + 2 * kv)
+    if layout == "heads" and q == kv:
+        order = order.reshape(config["n_heads"], 3, -1).transpose(1, 0, 2).reshape(-1)
+    return dict(q_proj=order[:q], k_proj=order[q : q + kv], v_proj=order[q + kv :])
+
+
+def split_kv_b(where: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """kv_b_proj [n_heads (nope + v), rank] -> w_uk [n_heads, nope, rank], w_uv [n_heads, v, rank]."""
+    heads, nope, v, rank = (config[key] for key in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
+    rows = np.arange(heads * (nope + v)).reshape(heads, -1)
+    for name in list(tensors):
+        stem = name.removesuffix("weight").rpartition("kv_b_proj")[0]
+        if name.endswith("kv_b_proj.weight"):
+            whole = tensors.pop(name)
+            if whole.shape != (rows.size, rank):
+                raise ExportError(f"{where}: tensor {name} is {list(whole.shape)}, the config says {[rows.size, rank]}")
+            tensors[stem + "w_uk.weight"] = select(whole, rows[:, :nope].reshape(-1), (heads, nope, rank))
+            tensors[stem + "w_uv.weight"] = select(whole, rows[:, nope:].reshape(-1), (heads, v, rank))
+        elif name.endswith("k_b_proj.weight"):  # GGUF: already split, w_uk turned for the absorbed form
+            turned = tensors.pop(name)
+            stem = name.removesuffix("k_b_proj.weight")
+            tensors[stem + "w_uk.weight"] = apply(turned, lambda x: x.transpose(0, 2, 1), shape=(heads, nope, rank))
+        elif name.endswith(".v_b_proj.weight"):
+            tensors[name.replace("v_b_proj", "w_uv")] = tensors.pop(name)
+
+
+def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if re.search(r"\.experts\.0\.", name)]:
+        parts = [tensors.pop(name.replace(".experts.0.", f".experts.{i}."), None) for i in range(n)]
+        if None in parts:
+            raise ExportError(
+                f"{where}: tensor {name} is there for expert 0 but not for expert {parts.index(None)} of {n}"
+            )
+        tensors[name.replace(".experts.0.", ".experts.")] = concat(parts, (n, *parts[0].shape))
+    for name in [name for name in tensors if name.endswith("experts.gate_up_proj.weight")]:
+        both = tensors.pop(name)
+        hidden = both.shape[1] // 2
+        rows = np.arange(both.n).reshape(both.shape[0], 2, hidden)
+        for half, part in enumerate(("gate_proj", "up_proj")):
+            tensors[name.replace("gate_up_proj", part)] = select(
+                both, rows[:, half].reshape(-1), (len(rows), hidden, both.k)
+            )
+
+
+def to_halves(config: dict, tensors: dict[str, Tensor]) -> None:
+    heads, nope, rotated = config["n_heads"], config.get("qk_nope_head_dim", 0), config.get("qk_rope_head_dim")
+    if rotated:
+        q = neighbours_to_halves(heads, nope, rotated)
+        rows = dict(q_proj=q, q_b_proj=q, kv_a_proj=neighbours_to_halves(1, config["kv_lora_rank"], rotated))
+    else:
+        rows = dict(
+            q_proj=neighbours_to_halves(heads, 0, config["head_dim"]),
+            k_proj=neighbours_to_halves(config["n_kv_heads"], 0, config["head_dim"]),
+        )
+    for name, tensor in tensors.items():
+        index = rows.get(name.split(".")[-2])
+        if index is not None and len(index) == tensor.n:  # a wrong shape is refused by check_shapes
+            tensors[name] = select(tensor, index, tensor.shape)
+
+
+def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Every tensor of a model with this config: its shape, and whether it must be there (README.md)."""
+    c = config
+    dim, heads, vocab = c["dim"], c["n_heads"], c["vocab_size"]
+    shapes = {
+        "embed_tokens.weight": ((vocab, dim), True),
+        "lm_head.weight": ((vocab, dim), False),
+        "lm_head.bias": ((vocab,), False),
+        "norm.weight": ((dim,), True),
+        "norm.bias": ((dim,), False),
+        "position_embedding.weight": ((c["seq_len"], dim), False),
+    }
+
+    def add(prefix: str, modules: dict, required: bool = True, suffixes=("weight", "bias")):
+        for module, shape in modules.items():
+            for suffix in suffixes:
+                shapes[f"{prefix}{module}.{suffix}"] = (
+                    shape if suffix == "weight" else shape[:1],
+                    required and suffix == "weight",
+                )
+
+    def mlp(hidden: int) -> dict:
+        return dict(gate_proj=(hidden, dim), up_proj=(hidden, dim), down_proj=(dim, hidden))
+
+    if c["attention"] == "mla":
+        rank, nope, rotated, v = (
+            c[key] for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
+        q_rank, q = c["q_lora_rank"], heads * (nope + rotated)
+        projections = dict(
+            kv_a_proj=(rank + rotated, dim), w_uk=(heads, nope, rank), w_uv=(heads, v, rank), o_proj=(dim, heads * v)
+        )
+        projections |= dict(q_a_proj=(q_rank, dim), q_b_proj=(q, q_rank)) if q_rank else dict(q_proj=(q, dim))
+        norms = dict(kv_a_norm=(rank,), q_a_norm=(q_rank,))
+    else:
+        q, kv = heads * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
+        projections = dict(q_proj=(q, dim), k_proj=(kv, dim), v_proj=(kv, dim), o_proj=(dim, q))
+        norms = dict(q_norm=(c["head_dim"],), k_norm=(c["head_dim"],))
+    for layer in range(c["n_layers"]):
+        prefix = f"layers.{layer}."
+        add(prefix, projections)
+        add(prefix, dict(attention_norm=(dim,), mlp_norm=(dim,)))
+        add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
+        if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
+            add(prefix, mlp(c["hidden_dim"]))
+            shapes[prefix + "gate_proj.weight"] = ((c["hidden_dim"], dim), False)
+            continue
+        n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
+        add(prefix, dict(router=(n, dim)))
+        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()}, suffixes=("weight",))
+        if c["n_shared_experts"]:
+            add(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
+    return {
+        name: (shape, required or bool(re.search(f"(^|[._])({needs})$", name)))
+        for name, (shape, required) in shapes.items()
+    }
+
+
+def check_shapes(source: Source, config: dict, tensors: dict[str, Tensor], needs: str) -> None:
+    expected = expected_shapes(config, needs)
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ExportError(
+                f"{source.path}: tensor {name} {list(tensor.shape)} has no place in this architecture: "
+                "export another checkpoint"
+            )
+        if tensor.shape != expected[name][0]:
+            raise ExportError(
+                f"{source.path}: tensor {name} is {list(tensor.shape)}, {source.where.name} says "
+                f"{list(expected[name][0])}: fetch both again"
+            )
+    for name, (shape, required) in expected.items():
+        if required and name not in tensors:
+            raise ExportError(
+                f"{source.path}: tensor {name} {list(shape)} is missing: fetch the checkpoint again, with all its files"
+            )
