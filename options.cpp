@@ -1,0 +1,200 @@
+// options.cpp: the command line, with CLI11.
+//
+// Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp; and without optimisation, which halves
+// that and changes nothing for the user.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O0")
+#endif
+#include "options.h"
+
+#include <sched.h>
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <fstream>
+#include <random>
+#include <set>
+
+#include "device.h"
+
+namespace {
+
+std::string complaint(const char* what, const std::string& value, const char* fix) {
+  return std::string(what) + " " + value + ": " + fix;
+}
+
+// "512M" -> bytes. K, M and G are powers of 1024.
+size_t parse_size(const std::string& text) {
+  size_t end = 0;
+  double number = -1;
+  try {
+    number = std::stod(text, &end);
+  } catch (const std::exception&) {
+    end = std::string::npos;
+  }
+  const std::string unit = end == std::string::npos ? "?" : text.substr(end);
+  const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
+  const double bytes = std::ldexp(number, shift);
+  if (shift < 0 || !(bytes >= 1 && bytes < 0x1p60))
+    throw Usage(complaint("--kv-memory", text, "must be a size such as 512M or 1.5G"));
+  return static_cast<size_t>(bytes);
+}
+
+void check(const Options& o) {
+  const auto require = [](bool right, const char* flag, auto value, const char* fix) {
+    if (!right) throw Usage(complaint(flag, CLI::detail::to_string(value), fix));
+  };
+  if (const std::string wrong = problem(o.sampler); !wrong.empty()) throw Usage("--" + wrong);
+  require(o.n >= -1, "-n", o.n, "must be > 0 (0 or -1: until the context is full)");
+  require(o.samples >= 1 && o.samples <= 65536, "--samples", o.samples, "must be 1 .. 65536");
+  require(o.parallel >= 1 && o.parallel <= 65536, "--parallel", o.parallel, "must be 1 .. 65536");
+  require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
+  require(o.context >= 0, "--context", o.context, "must be > 0 (0: chosen to fit the memory)");
+  require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
+  require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
+  for (const std::string& stop : o.stop) require(!stop.empty(), "--stop", "''", "an empty text would stop at once");
+}
+
+// The options with which a mode or another flag makes no sense.
+struct Flags {
+  CLI::Option *prompt, *file, *n, *stop, *tokens, *samples;
+};
+
+Flags add_text_flags(CLI::App& app, Options& o) {
+  Flags f;
+  app.add_option("MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
+      ->required();
+  f.prompt = app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
+  f.file = app.add_option("-f,--prompt-file", o.prompt_file, "read it from a file")->excludes(f.prompt);
+  f.n = app.add_option("-n,--n-predict", o.n,
+                       "most tokens to generate; 0 or -1: until the context is full (256; chat: 0)");
+  f.stop = app.add_option("--stop", o.stop, "end the text before this one; may be given again");
+  f.stop->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)->expected(1);
+  app.add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end the text");
+  f.tokens = app.add_flag("--tokens", o.tokens, "print tokens instead of text: ID and text, one a line");
+  f.samples = app.add_option("--samples", o.samples, "continue the prompt this often, seeds SEED, SEED + 1, ...");
+  return f;
+}
+
+void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
+  app.add_option("--temp,--temperature", s.temperature, "0: always the likeliest token")->capture_default_str();
+  app.add_option("--top-k", s.top_k, "choose among the K likeliest; 0: all")->capture_default_str();
+  app.add_option("--top-p", s.top_p, "... the fewest that reach the probability P")->capture_default_str();
+  app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
+  app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
+  app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)");
+}
+
+void add_mode_flags(CLI::App& app, Options& o, const Flags& f) {
+  auto* chat = app.add_flag("--chat", o.chat, "a conversation: each line of standard input is a turn");
+  app.add_option("--system", o.system, "the system message of --chat")->needs(chat);
+  auto* prompts =
+      app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
+  app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str()->needs(prompts);
+  auto* perplexity = app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
+  app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all")->needs(perplexity);
+  auto* logits = app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
+  auto* bench = app.add_flag("--bench", o.bench, "measure the speed at several contexts; JSON");
+
+  const std::vector<CLI::Option*> modes = {chat, prompts, perplexity, logits, bench};
+  for (auto* mode : modes)
+    for (auto* other : modes)
+      if (mode != other) mode->excludes(other);
+  for (auto* mode : modes) f.tokens->excludes(mode), f.samples->excludes(mode);
+  for (auto* mode : {chat, prompts, perplexity, bench}) f.prompt->excludes(mode), f.file->excludes(mode);
+  for (auto* mode : {perplexity, logits, bench}) f.n->excludes(mode), f.stop->excludes(mode);
+}
+
+// Returns that of --kv-memory.
+CLI::Option* add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
+  app.add_option("-c,--context", o.context, "most tokens of a sequence; 0: 4096, or what model and memory allow");
+  app.add_option("-b,--batch", o.batch, "tokens a step")->capture_default_str();
+  auto* memory = app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
+  app.add_option("--mla", o.mla, "absorbed or expanded: MLA in this form alone")
+      ->check(CLI::IsMember({"absorbed", "expanded"}));
+  app.add_option("-t,--threads", o.threads, "one a physical core")->capture_default_str();
+  app.add_option("--stats", o.stats, "write the report to this JSON file");
+  app.add_flag("-q,--quiet", o.quiet, "no report");
+  return memory;
+}
+
+// Cores that the quota of this process's cgroup pays for; infinity where there is none.
+double cgroup_cores() {
+  double cores = std::numeric_limits<double>::infinity(), quota = 0, period = 0;
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    if (line.rfind("0::", 0) != 0) continue;  // version 2; a quota holds for all groups below it
+    for (std::string group = line.substr(3);; group.resize(group.rfind('/'))) {
+      if (group == "/") group.clear();
+      std::ifstream file("/sys/fs/cgroup" + group + "/cpu.max");
+      if (file >> quota >> period) cores = std::min(cores, quota / period);  // "max" is no number: no quota
+      if (group.empty()) break;
+    }
+  }
+  std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  if (v1_quota >> quota && v1_period >> period && quota > 0) cores = std::min(cores, quota / period);
+  return cores;
+}
+
+int physical_cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  sched_getaffinity(0, sizeof allowed, &allowed);
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+    if (!CPU_ISSET(static_cast<size_t>(cpu), &allowed)) continue;
+    std::ifstream siblings("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string list = std::to_string(cpu);
+    std::getline(siblings, list);
+    cores.insert(list);
+  }
+  return std::max(1, static_cast<int>(std::min(static_cast<double>(cores.size()), cgroup_cores())));
+}
+
+}  // namespace
+
+std::string problem(const SamplerOptions& s) {
+  const auto text = [](auto x) { return CLI::detail::to_string(x); };
+  if (!(std::isfinite(s.temperature) && s.temperature >= 0))
+    return complaint("temperature", text(s.temperature), "must be a number >= 0 (0: always the likeliest token)");
+  if (s.top_k < 0) return complaint("top-k", text(s.top_k), "must be >= 0 (0: all tokens)");
+  if (!(s.top_p > 0 && s.top_p <= 1))
+    return complaint("top-p", text(s.top_p),
+                     "must be > 0 and <= 1 (1: all tokens; the likeliest alone: temperature 0)");
+  if (!(s.min_p >= 0 && s.min_p <= 1))
+    return complaint("min-p", text(s.min_p), "must be >= 0 and <= 1 (0: all tokens)");
+  if (!(std::isfinite(s.repeat_penalty) && s.repeat_penalty > 0))
+    return complaint("repeat-penalty", text(s.repeat_penalty), "must be a number > 0 (1: no penalty)");
+  return "";
+}
+
+Options parse(int argc, char** argv) {
+  Options o;
+  o.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .seed = 0};
+  o.sampler.seed = std::random_device()();
+  o.threads = physical_cores();
+  std::string kv_memory;
+
+  CLI::App app("Text from a language model.", "run");
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
+  const Flags flags = add_text_flags(app, o);
+  add_sampler_flags(app, o.sampler);
+  add_mode_flags(app, o, flags);
+  const CLI::Option* memory = add_machine_flags(app, o, kv_memory);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    std::fputs(app.help().c_str(), stdout);
+    return {};
+  } catch (const CLI::ParseError& e) {
+    std::string line = e.what();
+    for (char& c : line) c = c == '\n' ? ' ' : c;
+    throw Usage(line + " (run --help lists the flags)");
+  }
+  o.has_prompt = flags.prompt->count() > 0;
+  o.has_n = flags.n->count() > 0;
+  if (memory->count() > 0) o.kv_memory = parse_size(kv_memory);
+  check(o);
+  o.n = std::max(0, o.n);
+  return o;
+}

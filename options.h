@@ -1,0 +1,46 @@
+// options.h: the command line.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "sampler.h"
+
+struct Options {
+  std::string model;
+  // what to do; without any of these: continue the prompt
+  bool chat = false, bench = false, tokens = false;
+  std::string prompts, perplexity, logits;
+
+  std::string prompt, prompt_file;
+  bool has_prompt = false;
+  std::string system;
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
+  SamplerOptions sampler;
+  int n = 0;  // most tokens to generate; 0: until the context is full
+  bool has_n = false;
+  int samples = 1, parallel = 1;
+  int chunks = 0;  // of --perplexity; 0: all
+
+  int context = 0;       // 0: chosen by plan()
+  size_t kv_memory = 0;  // bytes; 0: chosen by plan()
+  int batch = 512;       // tokens a step
+  std::string mla;       // "absorbed" or "expanded" forces that form
+  int threads = 0;       // default: one a physical core that affinity and the cgroup's quota allow
+  std::string stats;
+  bool quiet = false;
+};
+
+// A command line that makes no sense: exit code 2.
+struct Usage : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What is wrong with them: "top-p 0: must be ..."; empty: nothing.
+std::string problem(const SamplerOptions& s);
+
+// Throws Usage with one line. After --help, which is printed, the model is empty.
+Options parse(int argc, char** argv);

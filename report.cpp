@@ -1,0 +1,161 @@
+// report.cpp: what a run tells of itself.
+#include "report.h"
+
+#include <algorithm>
+#include <bit>
+#include <cinttypes>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+void LogitsHash::add(const float* row, int n) {
+  int i = 0;
+  for (; i + STREAMS <= n; i += STREAMS)
+    for (int j = 0; j < STREAMS; j++) streams_[j] = (streams_[j] ^ std::bit_cast<uint32_t>(row[i + j])) * PRIME;
+  for (int j = 0; i + j < n; j++) streams_[j] = (streams_[j] ^ std::bit_cast<uint32_t>(row[i + j])) * PRIME;
+}
+
+uint64_t LogitsHash::value() const {
+  uint64_t hash = OFFSET;
+  for (const uint64_t stream : streams_) hash = (hash ^ stream) * PRIME;
+  return hash;
+}
+
+void Measured::use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits) {
+  if (sequence >= hashes.size()) hashes.resize(sequence + 1);
+  hashes[sequence].add(logits, config.vocab_size);
+  logit_rows++;
+  if (!generated) return;
+  const int context = position + 1;
+  double read = 0;
+  for (const int window : config.window) read += window > 0 ? std::min(window, context) : context;
+  context_seen += context;
+  context_read += read / config.n_layers;
+}
+
+uint64_t logits_hash(const Measured& measured) {
+  if (measured.hashes.size() == 1) return measured.hashes[0].value();
+  uint64_t all = 0;
+  for (const LogitsHash& hash : measured.hashes) all = (all ^ hash.value()) * 0x100000001b3u;
+  return all;
+}
+
+double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& measured) {
+  const Stats& s = measured.stats;
+  if (s.decode_steps == 0) return 0;
+  const double read = measured.context_seen > 0 ? measured.context_read / measured.context_seen : 1;
+  const double kv = static_cast<double>(s.decode_context) * read * static_cast<double>(setup.kv_bytes_per_token);
+  const double weights = static_cast<double>(s.decode_steps) * static_cast<double>(model.weight_bytes_per_token);
+  return (weights + kv) / s.decode_seconds;
+}
+
+namespace {
+
+double mb(size_t bytes) {
+  return static_cast<double>(bytes) / 1e6;
+}
+
+double ratio(double a, double b) {
+  return b > 0 ? a / b : 0;
+}
+
+// One sequence: the tokens of the steps that only generate. Many share their steps with others' prompts.
+double decode_tokens_per_second(const Stats& s) {
+  return ratio(static_cast<double>(s.decode_steps), s.decode_seconds);
+}
+
+double total_tokens_per_second(const Stats& s) {
+  return ratio(static_cast<double>(s.generated_tokens), s.prompt_seconds + s.decode_seconds);
+}
+
+}  // namespace
+
+void print_setup(const Model& model, const Setup& s) {
+  const Limits& l = s.limits;
+  std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), name(model.config.attention),
+               model.n_parameters / 1e6, model.types.c_str());
+  std::fprintf(stderr, "run      %s cache, %s kernel, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
+               s.kernel, s.kv, s.device, kernel_level(), s.threads, s.seed);
+  std::fprintf(stderr, "KV       %zu bytes a token; %d x %d tokens: %.1f MB\n", s.kv_bytes_per_token, l.n_blocks,
+               s.block_size, mb(s.kv_bytes));
+  std::fprintf(stderr, "memory   %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
+               mb(model.weight_bytes + s.kv_bytes + s.activation_bytes), mb(model.weight_bytes), mb(s.kv_bytes),
+               mb(s.activation_bytes), mb(s.free_bytes));
+}
+
+void print_measured(const Model& model, const Setup& setup, const Measured& m) {
+  const Stats& s = m.stats;
+  std::fprintf(stderr, "prompt   %" PRId64 " tokens in %.3f s: %.1f tokens/s; %" PRId64 " more found in the cache\n",
+               s.prompt_tokens, s.prompt_seconds, ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds),
+               s.cached_tokens);
+  std::fprintf(stderr,
+               "decode   %" PRId64 " tokens in %.3f s: %.1f steps/s, %.2f GB/s; first token %.0f ms after the start\n",
+               s.generated_tokens, s.decode_seconds, decode_tokens_per_second(s),
+               decode_bytes_per_second(model, setup, m) / 1e9, m.first_token * 1e3);
+  std::fprintf(stderr, "logits   hash %016" PRIx64 " of %" PRId64 " rows\n", logits_hash(m), m.logit_rows);
+  if (setup.limits.max_sequences == 1) return;
+  std::fprintf(stderr,
+               "requests %.1f tokens/s in all, at most %d at once, %" PRId64
+               " preempted; first token %.0f ms "
+               "(p99 %.0f), between tokens %.1f ms (p99 %.1f)\n",
+               total_tokens_per_second(s), s.peak_sequences, s.preemptions, percentile(s.first_token, 0.5) * 1e3,
+               percentile(s.first_token, 0.99) * 1e3, percentile(s.between_tokens, 0.5) * 1e3,
+               percentile(s.between_tokens, 0.99) * 1e3);
+  std::fprintf(stderr,
+               "blocks   %d used at most, of %d; %d shared at most, %" PRId64 " copied, %" PRId64
+               " evicted, waste %.1f %%\n",
+               s.peak_used, s.blocks, s.peak_shared, s.copies, s.evicted, s.waste * 100);
+}
+
+std::string stats_json(const Model& model, const Setup& setup, const Measured& m) {
+  const Stats& s = m.stats;
+  char hash[17];
+  std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
+  nlohmann::ordered_json j = {
+      {"model", model.path},
+      {"attention", name(model.config.attention)},
+      {"cache", setup.cache},
+      {"kernel", setup.kernel},
+      {"kv", setup.kv},
+      {"device", setup.device},
+      {"kernels", kernel_level()},
+      {"threads", setup.threads},
+      {"seed", setup.seed},
+      {"parameters", model.n_parameters},
+      {"weights", model.types},
+      {"weight_bytes", model.weight_bytes},
+      {"weight_bytes_per_token", model.weight_bytes_per_token},
+      {"context", setup.limits.context},
+      {"kv_bytes_per_token", setup.kv_bytes_per_token},
+      {"kv_bytes", setup.kv_bytes},
+      {"activation_bytes", setup.activation_bytes},
+      {"free_bytes", setup.free_bytes},
+      {"prompt_tokens", s.prompt_tokens},
+      {"prompt_seconds", s.prompt_seconds},
+      {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
+      {"cached_tokens", s.cached_tokens},
+      {"generated_tokens", s.generated_tokens},
+      {"steps", s.steps},
+      {"decode_steps", s.decode_steps},
+      {"decode_seconds", s.decode_seconds},
+      {"decode_tokens_per_second", decode_tokens_per_second(s)},
+      {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
+      {"total_tokens_per_second", total_tokens_per_second(s)},
+      {"first_token_after_start", m.first_token},
+      {"logits_hash", hash},
+      {"logits_rows", m.logit_rows},
+      {"peak_sequences", s.peak_sequences},
+      {"preemptions", s.preemptions},
+      {"blocks", s.blocks},
+      {"block_size", setup.block_size},
+      {"peak_blocks", s.peak_used},
+      {"peak_shared_blocks", s.peak_shared},
+      {"copied_blocks", s.copies},
+      {"evicted_blocks", s.evicted},
+      {"waste", s.waste},
+      {"first_token_p50", percentile(s.first_token, 0.5)},
+      {"first_token_p99", percentile(s.first_token, 0.99)},
+      {"between_tokens_p50", percentile(s.between_tokens, 0.5)},
+      {"between_tokens_p99", percentile(s.between_tokens, 0.99)}};
+  if (m.perplexity) j["perplexity"] = *m.perplexity;
+  return j.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+}

@@ -1,0 +1,56 @@
+// report.h: what a run tells of itself: on stderr, and as JSON (--stats).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+#include "model.h"
+
+// What the run is made of: known before the cache and the activations are allocated.
+struct Setup {
+  const char *cache = "", *kernel = "", *kv = "", *device = "";
+  int block_size = 0;  // contiguous: the context
+  int threads = 0;
+  uint64_t seed = 0;
+  Limits limits;
+  size_t kv_bytes_per_token = 0, kv_bytes = 0, activation_bytes = 0;
+  size_t free_bytes = 0;  // before the weights were loaded
+};
+
+// 64-bit FNV-1a, a float's bits at a time, over eight interleaved streams (one would be bound by the latency of a
+// multiplication) that are folded into one.
+class LogitsHash {
+ public:
+  void add(const float* row, int n);
+  uint64_t value() const;
+
+ private:
+  static constexpr uint64_t OFFSET = 0xcbf29ce484222325u, PRIME = 0x100000001b3u;
+  static constexpr int STREAMS = 8;
+  uint64_t streams_[STREAMS] = {OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET};
+};
+
+// What came of it.
+struct Measured {
+  Stats stats;
+  std::vector<LogitsHash> hashes;  // of the logits used, one for each sequence
+  int64_t logit_rows = 0;
+  // Sums over the tokens generated from: the context, and the part of it that the layers' windows let them read.
+  double context_seen = 0, context_read = 0;
+  double first_token = 0;  // seconds from the start of the process
+  std::optional<double> perplexity;
+
+  // The logits [vocab_size] of a sequence at this position were used; generated: not the prompt's.
+  void use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits);
+};
+
+uint64_t logits_hash(const Measured& measured);
+// Bytes a second that the steps of decode read: the weights once a step, each token's KV rows once.
+double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& measured);
+
+void print_setup(const Model& model, const Setup& setup);
+void print_measured(const Model& model, const Setup& setup, const Measured& measured);
+std::string stats_json(const Model& model, const Setup& setup, const Measured& measured);

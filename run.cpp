@@ -1,0 +1,175 @@
+// run.cpp: parse, load, plan the memory, run, report.
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <optional>
+
+#include "modes.h"
+#include "transformer.h"
+#include "variants.h"
+
+namespace {
+
+using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>;
+
+constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
+
+Model load(const std::string& path, size_t free_bytes) {
+  if (const Variant variant = read_variant(path); variant != BUILD_ATTENTION::variant)
+    fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", path.c_str(), name(variant),
+         name(BUILD_ATTENTION::variant), name(variant));
+  if (const size_t bytes = std::filesystem::file_size(path); bytes > free_bytes)
+    fail("%s: its weights take %.1f MB, %.1f MB of memory are free", path.c_str(), static_cast<double>(bytes) / 1e6,
+         static_cast<double>(free_bytes) / 1e6);
+  return load_model(path);
+}
+
+Tokenizer load_tokenizer(const Model& model) {
+  const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
+  Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
+  if (tokenizer.vocab_size() > model.config.vocab_size)
+    fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
+         model.config.vocab_size);
+  return tokenizer;
+}
+
+// Tokens that the layer with the longest sight sees; 0: all.
+int longest_window(const Config& config) {
+  const auto [shortest, longest] = std::minmax_element(config.window.begin(), config.window.end());
+  return *shortest == 0 ? 0 : *longest;
+}
+
+// The memory that sequences of this context take. `available` bytes are free for the cache and the activations.
+Setup setup_for(const Options& o, const Config& config, int context, size_t available) {
+  Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
+          .kernel = BUILD_KERNEL::name,
+          .kv = BUILD_KV::name,
+          .device = "cpu",
+          .block_size = BUILD_BLOCK ? BUILD_BLOCK : context,
+          .threads = o.threads,
+          .seed = o.sampler.seed,
+          .limits = {},
+          .kv_bytes_per_token = Runtime::kv_bytes_per_token(config)};
+  const int sequences = std::max(o.samples, o.parallel);
+  const bool all_logits = !o.logits.empty() || !o.perplexity.empty();
+  Limits& l = s.limits;
+  l.context = context;
+  l.max_sequences = sequences;
+  l.max_tokens = std::max(o.batch, sequences);
+  l.max_logits = std::max(sequences, all_logits ? std::min(o.batch, LOGIT_FLOATS / config.vocab_size) : 1);
+  l.mla_form = o.mla == "absorbed" ? MlaForm::absorbed : o.mla == "expanded" ? MlaForm::expanded : MlaForm::automatic;
+  s.activation_bytes = Runtime::activation_bytes(config, l);
+  l.n_blocks = 1;
+  const size_t block_bytes = Runtime::kv_bytes(config, l), rest = available - std::min(available, s.activation_bytes);
+  const size_t each = static_cast<size_t>((context + s.block_size - 1) / s.block_size);  // blocks of a sequence
+  const size_t affordable = std::min<size_t>((o.kv_memory ? o.kv_memory : rest) / block_bytes, 1 << 30);
+  l.n_blocks =
+      static_cast<int>(o.kv_memory ? affordable : std::clamp(affordable, each, each * static_cast<size_t>(sequences)));
+  s.kv_bytes = Runtime::kv_bytes(config, l);
+  return s;
+}
+
+bool fits(const Setup& s, size_t available) {
+  return static_cast<int64_t>(s.limits.n_blocks) * s.block_size >= s.limits.context &&
+         s.kv_bytes + s.activation_bytes <= available;
+}
+
+int largest_context_that_fits(const Options& o, const Config& config, int most, size_t available) {
+  int low = 0, high = most;  // low fits, high + 1 does not
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    if (fits(setup_for(o, config, middle, available), available))
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// The context is -c, or what the mode wants; no more than the model and the free memory allow.
+Setup plan(const Session& session, size_t free_bytes) {
+  const Options& o = session.options;
+  const Config& config = session.model.config;
+  const size_t available = device_memory_available();
+  const WantedContext wanted = wanted_context(session);
+  if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
+  int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
+  const char* why = o.context ? "-c" : "the model's longest";
+  Setup setup = setup_for(o, config, context, available);
+  if (!fits(setup, available)) {
+    const int largest = largest_context_that_fits(o, config, context, available);
+    if (o.context || largest < wanted.least)
+      fail(
+          "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %.1f MB are free%s: "
+          "the largest context that fits is -c %d",
+          context, static_cast<double>(setup.kv_bytes) / 1e6, static_cast<double>(setup.activation_bytes) / 1e6,
+          static_cast<double>(available) / 1e6, o.kv_memory ? " and --kv-memory is set" : "", largest);
+    context = largest;
+    setup = setup_for(o, config, context, available);
+  }
+  if (wanted.least > context && o.perplexity.empty())
+    fail("the prompt has %zu tokens and %d are to be generated: more than the context of %d tokens (%s)",
+         session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
+  setup.free_bytes = free_bytes;
+  return setup;
+}
+
+int run(const Options& o) {
+  omp_set_num_threads(o.threads);
+  std::optional<OutputFile> stats;
+  if (!o.stats.empty()) stats.emplace(o.stats);
+  const size_t free_bytes = device_memory_available();
+  const Model model = load(o.model, free_bytes);
+  if (!o.mla.empty() && model.config.attention != Variant::mla)
+    fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
+  const Tokenizer tokenizer = load_tokenizer(model);
+  Session session{.options = o,
+                  .model = model,
+                  .tokenizer = tokenizer,
+                  .text = {},
+                  .prompt = {},
+                  .stop_ids = {},
+                  .setup = {},
+                  .engine = nullptr,
+                  .measured = {}};
+  read_input(session);
+  session.setup = plan(session, free_bytes);
+  if (!o.quiet) print_setup(model, session.setup);
+
+  Runtime runtime(model, session.setup.limits);
+  Engine engine([&](const Batch& batch) { return runtime.forward(batch); }, session.setup.limits,
+                session.setup.block_size, model.config.vocab_size, longest_window(model.config));
+  session.engine = &engine;
+  catch_interrupt();
+  run_mode(session);
+
+  session.measured.stats = engine.stats();
+  if (!o.quiet) print_measured(model, session.setup, session.measured);
+  if (stats) {
+    const std::string json = stats_json(model, session.setup, session.measured);
+    stats->write(json.data(), json.size());
+    stats->commit();
+  }
+  return interrupted() ? 130 : 0;  // 128 + SIGINT
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const Options options = parse(argc, argv);
+    return options.model.empty() ? 0 : run(options);
+  } catch (const Usage& e) {
+    std::fprintf(stderr, "run: %s\n", e.what());
+    return 2;
+  } catch (const ClosedPipe&) {
+    return 141;  // 128 + SIGPIPE
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "run: out of memory\n");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "run: %s\n", e.what());
+  }
+  return 1;
+}
