@@ -132,6 +132,8 @@ struct Engine::Impl {
   std::vector<Owned> running = {};  // in line: the last is preempted first
   BatchArrays arrays = {};
   bool preempted = false;  // in this step
+  // References to blocks of which the step makes copies; were they released at once, another copy might land there.
+  std::vector<int> copied = {};
   int n_requests = 0;
   Stats stats = {};
   double waste_sum = 0;
@@ -208,11 +210,14 @@ bool Engine::Impl::schedule(Sequence* s) {
 int Engine::Impl::reserve(Sequence* s, int n) {
   auto first = static_cast<size_t>(s->computed / block_size);
   if (first < s->table.size()) {
-    int from = s->table[first], to = take(s, from);
+    int from = s->table[first];
+    for (auto held = std::erase(copied, from); held > 0; --held) pool.release(from);  // s holds it as well
+    int to = take(s, from);
     if (to < 0) return 0;
-    if (to != from) {  // `from` is released after the forward pass: until then nobody may get it to write to
+    if (to != from) {
       arrays.copy_from.push_back(from);
       arrays.copy_to.push_back(to);
+      copied.push_back(from);
       s->table[first] = to;
     }
   }
@@ -364,7 +369,7 @@ void Engine::Impl::fork(Draw first, std::vector<Draw>* draws) {
     sibling->computed = s.computed;
     sibling->published = s.published;
     sibling->prefix = s.prefix;
-    sibling->next_logits = s.next_logits + 1;
+    sibling->next_logits = s.next_logits;
     sibling->result.n_cached = s.computed;
     stats.cached_tokens += s.computed;
     for (int block : s.table) {
@@ -381,7 +386,8 @@ void Engine::Impl::fork(Draw first, std::vector<Draw>* draws) {
 void Engine::Impl::draw(const std::vector<Draw>& draws) {
   std::vector<int> ids(draws.size());
   std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic) if (draws.size() > 1)
+  size_t work = draws.size() * static_cast<size_t>(vocab_size);
+#pragma omp parallel for schedule(dynamic) if (work > 100000)  // below, waking the team takes longer
   for (size_t i = 0; i < draws.size(); ++i) {
     Sequence* s = draws[i].sequence;
     if (s->request->n == 0) continue;
@@ -544,7 +550,8 @@ bool Engine::step() {
   for (int i = 0; i < batch.n_sequences; ++i) {
     e.advance(e.arrays.sequences[static_cast<size_t>(i)], batch.query_start[i + 1] - batch.query_start[i]);
   }
-  for (int block : e.arrays.copy_from) e.pool.release(block);
+  for (int block : e.copied) e.pool.release(block);
+  e.copied.clear();
   std::vector<Impl::Draw> draws = e.collect(logits);
   e.count_blocks();
   e.draw(draws);
