@@ -1,0 +1,391 @@
+// Every kernel, KV type and block size against attention written from its formula in double, and against itself: the
+// same bits whatever shares the batch.
+#include "attention.h"
+
+#include <gtest/gtest.h>
+
+#include <climits>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+namespace {
+
+size_t at(int n) {
+  return static_cast<size_t>(n);
+}
+
+AttentionShape make_shape(int n_heads, int n_kv_heads, int k_dim, int v_dim, bool v_is_k = false) {
+  AttentionShape s;
+  s.n_heads = n_heads, s.n_kv_heads = n_kv_heads, s.k_dim = k_dim, s.v_dim = v_dim, s.v_is_k = v_is_k;
+  s.scale = 1 / std::sqrt(static_cast<float>(k_dim));
+  return s;
+}
+
+// Queries, keys and values of every token of some sequences.
+struct Data {
+  AttentionShape shape;
+  std::vector<int> contexts;
+  std::vector<std::vector<float>> q, k, v;  // a sequence each: [context, n_heads, k_dim], [context, n_kv_heads, ...]
+
+  Data(const AttentionShape& s, std::vector<int> lengths, float k_size = 1) : shape(s), contexts(std::move(lengths)) {
+    std::mt19937 random(1);
+    const auto fill = [&](int n, float size) {
+      std::normal_distribution<float> normal(0, size);
+      std::vector<float> x(at(n));
+      for (float& value : x) value = normal(random);
+      return x;
+    };
+    for (int n : contexts) {
+      q.push_back(fill(n * s.n_heads * s.k_dim, 1 / k_size));
+      k.push_back(fill(n * s.n_kv_heads * s.k_dim, k_size));
+      v.push_back(s.v_is_k ? std::vector<float>() : fill(n * s.n_kv_heads * s.v_dim, 1));
+    }
+  }
+};
+
+// Some tokens of one sequence, first .. first + n - 1.
+struct Chunk {
+  int sequence, first, n;
+};
+
+template <class Kv>
+std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim) {
+  std::vector<std::byte> bytes(Kv::row_bytes(dim));
+  std::vector<float> x(at(dim));
+  Kv::store(rows.data() + row * dim, dim, bytes.data());
+  Kv::load(bytes.data(), dim, x.data());
+  return {x.begin(), x.end()};
+}
+
+// The formula, in double on the rows as they are stored, and how far float32 may be from it.
+struct Reference {
+  std::vector<double> out, bound;  // [tokens, n_heads, v_dim]
+};
+
+template <class Kv>
+Reference reference(const Data& d, const std::vector<Chunk>& chunks) {
+  const AttentionShape& s = d.shape;
+  const int G = s.n_kv_heads, R = s.n_heads / G;
+  Reference result;
+  for (const Chunk& c : chunks) {
+    const int context = c.first + c.n;
+    std::vector<std::vector<double>> k, v;  // [context * G]
+    for (int i = 0; i < context * G; i++) {
+      k.push_back(stored_row<Kv>(d.k[at(c.sequence)], i, s.k_dim));
+      v.push_back(s.v_is_k ? k.back() : stored_row<Kv>(d.v[at(c.sequence)], i, s.v_dim));
+    }
+    for (int t = c.first; t < context; t++) {
+      for (int h = 0; h < s.n_heads; h++) {
+        const float* q = d.q[at(c.sequence)].data() + (t * s.n_heads + h) * s.k_dim;
+        const int first = s.window > 0 ? std::max(0, t - s.window + 1) : 0;
+        std::vector<double> p, out(at(s.v_dim));
+        double largest_sum = 0, largest = -INFINITY, sum = 0, largest_v = 0;
+        for (int j = first; j <= t; j++) {
+          double dot = 0, magnitudes = 0;
+          for (int i = 0; i < s.k_dim; i++) {
+            const double product = double(q[i]) * k[at(j * G + h / R)][at(i)];
+            dot += product, magnitudes += std::fabs(product);
+          }
+          dot *= double(s.scale);
+          p.push_back(s.softcap > 0 ? double(s.softcap) * std::tanh(dot / double(s.softcap)) : dot);
+          largest_sum = std::max(largest_sum, magnitudes * double(s.scale));
+          largest = std::max(largest, p.back());
+        }
+        for (double& x : p) sum += x = std::exp(x - largest);
+        for (int j = first; j <= t; j++)
+          for (int i = 0; i < s.v_dim; i++) {
+            const double x = v[at(j * G + h / R)][at(i)];
+            out[at(i)] += p[at(j - first)] / sum * x;
+            largest_v = std::max(largest_v, std::fabs(x));
+          }
+        // A score is a sum of k_dim rounded products (and the query's own scaling), so it is off by at most
+        // (k_dim + 4) 2^-24 of the sum of magnitudes, or 2^-22 of the cap; a weight by twice that, relatively, and by
+        // the exponential's and the sum's roundings; the result is a weighted mean of V.
+        const double u = 0x1p-24, score = (s.k_dim + 4) * u * largest_sum + 4 * u * double(s.softcap);
+        const double bound = largest_v * (2 * score + (16 + t - first) * u) + 1e-30;
+        result.out.insert(result.out.end(), out.begin(), out.end());
+        result.bound.insert(result.bound.end(), out.size(), bound);
+      }
+    }
+  }
+  return result;
+}
+
+constexpr int LAYERS = 2, LAYER = 1;
+
+// A cache in which the sequences' blocks are permuted and every byte that no token wrote makes a NaN.
+template <class Kv, int Block>
+class World {
+ public:
+  explicit World(const Data& data) : d(data) {
+    const int longest = std::max(1, *std::max_element(d.contexts.begin(), d.contexts.end()));
+    const int S = static_cast<int>(d.contexts.size());
+    block_size = Block ? Block : longest;
+    blocks_each = (longest + block_size - 1) / block_size;
+    const AttentionShape& s = d.shape;
+    cache =
+        KVCache<Kv, Block>({LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, S * blocks_each + 3, block_size});
+    const CacheShape shape = cache.shape();
+    std::memset(cache.k_memory(), 0xff,
+                at(LAYERS * shape.n_blocks * s.n_kv_heads * block_size) * Kv::row_bytes(shape.k_dim));
+    if (!s.v_is_k)
+      std::memset(cache.v_memory(), 0xff,
+                  at(LAYERS * shape.n_blocks * s.n_kv_heads * block_size) * Kv::row_bytes(shape.v_dim));
+    tables.resize(at(S * blocks_each));
+    std::vector<int> pool(at(shape.n_blocks));
+    std::iota(pool.begin(), pool.end(), 0);
+    std::shuffle(pool.begin(), pool.end(), std::mt19937(2));
+    std::copy_n(pool.begin(), tables.size(), tables.begin());
+  }
+
+  // The tokens enter the cache, no more.
+  void append(const Chunk& chunk) {
+    gather({chunk});
+    cache.append(LAYER, batch, k.data(), d.shape.v_is_k ? nullptr : v.data());
+  }
+
+  // One step: the chunks' tokens enter the cache, then attend. [tokens, n_heads, v_dim]
+  template <class Kernel>
+  std::vector<float> step(const std::vector<Chunk>& chunks, int n_threads) {
+    gather(chunks);
+    const AttentionShape& s = d.shape;
+    std::vector<float> out(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
+    AttentionWorkspace workspace(AttentionWorkspace::bytes(s, batch.n_tokens, longest_context, n_threads));
+    std::memset(workspace.memory.data(), 0xff, workspace.memory.size());
+#pragma omp parallel num_threads(n_threads)
+    {
+      cache.append(LAYER, batch, k.data(), s.v_is_k ? nullptr : v.data());
+      attend<Kernel>(q.data(), cache, LAYER, batch, s, out.data(), workspace);
+    }
+    return out;
+  }
+
+ private:
+  void gather(const std::vector<Chunk>& chunks) {
+    const AttentionShape& s = d.shape;
+    q.clear(), k.clear(), v.clear(), positions.clear(), slots.clear(), lengths.clear(), table.clear();
+    starts = {0};
+    longest_context = 0;
+    const auto append = [](std::vector<float>& to, const std::vector<float>& from, int first, int n, int width) {
+      if (!from.empty()) to.insert(to.end(), from.begin() + first * width, from.begin() + (first + n) * width);
+    };
+    for (const Chunk& c : chunks) {
+      append(q, d.q[at(c.sequence)], c.first, c.n, s.n_heads * s.k_dim);
+      append(k, d.k[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.k_dim);
+      append(v, d.v[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.v_dim);
+      const int context = c.first + c.n, seen = s.window > 0 ? std::max(0, c.first - s.window + 1) : 0;
+      for (int t = c.first; t < context; t++) {
+        positions.push_back(t);
+        slots.push_back(tables[at(c.sequence * blocks_each + t / block_size)] * block_size + t % block_size);
+      }
+      for (int b = 0; b < blocks_each + 2; b++)  // poison where nobody may look
+        table.push_back(b < seen / block_size || b * block_size >= context ? (b % 2 ? INT_MAX : -1)
+                                                                           : tables[at(c.sequence * blocks_each + b)]);
+      starts.push_back(static_cast<int>(positions.size()));
+      lengths.push_back(context);
+      longest_context = std::max(longest_context, context);
+    }
+    batch = {};
+    batch.n_tokens = static_cast<int>(positions.size()), batch.n_sequences = static_cast<int>(chunks.size());
+    batch.positions = positions.data(), batch.query_start = starts.data(), batch.context_len = lengths.data();
+    batch.block_table = table.data(), batch.max_blocks = blocks_each + 2, batch.slot_mapping = slots.data();
+  }
+
+  const Data& d;
+  KVCache<Kv, Block> cache;
+  int block_size, blocks_each, longest_context = 0;
+  std::vector<int> tables, table, positions, slots, starts, lengths;
+  std::vector<float> q, k, v;
+  Batch batch;
+};
+
+// One step, with the tokens before the chunks in the cache.
+template <class Kernel, class Kv, int Block>
+std::vector<float> attention_of(const Data& d, const std::vector<Chunk>& chunks, int n_threads) {
+  World<Kv, Block> world(d);
+  for (const Chunk& c : chunks)
+    if (c.first > 0) world.append({c.sequence, 0, c.first});
+  return world.template step<Kernel>(chunks, n_threads);
+}
+
+void expect_near(const std::vector<float>& out, const Reference& expected, const char* what, int block) {
+  ASSERT_EQ(out.size(), expected.out.size());
+  for (size_t i = 0; i < out.size(); i++)
+    ASSERT_TRUE(std::fabs(double(out[i]) - expected.out[i]) <= expected.bound[i])
+        << what << ", block " << block << ", element " << i << ": " << out[i] << " instead of " << expected.out[i]
+        << ", bound " << expected.bound[i];
+}
+
+template <class Kv, int Block>
+void check_kernels(const Data& d, const std::vector<Chunk>& chunks, const Reference& expected) {
+  expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, "naive", Block);
+  expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, "flash", Block);
+}
+
+// Prefill and decode mixed; contexts at the bounds of blocks, tiles and splits; a sequence without tokens of this step.
+const std::vector<int> CONTEXTS = {1, 2, 15, 16, 17, 63, 64, 65, 256, 257, 530, 3, 0};
+const std::vector<Chunk> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0, 16}, {11, 3, 0},
+                                   {4, 16, 1},   {5, 60, 3},   {6, 0, 64}, {7, 64, 1}, {8, 255, 1},
+                                   {9, 240, 17}, {10, 529, 1}, {12, 0, 0}};
+
+template <class Kv>
+class Attention : public testing::Test {};
+using KvTypes = testing::Types<KvF32, KvF16, KvBF16, KvQ8>;
+TYPED_TEST_SUITE(Attention, KvTypes);
+
+TYPED_TEST(Attention, IsTheFormula) {
+  struct Mask {
+    int window;
+    float softcap;
+  };
+  for (AttentionShape s : {make_shape(3, 3, 32, 32), make_shape(9, 3, 64, 64), make_shape(12, 2, 80, 80),
+                           make_shape(5, 1, 7, 7), make_shape(2, 2, 24, 18), make_shape(6, 1, 56, 40, true)}) {
+    for (const Mask& mask : {Mask{0, 0}, Mask{5, 0}, Mask{100, 3}}) {
+      s.window = mask.window, s.softcap = mask.softcap;
+      const Data d(s, CONTEXTS);
+      const Reference expected = reference<TypeParam>(d, CHUNKS);
+      check_kernels<TypeParam, 0>(d, CHUNKS, expected);
+      check_kernels<TypeParam, 1>(d, CHUNKS, expected);
+      check_kernels<TypeParam, 3>(d, CHUNKS, expected);
+      check_kernels<TypeParam, 16>(d, CHUNKS, expected);
+      if (testing::Test::HasFatalFailure()) FAIL() << s.n_heads << " heads of " << s.k_dim << ", window " << s.window;
+    }
+  }
+}
+
+// Latents of 1e4, as DeepSeek has them: half precision sums would overflow.
+TYPED_TEST(Attention, LargeLatents) {
+  const Data d(make_shape(16, 1, 576, 512, true), {300}, 1e4f);
+  const std::vector<Chunk> chunks = {{0, 298, 2}};
+  check_kernels<TypeParam, 16>(d, chunks, reference<TypeParam>(d, chunks));
+}
+
+// By hand: key j is the unit vector j, so the query 1e4 e_j selects value j, to the bit; where it is 0, the
+// exponential's least value, e^-87, may show.
+TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
+  const int n = 70, dim = 80;
+  Data d(make_shape(2, 1, dim, dim), {n});
+  for (int t = 0; t < n; t++)
+    for (int i = 0; i < dim; i++) {
+      d.k[0][at(t * dim + i)] = t == i ? 1 : 0;
+      for (int h = 0; h < 2; h++) d.q[0][at((t * 2 + h) * dim + i)] = i == (t + h) / 2 ? 1e4f : 0;
+    }
+  const std::vector<float> naive = attention_of<Naive, TypeParam, 3>(d, {{0, 0, n}}, 2);
+  const std::vector<float> flash = attention_of<Flash, TypeParam, 3>(d, {{0, 0, n}}, 2);
+  for (int t = 0; t < n; t++)
+    for (int h = 0; h < 2; h++) {
+      const int j = (t + h) / 2;
+      if (j > t) continue;
+      const std::vector<double> row = stored_row<TypeParam>(d.v[0], j, dim);
+      for (int i = 0; i < dim; i++) {
+        ASSERT_NEAR(double(naive[at((t * 2 + h) * dim + i)]), row[at(i)], row[at(i)] == 0 ? 1e-35 : 0)
+            << t << " " << h << " " << i;
+        ASSERT_NEAR(double(flash[at((t * 2 + h) * dim + i)]), row[at(i)], row[at(i)] == 0 ? 1e-35 : 0)
+            << t << " " << h << " " << i;
+      }
+    }
+}
+
+void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b, const std::string& what) {
+  ASSERT_EQ(a.size(), b.size());
+  EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0) << what;
+}
+
+// All of sequence 0, in chunks of n tokens; `beside` other sequences decode a token in the same steps.
+template <class Kernel, class Kv, int Block>
+std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
+  World<Kv, Block> world(d);
+  std::vector<float> all;
+  const int width = d.shape.n_heads * d.shape.v_dim;
+  for (int first = 0, other = 0; first < d.contexts[0]; first += n) {
+    std::vector<Chunk> chunks;
+    const int length = std::min(n, d.contexts[0] - first);
+    if (beside && other < d.contexts[1]) chunks.push_back({1, other++, 1});
+    const int skipped = static_cast<int>(chunks.size()) * width;
+    chunks.push_back({0, first, length});
+    if (beside && first % 3 == 0) chunks.push_back({2, 0, d.contexts[2]});
+    const std::vector<float> out = world.template step<Kernel>(chunks, n_threads);
+    all.insert(all.end(), out.begin() + skipped, out.begin() + skipped + length * width);
+  }
+  return all;
+}
+
+template <class Kernel, class Kv, int Block>
+void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected) {
+  const std::string name = std::string(Kernel::name) + ", block " + std::to_string(Block);
+  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 600, 1, false), expected, name + ", whole");
+  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 100, 3, false), expected, name + ", chunks of 100, 3 threads");
+  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 37, 2, true), expected,
+                   name + ", chunks of 37 in company, 2 threads");
+  if (Block == 16 && std::is_same_v<Kernel, Flash>)
+    expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 1, 2, false), expected, name + ", a token at a time, 2 threads");
+}
+
+TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
+  for (AttentionShape s : {make_shape(6, 2, 20, 20), make_shape(2, 1, 24, 20, true)}) {
+    for (int window : {0, 70}) {
+      s.window = window;
+      const Data d(s, {300, 260, 20});
+      const std::vector<float> naive = in_chunks<Naive, TypeParam, 0>(d, 150, 3, true);
+      const std::vector<float> flash = in_chunks<Flash, TypeParam, 0>(d, 150, 3, true);
+      expect_same_in_any_chunks<Naive, TypeParam, 16>(d, naive);
+      expect_same_in_any_chunks<Flash, TypeParam, 0>(d, flash);
+      expect_same_in_any_chunks<Flash, TypeParam, 1>(d, flash);
+      expect_same_in_any_chunks<Flash, TypeParam, 3>(d, flash);
+      expect_same_in_any_chunks<Flash, TypeParam, 16>(d, flash);
+    }
+  }
+}
+
+// Rows in plain memory, a split at a time, give what attend gives for a float32 cache of the same rows.
+TEST(AttendRows, SameBitsAsAttend) {
+  for (int window : {0, 300}) {
+    AttentionShape s = make_shape(4, 2, 24, 20);
+    s.window = window;
+    const int context = 700, first = 640, n = context - first;
+    const Data d(s, {context});
+    const std::vector<float> expected = attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
+    std::vector<int> positions(at(n + 1)), starts = {0, 1, n + 1}, lengths = {1, context};
+    std::iota(positions.begin() + 1, positions.end(), first);
+    Batch batch;  // sequence 1 of two
+    batch.n_tokens = n + 1, batch.n_sequences = 2, batch.positions = positions.data();
+    batch.query_start = starts.data(), batch.context_len = lengths.data();
+    const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
+    std::vector<float> q(at(q_width)), out(at((n + 1) * out_width), -7);
+    q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
+    AttentionWorkspace workspace(AttentionWorkspace::bytes(s, n + 1, context, 2));
+#pragma omp parallel num_threads(2)
+    {
+      attend_begin(batch, 1, s, out.data(), workspace);
+      for (int at_token = 0; at_token < context; at_token += ATTENTION_SPLIT) {
+        const PlainRows rows{d.k[0].data() + at_token * s.n_kv_heads * s.k_dim,
+                             d.v[0].data() + at_token * s.n_kv_heads * s.v_dim, at_token,
+                             std::min(ATTENTION_SPLIT, context - at_token)};
+        attend_rows(q.data(), rows, batch, 1, s, out.data(), workspace);
+      }
+      attend_end(batch, 1, s, out.data(), workspace);
+    }
+    for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
+    out.erase(out.begin(), out.begin() + out_width);
+    expect_same_bits(out, expected, "window " + std::to_string(window));
+  }
+}
+
+// A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
+// behaviour.
+TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
+  Data d(make_shape(2, 1, 20, 20), {100, 70});
+  const std::vector<float> expected = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
+  for (float bad : {INFINITY, NAN, 3e38f}) {
+    for (int i = 0; i < 20; i++) d.k[0][at(90 * 20 + i)] = d.v[0][at(90 * 20 + i)] = bad;
+    std::vector<float> out = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
+    const auto others = out.begin() + 100 * 40;
+    expect_same_bits({others, out.end()}, {expected.begin() + 100 * 40, expected.end()}, "the other sequence");
+    attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
+  }
+}
+
+}  // namespace

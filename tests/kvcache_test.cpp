@@ -1,0 +1,245 @@
+// The cache against a plain model of it: what each KV type keeps of a number, and where every row goes.
+#include "kvcache.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "build.h"
+
+namespace {
+
+size_t at(int n) {
+  return static_cast<size_t>(n);
+}
+
+// A row through the store and back, with a guard behind it.
+template <class Kv>
+std::vector<float> round_trip(const std::vector<float>& x) {
+  const int dim = static_cast<int>(x.size());
+  std::vector<std::byte> row(Kv::row_bytes(dim));
+  std::vector<float> y(x.size() + 1, -7);
+  Kv::store(x.data(), dim, row.data());
+  Kv::load(row.data(), dim, y.data());
+  EXPECT_EQ(y.back(), -7);
+  y.pop_back();
+  return y;
+}
+
+// Rows of every width around the registers' and groups' ends, over ten decades.
+template <class Check>
+void for_rows(Check check) {
+  std::mt19937 random(3);
+  for (int dim : {1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 80, 100, 576})
+    for (float size : {1e-6f, 1e-2f, 1.0f, 300.0f, 1e4f}) {
+      std::normal_distribution<float> normal(0, size);
+      std::vector<float> x(at(dim));
+      for (float& value : x) value = std::clamp(normal(random), -4 * size, 4 * size);
+      check(x);
+    }
+}
+
+TEST(Codec, F32IsExact) {
+  for_rows([](const std::vector<float>& x) { EXPECT_EQ(round_trip<KvF32>(x), x); });
+}
+
+// Half the distance of neighbours: 2^-11 of the number, or of 2^-14 among the subnormals.
+TEST(Codec, F16WithinHalfAnUlp) {
+  for_rows([](const std::vector<float>& x) {
+    const std::vector<float> y = round_trip<KvF16>(x);
+    for (size_t i = 0; i < x.size(); i++)
+      EXPECT_LE(std::fabs(double(y[i]) - double(x[i])), 0x1p-11 * std::max(std::fabs(double(x[i])), 0x1p-14));
+  });
+}
+
+// Half the distance of neighbours: 8 bits of significand, the leading one included, so 2^-9 of a power of two, which is
+// 2^-8 of the number at most.
+TEST(Codec, BF16WithinHalfAnUlp) {
+  for_rows([](const std::vector<float>& x) {
+    const std::vector<float> y = round_trip<KvBF16>(x);
+    for (size_t i = 0; i < x.size(); i++)
+      EXPECT_LE(std::fabs(double(y[i]) - double(x[i])), 0x1p-8 * std::fabs(double(x[i])));
+  });
+}
+
+// Half a step of the scale; the scale is amax / 127, up to 2^-10 larger for its rounding to float16 (a subnormal one is
+// off by 2^-24 at most), and float32's own roundings.
+TEST(Codec, Q8WithinHalfAStep) {
+  for_rows([](const std::vector<float>& x) {
+    const std::vector<float> y = round_trip<KvQ8>(x);
+    for (size_t i = 0; i < x.size(); i++) {
+      const size_t first = i / 32 * 32, last = std::min(x.size(), first + 32);
+      double amax = 0;
+      for (size_t j = first; j < last; j++) amax = std::max(amax, std::fabs(double(x[j])));
+      const double scale = std::max(amax / 127 * (1 + 0x1p-10), amax / 127 + 0x1p-24);
+      EXPECT_LE(std::fabs(double(y[i]) - double(x[i])), scale / 2 * (1 + 0x1p-14))
+          << x.size() << " " << i << " " << amax;
+    }
+  });
+}
+
+TEST(Codec, Q8OfZeros) {
+  EXPECT_EQ(round_trip<KvQ8>(std::vector<float>(40)), std::vector<float>(40));
+}
+
+// What cannot be kept comes back as no number, so that a fault upstream stays visible; its neighbours in other groups
+// are not touched.
+template <class Kv>
+void expect_visible(float bad) {
+  std::vector<float> x(70, 1);
+  x[3] = bad;
+  const std::vector<float> y = round_trip<Kv>(x);
+  EXPECT_FALSE(std::isfinite(y[3])) << Kv::name << " " << bad << " became " << y[3];
+  for (size_t i = 32; i < 70; i++) EXPECT_NEAR(y[i], 1, 1.0 / 254) << Kv::name;
+}
+
+TEST(Codec, InfinityAndNaNStayVisible) {
+  for (float bad : {INFINITY, -INFINITY, NAN}) {
+    expect_visible<KvF32>(bad);
+    expect_visible<KvF16>(bad);
+    expect_visible<KvBF16>(bad);
+    expect_visible<KvQ8>(bad);
+  }
+  expect_visible<KvF16>(65520);
+  expect_visible<KvQ8>(3e38f);
+  expect_visible<KvBF16>(std::numeric_limits<float>::max());
+}
+
+template <class Kv>
+void expect_row_bytes(int dim, size_t bytes) {
+  EXPECT_EQ(Kv::row_bytes(dim), bytes) << Kv::name << " " << dim;
+}
+
+TEST(Codec, RowBytes) {
+  expect_row_bytes<KvF32>(80, 320);
+  expect_row_bytes<KvF16>(80, 160);
+  expect_row_bytes<KvBF16>(7, 14);
+  expect_row_bytes<KvQ8>(64, 68);
+  expect_row_bytes<KvQ8>(80, 86);
+  expect_row_bytes<KvQ8>(7, 10);  // rows start at even addresses
+  expect_row_bytes<KvQ8>(0, 0);
+}
+
+// A token's row is a whole number that tells where it belongs; every type keeps it to less than a half.
+float name_of(int layer, int t, int g, bool is_v) {
+  return static_cast<float>((layer * 61 + t * 7 + g * 3 + is_v) % 127 + 1);
+}
+
+template <class Kv, int Block>
+class CacheModel {
+ public:
+  static constexpr int LAYERS = 3, HEADS = 2, K_DIM = 33, BLOCK_SIZE = Block ? Block : 20,
+                       N_BLOCKS = 24 / BLOCK_SIZE + 4;
+
+  explicit CacheModel(int v_width)
+      : v_dim(v_width), cache({LAYERS, HEADS, K_DIM, v_width, N_BLOCKS, BLOCK_SIZE}), slots(20) {
+    std::vector<int> pool(at(N_BLOCKS * BLOCK_SIZE));
+    std::iota(pool.begin(), pool.end(), 0);
+    std::shuffle(pool.begin(), pool.end(), std::mt19937(4));
+    std::copy_n(pool.begin(), slots.size(), slots.begin());
+    batch.n_tokens = static_cast<int>(slots.size());
+    batch.slot_mapping = slots.data();
+    for (int layer = 0; layer < LAYERS; layer++) append(layer);
+  }
+
+  void append(int layer) {
+    std::vector<float> k, v;
+    for (int t = 0; t < batch.n_tokens; t++)
+      for (int g = 0; g < HEADS; g++) {
+        k.insert(k.end(), at(K_DIM), name_of(layer, t, g, false));
+        v.insert(v.end(), at(v_dim), name_of(layer, t, g, true));
+      }
+#pragma omp parallel num_threads(3)
+    cache.append(layer, batch, k.data(), v_dim > 0 ? v.data() : nullptr);
+  }
+
+  void expect_token(int t, int block, int slot) {
+    for (int layer = 0; layer < LAYERS; layer++)
+      for (int g = 0; g < HEADS; g++) {
+        float k[K_DIM], v[K_DIM];
+        Kv::load(cache.k_row(layer, block, g, slot), K_DIM, k);
+        for (int i = 0; i < K_DIM; i++) ASSERT_NEAR(k[i], name_of(layer, t, g, false), 0.49);
+        if (v_dim == 0) continue;
+        Kv::load(cache.v_row(layer, block, g, slot), v_dim, v);
+        for (int i = 0; i < v_dim; i++) ASSERT_NEAR(v[i], name_of(layer, t, g, true), 0.49);
+      }
+  }
+
+  // The first half of the blocks into the second half.
+  void copy_and_check() {
+    std::vector<int> from, to;
+    for (int b = 0; b < N_BLOCKS / 2; b++) from.push_back(b), to.push_back(b + (N_BLOCKS + 1) / 2);
+    batch.n_copies = static_cast<int>(from.size());
+    batch.copy_from = from.data(), batch.copy_to = to.data();
+#pragma omp parallel num_threads(3)
+    cache.copy_blocks(batch);
+    for (int t = 0; t < batch.n_tokens; t++) {
+      const int block = slots[at(t)] / BLOCK_SIZE, slot = slots[at(t)] % BLOCK_SIZE;
+      if (block >= N_BLOCKS / 2) continue;
+      expect_token(t, block, slot);
+      expect_token(t, block + (N_BLOCKS + 1) / 2, slot);
+    }
+  }
+
+  int v_dim;
+  KVCache<Kv, Block> cache;
+  std::vector<int> slots;
+  Batch batch;
+};
+
+template <class Kv, int Block>
+void check_cache() {
+  for (int v_dim : {0, 17}) {
+    CacheModel<Kv, Block> model(v_dim);
+    for (int t = 0; t < model.batch.n_tokens; t++)
+      model.expect_token(t, model.slots[at(t)] / model.BLOCK_SIZE, model.slots[at(t)] % model.BLOCK_SIZE);
+    model.copy_and_check();
+    const CacheShape shape = model.cache.shape();
+    const size_t rows = at(model.LAYERS * model.HEADS);
+    EXPECT_EQ((KVCache<Kv, Block>::bytes_per_token(shape)), rows * (Kv::row_bytes(model.K_DIM) + Kv::row_bytes(v_dim)));
+    EXPECT_EQ((KVCache<Kv, Block>::bytes(shape)),
+              (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * model.BLOCK_SIZE));
+  }
+}
+
+TEST(KVCache, EveryRowHasItsPlace) {
+#define CHECK_CACHE(Kv, Block) check_cache<Kv, Block>();
+  FOR_EACH_CACHE(CHECK_CACHE)
+}
+
+// read_k walks a permuted table; entries past the last row asked for are poison.
+template <class Kv, int Block>
+void check_read_k() {
+  constexpr int dim = 40, block_size = Block ? Block : 20, n_blocks = 20 / block_size + 2;
+  KVCache<Kv, Block> cache({1, 1, dim, 0, n_blocks, block_size});
+  std::vector<int> table(at(n_blocks + 1), -1), slots;
+  for (int b = 0; b * block_size < 19; b++) table[at(b)] = n_blocks - 1 - b;
+  std::vector<float> k;
+  for (int t = 0; t < 19; t++) {
+    slots.push_back(table[at(t / block_size)] * block_size + t % block_size);
+    k.insert(k.end(), at(dim), static_cast<float>(t + 1));
+  }
+  Batch batch;
+  batch.n_tokens = 19, batch.slot_mapping = slots.data(), batch.block_table = table.data(),
+  batch.max_blocks = n_blocks + 1;
+  std::vector<float> out(at(14 * dim));
+#pragma omp parallel num_threads(2)
+  {
+    cache.append(0, batch, k.data(), nullptr);
+    cache.read_k(0, batch, 0, 5, 14, out.data());
+  }
+  for (int i = 0; i < 14 * dim; i++)
+    ASSERT_NEAR(out[at(i)], static_cast<float>(5 + i / dim + 1), 20.0 / 254 * (1 + 0x1p-9)) << Kv::name << " " << i;
+}
+
+TEST(KVCache, ReadKWalksTheTable) {
+#define CHECK_READ_K(Kv, Block) check_read_k<Kv, Block>();
+  FOR_EACH_CACHE(CHECK_READ_K)
+}
+
+}  // namespace
