@@ -501,6 +501,9 @@ void Encoder::add_symbols(std::string_view piece) {
     const auto byte_id = [&](char c) { return t_.byte_ids[static_cast<uint8_t>(c)]; };
     if (std::ranges::all_of(bytes, [&](char c) { return byte_id(c) != NONE; })) {
       for (const char c : bytes) add_symbol(byte_id(c));
+    } else if (t_.unk == NONE && sequence_length(bytes) <= 0) {
+      fail("the text is not UTF-8, and the vocabulary has no token for its byte 0x%02X: give UTF-8",
+           static_cast<uint8_t>(bytes[0]));
     } else if (t_.unk != NONE && (symbols_.empty() || symbols_.back().id != t_.unk)) {
       add_symbol(t_.unk);  // neighbours that are unknown are one unknown
     }

@@ -34,6 +34,7 @@ import numpy as np
 
 from exporter.chat import ChatTemplate, take_apart
 from exporter.errors import ExportError
+from exporter.hf_source import read_json
 
 MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
 BYTE_LEVEL, IGNORE_MERGES, NFC = 1, 2, 4  # flags. IGNORE_MERGES: a piece that is a token is that token
@@ -304,7 +305,6 @@ def from_gguf(source) -> Tokenizer:
         raise ExportError(f"{where}: tokenizer.ggml.model is {model!r}, only gpt2 (byte-level BPE) and llama (SentencePiece BPE) "
                           "are known: use another model")
     types = get("token_type") or [GGUF_NORMAL] * len(texts)
-    t = Tokenizer(bos=get("bos_token_id"), eos=get("eos_token_id"), unk=get("unknown_token_id"))
     control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
     added = {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
     if model == "gpt2":
@@ -313,22 +313,19 @@ def from_gguf(source) -> Tokenizer:
             raise ExportError(f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
                               "export from the Hugging Face folder, whose tokenizer.json holds the pattern itself")
         patterns, flags = GGUF_PRE[pre]
-        t.flags, t.patterns, t.unk = BYTE_LEVEL | flags, [pcre(pattern, where) for pattern in patterns], None
+        t = Tokenizer(flags=BYTE_LEVEL | flags, patterns=[pcre(pattern, where) for pattern in patterns])
+        t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
+        set_tokens(t, texts, added)
         t.merges = merges_from_pairs(get("merges", []), {text: id for id, text in enumerate(texts)}, where)
         add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
     else:
-        # SentencePiece's user-defined tokens come before any other merge (their score there is 0); GGUF gives them -1000.
-        # Those of spaces, which GGUF writes as such, arise from merges like any other.
-        scores = [0.0 if id in added else score for id, score in enumerate(get("scores") or [0.0] * len(texts))]
+        # GGUF writes user-defined tokens of spaces as such.
         texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
-        t.prefix = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE
-        t.merges = merges_from_scores(texts, scores, {id for id, type in enumerate(types) if type == GGUF_BYTE} | control)
+        t = sentencepiece(texts, get("scores") or [0.0] * len(texts), control, added)
+        t.prefix, t.unk = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE, get("unknown_token_id")
         add_bos = True
-    t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
-    set_tokens(t, texts, added)
-    for id, type in enumerate(types):
-        if type == GGUF_UNUSED:
-            t.kinds[id] = UNUSED
+    t.kinds = [UNUSED if type == GGUF_UNUSED else kind for kind, type in zip(t.kinds, types, strict=True)]
+    t.bos, t.eos = get("bos_token_id"), get("eos_token_id")
     if get("add_bos_token", add_bos) and t.bos is not None:
         t.before = [t.bos]
     if get("add_eos_token", False) and t.eos is not None:
@@ -339,16 +336,247 @@ def from_gguf(source) -> Tokenizer:
 
 
 def from_tokenizer_json(path: Path, source) -> Tokenizer:
-    raise ExportError(f"{path}: tokenizer.json is not read yet")
+    data = read_json(path)
+    try:
+        model, vocab = data["model"], data["model"]["vocab"]
+        kind = model.get("type", "BPE" if "merges" in model else None)
+        if kind != "BPE":
+            raise ExportError(f"{path}: model.type is {kind!r}, only BPE is known: use another model")
+        for key in "continuing_subword_prefix", "end_of_word_suffix", "dropout":
+            if model.get(key):
+                raise ExportError(f"{path}: model.{key} is {model[key]!r}, not supported here: use another model")
+        t, added = Tokenizer(), data.get("added_tokens") or []
+        read_normalizer(t, data.get("normalizer"), path)
+        read_pre_tokenizer(t, data.get("pre_tokenizer"), path)
+        if model.get("ignore_merges"):
+            t.flags |= IGNORE_MERGES
+        ids = vocab | {token["content"]: token["id"] for token in added}
+        texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
+        for text, id in ids.items():
+            texts[id] = text
+        for token in added:
+            if token.get("single_word"):
+                raise ExportError(f"{path}: added token {token['content']!r} is single_word, not supported here: set it to false")
+            flags = token["special"] | STRIP_LEFT * token["lstrip"] | STRIP_RIGHT * token["rstrip"]
+            t.specials[token["id"]] = int(flags), token["content"]
+        set_tokens(t, texts, {token["id"] for token in added})
+        used = set(ids.values())
+        t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
+        t.merges = merges_from_pairs(model["merges"], vocab, path)
+        t.unk = ids.get(model.get("unk_token"))
+        read_post_processor(t, data.get("post_processor"), path)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ExportError(f"{path}: not a tokenizer.json of the tokenizers library ({error!r}): fetch it again") from error
+    read_settings(t, texts, path.parent, source)
+    return t
+
+
+def kind_of(node) -> str | None:
+    return node and node["type"]
+
+
+def read_normalizer(t: Tokenizer, node: dict | None, where) -> None:
+    """NFC, and the two that make SentencePiece's texts: ▁ before, ▁ for a space (which here stays a space)."""
+    match kind_of(node):
+        case None:
+            pass
+        case "Sequence":
+            for part in node["normalizers"]:
+                read_normalizer(t, part, where)
+        case "NFC":
+            t.flags |= NFC
+        case "Prepend" if node["prepend"] == "▁":
+            t.prefix = PREFIX_EVERY
+        case "Replace" if node["pattern"] == {"String": " "} and node["content"] == "▁":
+            pass
+        case kind:
+            raise ExportError(f"{where}: normalizer {kind} ({json.dumps(node, ensure_ascii=False)[:80]}) is not known: use another model")
+
+
+def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
+    match kind_of(node):
+        case None:
+            pass
+        case "Sequence":
+            for part in node["pretokenizers"]:
+                read_pre_tokenizer(t, part, where)
+        case "ByteLevel" if not node["add_prefix_space"]:
+            t.flags |= BYTE_LEVEL
+            t.patterns += [pcre(GPT2, where)] if node.get("use_regex", True) else []
+        case "Digits":
+            t.patterns.append(DIGIT if node["individual_digits"] else DIGIT + "+")
+        case "Metaspace" if node["replacement"] == "▁":
+            always = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
+            t.prefix = {"always": PREFIX_MISSING, "first": PREFIX_FIRST, "never": PREFIX_NONE}[always]
+            t.patterns += [" [^ ]*"] if node.get("split", True) else []
+        case "Split" if node["pattern"] == {"String": " "} and node["behavior"] == "MergedWithPrevious":
+            pass  # Gemma's: after its normalizer no space is left to split at
+        case "Split" if (node["behavior"], node["invert"]) in (("Isolated", False), ("Removed", True)):
+            pattern = node["pattern"]
+            t.patterns.append(pcre(pattern["Regex"], where) if "Regex" in pattern else re.escape(pattern["String"]))
+        case kind:
+            raise ExportError(f"{where}: pre_tokenizer {kind} ({json.dumps(node, ensure_ascii=False)[:120]}) is not known: "
+                              "use another model")
+
+
+def read_post_processor(t: Tokenizer, node: dict | None, where) -> None:
+    match kind_of(node):
+        case None | "ByteLevel":
+            pass
+        case "Sequence":
+            for part in node["processors"]:
+                read_post_processor(t, part, where)
+        case "TemplateProcessing":
+            side = t.before
+            for part in node["single"]:
+                if "Sequence" in part:
+                    side = t.after
+                else:
+                    side += node["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        case kind:
+            raise ExportError(f"{where}: post_processor {kind} is not known: use another model")
+
+
+def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
+    """What Hugging Face keeps beside the vocabulary: the names of BOS and EOS, whether they are added, the chat template."""
+    settings = {}
+    for name in "special_tokens_map.json", "tokenizer_config.json":
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    ids = {text: id for id, text in enumerate(texts)}
+
+    def special(key: str) -> int | None:
+        value = settings.get(key)
+        return ids.get(value["content"] if isinstance(value, dict) else value)
+
+    t.bos, t.eos = special("bos_token"), special("eos_token")
+    if t.bos is not None and settings.get("add_bos_token") is not None:
+        t.before = [t.bos] * bool(settings["add_bos_token"]) + [id for id in t.before if id != t.bos]
+    if t.eos is not None and settings.get("add_eos_token") is not None:
+        t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    for ends in generation.get("eos_token_id"), source.config.get("eos_token_id"):
+        t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    set_special_ids(t, texts, template)
 
 
 def from_gpt2_files(source) -> Tokenizer:
-    raise ExportError(f"{source.folder}: vocab.json is not read yet")
+    """vocab.json and merges.txt, GPT-2's own files."""
+    vocab = read_json(source.folder / "vocab.json")
+    lines = (source.folder / "merges.txt").read_text("utf-8").split("\n")
+    pairs = [line for line in lines if line and not line.startswith("#version")]
+    texts = sorted(vocab, key=vocab.get)
+    t = Tokenizer(flags=BYTE_LEVEL, patterns=[pcre(GPT2, source.folder)], merges=merges_from_pairs(pairs, vocab, source.folder))
+    end = vocab.get("<|endoftext|>")
+    if source.config.get("model_type") != "gpt2" or end is None or sorted(vocab.values()) != list(range(len(vocab))):
+        raise ExportError(f"{source.folder}: vocab.json without tokenizer.json is only understood for GPT-2: save the tokenizer "
+                          "with save_pretrained, which writes tokenizer.json")
+    t.specials = {end: (1, texts[end])}
+    set_tokens(t, texts, set())
+    read_settings(t, texts, source.folder, source)
+    t.bos = t.eos = end
+    return t
+
+
+# sentencepiece_model.proto: ModelProto.SentencePiece.Type, TrainerSpec.ModelType
+PIECE_NORMAL, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE = range(1, 7)
+BPE = 2
+
+
+def protobuf(data: bytes) -> dict[int, list]:
+    """The fields of a message, by number: integers, floats as 4 bytes, strings and messages as bytes."""
+    fields, at = {}, 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            value = varint()
+        else:
+            length = {1: 8, 5: 4}[tag & 7] if tag & 7 != 2 else varint()
+            value = data[at : at + length]
+            at += length
+            if at > len(data):
+                raise IndexError("a field reaches past the end")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
 
 
 def from_sentencepiece(path: Path, source) -> Tokenizer:
-    raise ExportError(f"{path}: tokenizer.model is not read yet")
+    try:
+        model = protobuf(path.read_bytes())
+        pieces = [protobuf(piece) for piece in model[1]]
+        texts = [piece[1][0].decode() for piece in pieces]
+        scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
+        types = [piece.get(3, [PIECE_NORMAL])[0] for piece in pieces]
+        trainer, normalizer = protobuf(model[2][0]), protobuf(model[3][0])
+    except (IndexError, KeyError, ValueError, struct.error) as error:
+        raise ExportError(f"{path}: not a SentencePiece model ({error!r}): fetch it again") from error
+    algorithm = trainer.get(3, [1])[0]
+    if algorithm != BPE:
+        raise ExportError(f"{path}: trainer_spec.model_type is {algorithm}, only {BPE} (BPE) is known: use another model")
+    if normalizer.get(2, [b""])[0] or normalizer.get(4, [1])[0]:
+        name = normalizer.get(1, [b"?"])[0].decode()
+        raise ExportError(f"{path}: normalizer {name!r} changes the text (a character map, or extra white space removed), only "
+                          "identity is known: export from a folder that has tokenizer.json")
+    control = {id for id, type in enumerate(types) if type in (PIECE_CONTROL, PIECE_UNKNOWN)}
+    t = sentencepiece(texts, scores, control, {id for id, type in enumerate(types) if type == PIECE_USER_DEFINED})
+    t.prefix = PREFIX_EVERY if normalizer.get(3, [1])[0] else PREFIX_NONE
+    t.unk = next((id for id, type in enumerate(types) if type == PIECE_UNKNOWN), None)
+    read_settings(t, texts, path.parent, source)
+    bos, eos = trainer.get(41, [1])[0], trainer.get(42, [2])[0]
+    t.bos = bos if t.bos is None and bos in control else t.bos
+    t.eos = eos if t.eos is None and eos in control else t.eos
+    t.end_of_generation += [] if t.eos is None else [t.eos]
+    t.before = t.before or [t.bos] * (t.bos is not None)
+    return t
+
+
+def sentencepiece(texts: list[str], scores: list[float], control: set[int], added: set[int]) -> Tokenizer:
+    """The vocabulary of a SentencePiece model. Its user-defined tokens (`added`) come before any other merge."""
+    scores = [0.0 if id in added else score for id, score in enumerate(scores)]
+    bytes_ = {id for id, text in enumerate(texts) if re.fullmatch("<0x[0-9A-F]{2}>", text)}
+    t = Tokenizer(specials={id: (int(id in control), texts[id]) for id in sorted(control | added)})
+    set_tokens(t, texts, added)
+    t.merges = merges_from_scores(texts, scores, bytes_ | control)
+    return t
 
 
 def from_llama2c(path: Path, source) -> Tokenizer:
-    raise ExportError(f"{path}: llama2.c tokenizers are not read yet")
+    """llama2.c's tokenizer.bin: the longest length, then a score, a length and the bytes of each token; ids 0 to 2 are unknown,
+    BOS and EOS."""
+    data, texts, scores, at = path.read_bytes(), [], [], 4
+    try:
+        while at < len(data):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8 + length
+            if length < 0 or at > len(data):
+                raise ValueError(f"a length of {length}")
+            texts.append(data[at - length : at].decode().replace(" ", "▁"))
+            scores.append(score)
+    except (ValueError, struct.error) as error:
+        raise ExportError(f"{path}: not a tokenizer of llama2.c ({error}): give its tokenizer.bin, a tokenizer.model or a "
+                          "tokenizer.json") from error
+    if len(texts) != source.config.get("vocab_size", len(texts)):
+        raise ExportError(f"{path}: {len(texts)} tokens, but the model's vocab_size is {source.config['vocab_size']}: "
+                          "give the tokenizer of this model")
+    texts[:3] = "<unk>", "<s>", "</s>"
+    t = sentencepiece(texts, scores, {0, 1, 2}, set())
+    t.prefix, t.unk, t.bos, t.eos, t.before = PREFIX_EVERY, 0, 1, 2, [1]
+    set_special_ids(t, texts, None)
+    return t
