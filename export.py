@@ -14,8 +14,13 @@ from exporter.tokenizer import write_tokenizer
 from exporter.weights import TYPES, size
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"export.py: {message}: see export.py --help\n")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
     )
@@ -29,7 +34,7 @@ def arguments() -> argparse.Namespace:
         help="the same model in another attention layout, exactly",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.output.suffix != ".safetensors":
         parser.error(f"argument -o/--output: {options.output}: the name must end in .safetensors")
     return options
@@ -76,13 +81,17 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     try:
-        export(arguments())
-    except (ExportError, OSError) as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+        export(arguments(argv))
+    except ExportError as error:
+        line = str(error)
+    except OSError as error:
+        line = f"{error.filename or 'the output'}: {error.strerror}: give a folder that can be written, with room for the file"
+    else:
+        return 0
+    print(f"export.py: {line}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

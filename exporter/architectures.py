@@ -47,7 +47,7 @@ QK_NORMS = r"[qk]_norm\.weight"
 GPT2_NEEDS = r"(norm|[qkvo]_proj|up_proj|down_proj)\.bias|position_embedding\.weight"
 GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 
-ARCHITECTURES = {  # by model_type
+ARCHITECTURES = {
     "llama": Architecture(LLAMA),
     "llama2c": Architecture(LLAMA | dict(norm_eps=1e-5), interleaved=True),
     "mistral": Architecture(LLAMA | dict(sliding_window=None), windows="all"),
@@ -114,7 +114,6 @@ ARCHITECTURES = {  # by model_type
         experts=dict(group_score="top2_sum"),
     ),
 }
-ARCHITECTURES["gemma3"] = ARCHITECTURES["gemma3_text"]
 
 
 def architecture_of(source: Source) -> tuple[Architecture, dict]:
@@ -122,14 +121,14 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
     values = dict(source.config)
     values |= values.pop("text_config", None) or {}  # Gemma 3 with a vision tower, of which the text is exported
     name = values.get("model_type")
+    name = "gemma3_text" if name == "gemma3" else name
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
         raise ExportError(
             f"{source.where}: model_type is {name!r}: known are {', '.join(ARCHITECTURES)}: export one of these"
         )
-    if (
-        source.kind == "gguf"
-    ):  # ggml's converter turned and offset what its kernels want, and lets Llama rotate neighbours
+    if source.kind == "gguf":
+        # ggml's converter has turned GPT-2's matrices and added 1 to Gemma's norms, and Llama rotates neighbours there.
         architecture = replace(
             architecture,
             conv1d=False,

@@ -35,7 +35,8 @@ GGUF_KEYS = {
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.attn_factor": "attention_factor",
+    "rope.scaling.attn_factor": "attn_factor",
+    "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
@@ -212,10 +213,9 @@ MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": 
 def gguf_config(source: Source) -> dict:
     """The metadata under Hugging Face's names; an unknown key keeps its own, and is refused later."""
     architecture = source.metadata.get("general.architecture")
-    if source.metadata.get("split.count", 1) != 1:
-        raise ExportError(
-            f"{source.path}: split.count is {source.metadata['split.count']}: join the parts: llama-gguf-split --merge"
-        )
+    parts = source.metadata.get("split.count", 1)
+    if parts > 1:
+        raise ExportError(f"{source.path}: split.count is {parts}: join the parts with llama-gguf-split --merge")
     config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for key, value in source.metadata.items():
         prefix, _, name = key.partition(".")
@@ -227,50 +227,53 @@ def gguf_config(source: Source) -> dict:
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
     if "token_embd.weight" in source.tensors:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
-    if architecture == "llama" and config.get("num_experts"):
-        config["model_type"] = "mixtral"
-    if architecture == "gemma3":  # llama.cpp keeps no query_pre_attn_scalar: head_dim but for the 27B, of 62 layers
+    if config.get("num_experts"):
+        gguf_experts(config)
+    if architecture == "gemma3":  # llama.cpp has no query_pre_attn_scalar: head_dim, but in the 27B of 62 layers
         wide = config.get("num_hidden_layers") == 62
-        config["query_pre_attn_scalar"] = (
-            config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
-        )
+        scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
+        config["query_pre_attn_scalar"] = scalar
     if architecture == "deepseek2":
         gguf_latent(config)
     gguf_rope(config)
     return config
 
 
+def gguf_experts(config: dict) -> None:
+    sigmoid = config.pop("expert_gating_func", 1) == 2
+    if config["model_type"] == "llama":
+        config["model_type"] = "mixtral"
+    elif config["model_type"] == "qwen3_moe":
+        config.setdefault("norm_topk_prob", True)  # llama.cpp always does
+    elif sigmoid:
+        config["model_type"] = "deepseek_v3"
+        config.setdefault("norm_topk_prob", False)
+        config.setdefault("n_group", 1)
+        config.setdefault("topk_group", 1)
+    elif config.get("n_group", 1) > 1:
+        config["topk_method"] = "group_limited_greedy"
+
+
 def gguf_latent(config: dict) -> None:
-    """DeepSeek's widths: GGUF has the whole key's, before the latent's (older files) or beside it (key_length_mla)."""
+    """DeepSeek's widths: GGUF has those of an expanded head, in newer files beside the latent's (key_length_mla)."""
     key, value = config.pop("head_dim", 0), config.pop("value_length", 0)
     key, config["v_head_dim"] = config.pop("key_length_mla", key), config.pop("value_length_mla", value)
     config["qk_rope_head_dim"] = config.pop("rope_dim", 0)
     config["qk_nope_head_dim"] = key - config["qk_rope_head_dim"]
     config["num_key_value_heads"] = config.get("num_attention_heads")
     config.setdefault("q_lora_rank", None)
-    if config.pop("expert_gating_func", 1) == 2:
-        config["model_type"] = "deepseek_v3"
-    elif config.get("n_group", 1) > 1:
-        config["topk_method"] = "group_limited_greedy"
 
 
 def gguf_rope(config: dict) -> None:
-    """GGUF's rope.scaling keys -> rope_scaling. Its attn_factor multiplies YaRN's own factor on cos and sin."""
-    names = (
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "yarn_log_multiplier",
-        "beta_fast",
-        "beta_slow",
-    )
+    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin."""
+    names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
-    kind = config.pop("rope_type", "none")
-    if kind == "none":
+    kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
+    if not kind or kind == "none":
         return
-    multiplier = scaling.pop("yarn_log_multiplier", 0)
-    if multiplier:  # DeepSeek: 0.1 mscale_all_dim
+    if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    elif kind == "yarn" and "attention_factor" in scaling:
-        scaling["attention_factor"] *= 0.1 * math.log(scaling.get("factor", 1)) + 1
+    if extra not in (0, 1):
+        own = 1 if multiplier else 0.1 * math.log(scaling.get("factor", 1)) + 1
+        scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
     config["rope_scaling"] = scaling | {"rope_type": kind}

@@ -94,6 +94,8 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
     width = sizes["head_dim"] if "head_dim" in sizes else sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
     scale = keys.number("query_pre_attn_scalar", width) ** -0.5 if keys.get("scale_attn_weights", True) else 1.0
     tables, index = [], {}
+    for key in ("rope_theta", "rope_scaling", "rope_parameters") if architecture.rotates else ():
+        keys.get(key)  # known, whatever the kinds of the layers
     for layer_type in dict.fromkeys(types) if architecture.rotates else ():
         local = layer_type == SLIDING and "rope_local_base_freq" in architecture.defaults
         parameters = rope.parameters(

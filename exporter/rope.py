@@ -26,9 +26,11 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     given = keys.get("rope_parameters")
     theta, scaling = keys.get(theta_key), keys.get("rope_scaling")
     if given is not None:
-        name, chosen = "rope_parameters", given.get(layer_type, given)
+        name, chosen = "rope_parameters", given.get(layer_type, given) if isinstance(given, dict) else given
     else:
         name, chosen = "rope_scaling", scaling if layer_type == "full_attention" else None
+    if not isinstance(chosen, dict | None):
+        keys.refuse(name, "must be an object: fetch the file again")
     chosen = {key: value for key, value in (chosen or {}).items() if value is not None}
     kind = chosen.get("rope_type", chosen.get("type", "default"))
     if kind not in KINDS:

@@ -13,7 +13,7 @@ from exporter.errors import ExportError
 from exporter.model import Model
 from exporter.weights import GROUP, QUANTIZED, Tensor, quantize, size, stored_type
 
-CHUNK = 1 << 22  # elements converted at a time
+CHUNK = 1 << 20  # elements converted at a time
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "I8", "q4": "U8"}
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 

@@ -1,0 +1,150 @@
+"""Tiny checkpoints of tests/checkpoints.py as GGUF files, converted as llama.cpp's convert_hf_to_gguf.py does.
+
+Names of tensors and of metadata come from the gguf package: its tables are the witness of ours.
+"""
+
+import checkpoints
+import gguf
+import numpy as np
+
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
+    "gpt_bigcode": gguf.MODEL_ARCH.STARCODER,
+    "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
+    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
+}
+
+
+def arrays(reference):
+    """name -> float32 array of a checkpoint; the experts of a layer stacked."""
+    tensors = {}
+    n_layers = reference["config"].get("num_hidden_layers")
+    for name in reference["tensors"]:
+        if name.endswith((".attn.bias", "inv_freq")) or f"layers.{n_layers}." in name:
+            continue  # as the converter does: masks, tables, layers that predict several tokens
+        dtype, array = checkpoints.stored(name, reference["tensors"], reference)
+        tensors[name] = (
+            (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array.astype(np.float32)
+        )
+    for name in [name for name in tensors if ".experts.0." in name]:
+        parts = [
+            tensors.pop(name.replace(".experts.0.", f".experts.{i}.")) for i in range(experts(reference["config"]))
+        ]
+        part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+        module = name.split(".experts.0.")[1].removesuffix(".weight")
+        layer = name.split(".")[2]
+        tensors[f"model.layers.{layer}.mlp.experts.{part.get(module, module)}.weight"] = np.stack(parts)
+    return tensors
+
+
+def experts(config):
+    return config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+
+
+def permute(x, heads):
+    """Halves to neighbours, as convert_hf_to_gguf.py does for Llama."""
+    return x.reshape(heads, 2, len(x) // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def turned(name, x, config):
+    """[(name, array)] as GGUF has them."""
+    kind = config["model_type"]
+    if kind in ("llama", "mixtral") and "q_proj" in name:
+        return [(name, permute(x, config["num_attention_heads"]))]
+    if kind in ("llama", "mixtral") and "k_proj" in name:
+        return [(name, permute(x, config["num_key_value_heads"]))]
+    if kind == "gpt2" and x.ndim == 2 and any(part in name for part in ("c_attn", "c_proj", "c_fc")):
+        return [(name, x.T)]
+    if kind == "gemma3_text" and name.endswith("norm.weight"):
+        return [(name, x + 1)]
+    if name.endswith("kv_b_proj.weight"):
+        heads = config["num_attention_heads"]
+        x = x.reshape(heads, -1, x.shape[-1])
+        k, v = np.split(x, [config["qk_nope_head_dim"]], axis=1)
+        return [(name.replace("kv_b", "k_b"), k.transpose(0, 2, 1)), (name.replace("kv_b", "v_b"), v)]
+    return [(name, x)]
+
+
+def write_config(w, c):
+    get = lambda *keys: next((c[key] for key in keys if c.get(key) is not None), None)  # noqa: E731
+    rows = [
+        (w.add_block_count, get("num_hidden_layers", "n_layer")),
+        (w.add_context_length, get("max_position_embeddings", "n_positions")),
+        (w.add_embedding_length, get("hidden_size", "n_embd")),
+        (w.add_feed_forward_length, get("intermediate_size", "n_inner") or 4 * c.get("n_embd", 0)),
+        (w.add_head_count, get("num_attention_heads", "n_head")),
+        (w.add_head_count_kv, 1 if c.get("multi_query") else get("num_key_value_heads")),
+        (w.add_layer_norm_rms_eps, get("rms_norm_eps")),
+        (w.add_layer_norm_eps, get("layer_norm_epsilon")),
+        (w.add_rope_freq_base, get("rope_theta")),
+        (w.add_sliding_window, get("sliding_window") if c["model_type"] == "gemma3_text" else None),
+        (w.add_expert_count, experts(c)),
+        (w.add_expert_used_count, get("num_experts_per_tok")),
+        (w.add_expert_feed_forward_length, get("moe_intermediate_size")),
+    ]
+    if "kv_lora_rank" in c:
+        rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
+        gating = (
+            gguf.ExpertGatingFuncType.SIGMOID
+            if c.get("scoring_func") == "sigmoid"
+            else gguf.ExpertGatingFuncType.SOFTMAX
+        )
+        rows = [row for row in rows if row[0] != w.add_head_count_kv] + [
+            (w.add_head_count_kv, 1),
+            (w.add_q_lora_rank, c.get("q_lora_rank")),
+            (w.add_kv_lora_rank, rank),
+            (w.add_key_length, rank + rope),
+            (w.add_value_length, rank),
+            (w.add_key_length_mla, c["qk_nope_head_dim"] + rope),
+            (w.add_value_length_mla, c["v_head_dim"]),
+            (w.add_rope_dimension_count, rope),
+            (w.add_leading_dense_block_count, c["first_k_dense_replace"]),
+            (w.add_expert_shared_count, c["n_shared_experts"]),
+            (w.add_expert_weights_scale, c["routed_scaling_factor"]),
+            (w.add_expert_weights_norm, c["norm_topk_prob"]),
+            (w.add_expert_gating_func, gating),
+            (w.add_expert_group_count, c.get("n_group")),
+            (w.add_expert_group_used_count, c.get("topk_group")),
+        ]
+    elif "head_dim" in c:
+        rows += [(w.add_key_length, c["head_dim"]), (w.add_value_length, c["head_dim"])]
+    for add, value in rows:
+        if value is not None:
+            add(value)
+    scaling = c.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind in ("linear", "yarn"):
+        w.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        w.add_rope_scaling_factor(scaling["factor"])
+    if kind == "yarn":
+        w.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if scaling.get("mscale_all_dim"):
+        w.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+
+
+def build(reference, path, factors=None):
+    """Writes the file, in float32. factors: Llama 3's rope_freqs.weight."""
+    config = reference["config"]
+    arch = ARCHITECTURES[config["model_type"]]
+    names = gguf.get_tensor_name_map(arch, config.get("num_hidden_layers") or config["n_layer"])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    write_config(writer, config)
+    for name, array in arrays(reference).items():
+        for key, x in turned(name, array, config):
+            key = key.replace("e_score_correction_bias", "e_score_correction.bias")
+            target = names.get_name(key, try_suffixes=(".weight", ".bias"))
+            assert target, key
+            writer.add_tensor(target, np.ascontiguousarray(x, np.float32))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
