@@ -1,9 +1,9 @@
 """Tiny random checkpoints of every architecture, in the layout of the Hugging Face Hub, made with numpy alone.
 
-tests/reference/tiny_NAME.json, written by make_reference.py, holds a model's config, the names and shapes of its tensors,
-the seed, the prompt and the text that transformers continues it with; tiny_NAME.npy holds transformers' logits. The weights
-are not stored: they follow from the seed, the name and the shape. Only uniform numbers are drawn, from the generator that
-numpy has frozen (RandomState), so they are the same bits on every machine.
+tests/reference/tiny_NAME.json, written by make_reference.py, holds a model's config, the names and shapes of its
+tensors, the seed, the prompt and the text that transformers continues it with; tiny_NAME.npy holds its logits. The
+weights are not stored: they follow from the seed, the name and the shape. Only uniform numbers are drawn, from the
+generator that numpy has frozen (RandomState), so they are the same bits on every machine.
 """
 
 import hashlib

@@ -1,16 +1,17 @@
 """Makes tests/reference: what transformers (float32, CPU) computes for the models that the tests run.
 
     python tests/make_reference.py tiny [NAME ...]                  random tiny checkpoints, one or more an architecture
-    python tests/make_reference.py real GGUF NAME                   greedy text and perplexity of a real model
+    python tests/make_reference.py real NAME=GGUF ...               greedy text and perplexity of real models
 
 Needs torch and transformers; the tests need neither. A tiny model is accepted only if
   - the same model in float64 agrees to 2e-5 of the largest logit: the 2e-4 that the tests allow is then ten times what
     rounding does, and no expert is chosen by a hair's breadth;
-  - every feature it is there for matters: without it (`matters` below) the logits move by 50 times what the tests allow;
+  - every feature it is there for matters: without it (`matters` below) the logits move by 50 times the tolerance;
   - the text that it writes is not decided by near-ties and does not repeat one token.
 """
 
 import copy
+import json
 import re
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import checkpoints
@@ -468,7 +470,16 @@ MODELS = {
         "matters": {"theta": {"rope_theta": 500.0}},
     },
     "deepseek_v3": {
-        "config": deepseek_v3(),
+        "config": deepseek_v3(num_nextn_predict_layers=1),
+        "extra": {  # as published, with a layer that predicts a second token, which is not part of the model
+            "model.layers.3.embed_tokens.weight": [checkpoints.VOCAB_SIZE, 96],
+            "model.layers.3.enorm.weight": [96],
+            "model.layers.3.hnorm.weight": [96],
+            "model.layers.3.eh_proj.weight": [96, 192],
+            "model.layers.3.input_layernorm.weight": [96],
+            "model.layers.3.shared_head.norm.weight": [96],
+            "model.layers.3.shared_head.head.weight": [checkpoints.VOCAB_SIZE, 96],
+        },
         "matters": {
             "correction bias": (r"e_score_correction_bias", 0.0),
             "groups": {"topk_group": 4},
@@ -534,11 +545,9 @@ def tensor_shapes(spec):
     model = transformers.AutoModelForCausalLM.from_config(hub_config(spec["config"]))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        from safetensors import safe_open
-
-        with safe_open(f"{folder}/model.safetensors", "np") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
-    shapes = {name.removeprefix(spec.get("strip", "")): shape for name, shape in shapes.items()} | spec.get("extra", {})
+        saved = load_file(f"{folder}/model.safetensors")
+    shapes = {name.removeprefix(spec.get("strip", "")): list(tensor.shape) for name, tensor in saved.items()}
+    shapes |= spec.get("extra", {})
     if "fp8" in spec:
         for name in [name for name in shapes if re.search(spec["fp8"], name)]:
             shapes[name + "_scale_inv"] = [(side + 127) // 128 for side in shapes[name]]
@@ -641,10 +650,85 @@ def make_tiny(name, spec, number):
 
 def write_json(path, value):
     """One key a line, and one tensor a line."""
-    import json
-
     text = json.dumps(value, ensure_ascii=False, indent=1)
     path.write_text(re.sub(r"\[[\s\d,]*?\]", lambda m: re.sub(r"\s+", "", m[0]).replace(",", ", "), text) + "\n")
+
+
+# The first N_PROMPTS that a model continues for N_REAL ids without ending the text, and without a step where rounding
+# could decide (a lead below LEAD). What the small models make of them matters little: it is the ids that count.
+REAL_PROMPTS = [
+    "Once upon a time, in a small village by the sea,",
+    "The capital of France is",
+    'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "Ingredients:\n- 2 eggs\n- 100 g of sugar\n- 1 cup of flour\n\nSteps:\n1.",
+    "В начале было слово, и слово",
+    "今天天气很好，我们去公园",
+    "C'est l'histoire d'un petit garçon qui",
+    "日本の首都は東京です。",
+    "To be, or not to be, that is the question:",
+    "SELECT name, COUNT(*) FROM orders WHERE",
+    "Q: What is 17 + 25?\nA:",
+    "The three laws of thermodynamics are:\n\n1.",
+    "Die Würde des Menschen ist unantastbar.",
+    "<!DOCTYPE html>\n<html>\n<head>\n\t<title>",
+    "مرحبا بالعالم، اليوم",
+    "#include <stdio.h>\n\nint main(void) {\n\t",
+    "🙂 is an emoji that means",
+    "In 1969, Neil Armstrong",
+    "| Country | Capital |\n|---|---|\n| Italy | Rome |\n|",
+]
+N_PROMPTS, N_REAL, LEAD = 12, 64, 1e-3
+TEXT = Path("/usr/share/common-licenses/GPL-3")
+CHUNK, N_CHUNKS = 512, 4
+
+
+def continue_greedily(model, prompts, end):
+    """For each list of ids: N_REAL ids, or fewer and `end`; and the lead in logits of each over the next best.
+
+    The texts come from one batch, padded on the left; each is then checked, and its leads taken, in a pass of its own.
+    """
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    greedy = {"max_new_tokens": N_REAL, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+    batch = model.generate(padded, attention_mask=mask, **greedy)[:, longest:].tolist()
+    for ids, text in zip(prompts, batch, strict=True):
+        text = text[: text.index(end) + 1] if end in text else text
+        logits = all_logits(model, ids + text)[len(ids) - 1 : -1]
+        second, first = np.sort(logits, axis=1)[:, -2:].T
+        yield text, np.where(logits.argmax(1) == text, first - second, 0)
+
+
+def perplexity(model, ids, bos):
+    """As llama.cpp's perplexity: chunks of CHUNK, the second half of each scored. A bos replaces a chunk's first id."""
+    losses = []
+    for chunk in np.array(ids[: CHUNK * N_CHUNKS]).reshape(N_CHUNKS, CHUNK):
+        if bos is not None:
+            chunk[0] = bos
+        logits = torch.tensor(all_logits(model, chunk.tolist())[CHUNK // 2 : -1])
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[CHUNK // 2 + 1 :])).item())
+    return float(np.exp(np.mean(losses)))
+
+
+def make_real(name, path):
+    gguf = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf)
+    end = model.config.eos_token_id
+    prompts = [tokenizer(prompt).input_ids for prompt in REAL_PROMPTS]
+    texts = []
+    for prompt, ids, (text, leads) in zip(REAL_PROMPTS, prompts, continue_greedily(model, prompts, end), strict=True):
+        print(f"{name}: {len(text)} ids, lead {leads.min():.4f}: {prompt!r} {tokenizer.decode(text)!r}", flush=True)
+        if end not in text and leads.min() > LEAD and len(texts) < N_PROMPTS:
+            texts.append({"prompt": prompt, "ids": ids, "greedy": text, "least_lead": round(leads.min().item(), 4)})
+    assert len(texts) == N_PROMPTS, f"{name}: {len(texts)} prompts left"
+    ids = tokenizer(TEXT.read_text()).input_ids
+    bos = ids[0] if ids[0] == tokenizer.bos_token_id else None
+    figure = perplexity(model, ids, bos)
+    print(f"{name}: perplexity {figure:.4f}")
+    reference = {"file": path.name, "perplexity": round(figure, 4), "chunk": CHUNK, "chunks": N_CHUNKS, "texts": texts}
+    write_json(checkpoints.REFERENCE / f"real_{name}.json", reference)
 
 
 def main():
@@ -652,10 +736,15 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     checkpoints.REFERENCE.mkdir(exist_ok=True)
-    if sys.argv[1] == "tiny":
-        for number, (name, spec) in enumerate(MODELS.items()):
-            if len(sys.argv) == 2 or name in sys.argv[2:]:
-                make_tiny(name, spec, number)
+    kind, *arguments = sys.argv[1:]
+    if kind == "real":
+        for argument in arguments:
+            name, path = argument.split("=", 1)
+            make_real(name, Path(path))
+        return
+    for number, (name, spec) in enumerate(MODELS.items()):
+        if not arguments or name in arguments:
+            make_tiny(name, spec, number)
 
 
 if __name__ == "__main__":
