@@ -1,26 +1,20 @@
-// engine.h: sequences in, batches out.
+// engine.h: requests in, tokens out, one batch after the other.
 //
-// A step is one forward pass over a batch made of one token of every sequence that generates, then as much of
-// the oldest prompts as the token budget leaves (continuous batching, Orca; chunked prefill, Sarathi). It
-// knows nothing of attention: it is given the forward pass as a function. It only decides what shares a
-// batch; a sequence's tokens do not depend on that.
+// The engine knows nothing of attention: it is given the forward pass as a function, asks the scheduler (scheduler.h)
+// what shares the next batch, and draws the tokens. A sequence's tokens do not depend on what shares its batch, nor on
+// preemption, nor on what was found in the cache.
 //
-// Requests are served first come, first served. When the cache is full the last in line (who else generates
-// goes before who reads a prompt, then by age: the youngest) is preempted: its blocks are freed, it waits at
-// its place by age and is computed again, with the same tokens as if nothing had happened. Prompts share the
-// full blocks of a common prefix; one that would share what another is just computing waits for it. The
-// samples of a request fork once its prompt is computed. A prompt that continues an earlier text (the next
-// turn of a chat) finds its blocks; with a contiguous cache, its slot.
+// Prompts share the full blocks of a common prefix; one that would share what another is just computing waits for it.
+// The samples of a request fork once its prompt is computed. A prompt that continues an earlier text (the next turn of
+// a chat) finds its blocks; with a contiguous cache, its slot.
 #pragma once
 
-#include <chrono>
 #include <functional>
 #include <memory>
 #include <vector>
 
-#include "blocks.h"
 #include "sampler.h"
-#include "transformer.h"
+#include "scheduler.h"
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel.
 enum class Finish { length, stop, callback, cancelled };
@@ -53,19 +47,12 @@ struct Request {
   // The callbacks run within step, one at a time; they may call cancel but not submit.
 };
 
-struct Stats {
+struct Stats : CacheStats {
   int64_t steps = 0, decode_steps = 0;  // forward passes; of them, those without any prompt's tokens
   int64_t prompt_tokens = 0;            // computed, those computed again included
-  int64_t cached_tokens = 0;            // found in the cache instead
   int64_t generated_tokens = 0;
   int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
-  double prompt_seconds = 0, decode_seconds = 0;  // of steps with, and without a prompt's tokens
-  int64_t preemptions = 0, copies = 0;            // sequences; blocks copied on write
-  int peak_sequences = 0;                         // at once in the cache
-  int blocks = 0, used = 0, peak_used = 0;        // of the pool; referenced now, at most
-  int peak_shared = 0;                            // referenced more than once
-  int64_t evicted = 0;
-  double waste = 0;  // part of the slots of referenced blocks that hold no token; mean of steps
+  double prompt_seconds = 0, decode_seconds = 0;    // of steps with, and without a prompt's tokens
   std::vector<double> first_token, between_tokens;  // seconds; in order of their end
 };
 
