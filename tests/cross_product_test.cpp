@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "tiny_model.h"
+#include "transformer.h"
 #include "variants.h"
 
 namespace {
