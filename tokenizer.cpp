@@ -44,6 +44,7 @@ struct FreeCode {
 };
 using Pattern = std::unique_ptr<pcre2_code, FreeCode>;
 
+constexpr char CONVERSATION[] = "a conversation is [system] user (assistant user)*: end it with the user's turn";
 constexpr std::string_view SPACE_MARK = "\u2581";  // SentencePiece's spelling of a space
 constexpr std::string_view REPLACEMENT = "\uFFFD";
 constexpr std::string_view WHITE_SPACE = " \t\n\v\f\r";
@@ -644,18 +645,14 @@ std::vector<int> Tokenizer::encode_chat(const std::vector<Message>& messages) co
     text += chat.trim_system ? trimmed(messages[0].content) : messages[0].content;
     add_template(chat.system_to_user);
   }
-  Message::Role expected = Message::user;
-  for (size_t i = has_system; i < messages.size(); ++i) {
+  bool user = true;  // whose turn it is
+  for (size_t i = has_system; i < messages.size(); ++i, user = !user) {
     const auto& [role, content] = messages[i];
-    if (role != expected) break;
-    const bool user = role == Message::user;
+    if (role != (user ? Message::user : Message::assistant)) fail("%s", CONVERSATION);
     text += (user ? chat.trim_user : chat.trim_assistant) ? trimmed(content) : content;
     if (i + 1 < messages.size()) add_template(user ? chat.user_to_assistant : chat.assistant_to_user);
-    expected = user ? Message::assistant : Message::user;
   }
-  if (messages.size() % 2 == has_system || expected == Message::user) {
-    fail("a conversation is [system] user (assistant user)*: end it with the user's turn");
-  }
+  if (user) fail("%s", CONVERSATION);
   add_template(chat.generation);
   Encoder encoder(*impl_);
   encoder.encode(text, ranges);

@@ -68,10 +68,14 @@ class Tokenizer:
 def write_tokenizer(source, path: Path) -> str:
     """Writes the tokenizer of a sources.Source; returns the file's SHA-256 in hexadecimal."""
     tokenizer = read_tokenizer(source)
-    fit_vocabulary(tokenizer, source.config.get("vocab_size") or len(tokenizer.tokens))
+    fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
     data = serialize(tokenizer)
     path.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
+
+
+def text_config(source) -> dict:
+    return source.config | (source.config.get("text_config") or {})
 
 
 def read_tokenizer(source) -> Tokenizer:
@@ -455,7 +459,7 @@ def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
     if t.eos is not None and settings.get("add_eos_token") is not None:
         t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    for ends in generation.get("eos_token_id"), source.config.get("eos_token_id"):
+    for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
