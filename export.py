@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     except ExportError as error:
         line = str(error)
     except OSError as error:
-        line = f"{error.filename or 'the output'}: {error.strerror}: give a folder that can be written, with room for the file"
+        line = f"{error.filename or 'the output'}: {error.strerror}: give a folder that can be written and has room"
     else:
         return 0
     print(f"export.py: {line}", file=sys.stderr)

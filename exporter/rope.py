@@ -50,11 +50,11 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     for key in {"factor", "low_freq_factor", "high_freq_factor"} & KINDS[kind]:
         if not chosen.get(key):
             keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
-    return (
-        {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta}
-        | chosen
-        | {"rope_type": kind}
-    )
+    rope = {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta} | chosen
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if not isinstance(rope[key], int | float) or not 0 < rope[key] < math.inf:
+            keys.refuse(name if key in chosen else theta_key, f"{key} must be a positive number: fetch the file again")
+    return rope | {"rope_type": kind}
 
 
 def table(rope: dict, dim: int) -> tuple[np.ndarray, float]:

@@ -1,0 +1,575 @@
+"""export.py: what it writes against the gguf package and float64, what it refuses, and what it leaves behind."""
+
+import copy
+import itertools
+import json
+import math
+import struct
+import tracemalloc
+from pathlib import Path
+
+import checkpoints
+import gguf
+import gguf_models
+import numpy as np
+import pytest
+from conftest import ROOT
+from numpy_model import NumpyModel, load
+from safetensors import safe_open
+
+import export
+from exporter import rope, writer
+from exporter.errors import ExportError
+from exporter.model import Model
+from exporter.weights import Tensor, Weight, quantize
+
+STORIES = ROOT.parent / "shared/models/stories260K.bin"
+
+
+@pytest.fixture(autouse=True)
+def plain_tokenizer(monkeypatch):
+    """Tokenizers have their own tests."""
+    monkeypatch.setattr(export, "write_tokenizer", lambda source, path: path.write_bytes(b"a tokenizer"))
+
+
+def run(source, output, *flags):
+    """The model file's (config, float64 tensors)."""
+    assert export.main([str(source), "-o", str(output), *flags]) == 0
+    return load(output)[:2]
+
+
+def refused(capsys, *argv, code=1):
+    """The one line on standard error."""
+    try:
+        got = export.main([str(argument) for argument in argv])
+    except SystemExit as stop:
+        got = stop.code
+    line = capsys.readouterr().err
+    assert got == code, line
+    assert line.startswith("export.py: ") and line.count("\n") == 1, line
+    return line
+
+
+def changed(name, **config):
+    """The tiny checkpoint `name` with other config keys; None removes a key."""
+    reference = copy.deepcopy(checkpoints.load(name))
+    reference["config"] |= config
+    reference["config"] = {key: value for key, value in reference["config"].items() if value is not None}
+    return reference
+
+
+# ---- What is written
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_source_precision_is_kept(dtype, tmp_path):
+    """f32, f16 and bf16 matrices arrive as the bytes they were; any safetensors reader opens the file."""
+    reference = checkpoints.load("llama_gqa") | {"dtype": dtype}
+    source = checkpoints.build(reference, tmp_path / "source")
+    run(source, tmp_path / "m.safetensors")
+    want = checkpoints.stored("model.layers.0.mlp.up_proj.weight", reference["tensors"], reference)[1]
+    data = (tmp_path / "m.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
+    begin, end = header["layers.0.up_proj.weight"]["data_offsets"]
+    start = len(data) - max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    assert data[start + begin : start + end] == want.tobytes()
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert set(file.keys()) == set(header) - {"__metadata__"}
+        assert file.metadata()["format"] == "attn.cu 1"
+
+
+def test_config_keys_are_those_of_the_readme(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    for name in ("gemma3", "deepseek_v3", "qwen3_moe"):
+        config, _ = run(checkpoints.build(checkpoints.load(name), tmp_path / name), tmp_path / f"{name}.safetensors")
+        for key in config:
+            assert f"`{key}`" in readme, key
+
+
+def test_layout_is_aligned_and_without_holes(tmp_path):
+    """Offsets are a multiple of the type's size, and one tensor follows right after the other (safetensors' rule)."""
+    run(checkpoints.build(checkpoints.load("qwen2"), tmp_path / "source"), tmp_path / "m.safetensors", "--type", "q4")
+    data = (tmp_path / "m.safetensors").read_bytes()
+    length = struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__")
+    assert length % 64 == 56
+    spans = sorted((*entry["data_offsets"], entry["dtype"]) for entry in header.values())
+    assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
+    for (_, end, _), (begin, _, dtype) in itertools.pairwise(spans):
+        assert begin == end and begin % {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}[dtype] == 0
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """One chunk of rows at a time: a tensor of 64 MB is quantised and written within 24 MB."""
+    tensor = Tensor((65536, 256), "f32", lambda index: Weight("f32", np.ones((len(index), 256), np.float32)))
+    tracemalloc.start()
+    try:
+        writer.write(Model({}, {"lm_head.weight": tensor}), "q8", tmp_path / "m.safetensors", Path(__file__), "test")
+        assert tracemalloc.get_traced_memory()[1] < 24e6
+    finally:
+        tracemalloc.stop()
+
+
+# ---- Types
+
+
+def groups(x):
+    return x.reshape(-1, 32).astype(np.float64)
+
+
+def samples():
+    random = np.random.default_rng(1)
+    return np.concatenate(
+        [
+            random.normal(size=(64, 96)) * 10.0 ** random.integers(-3, 3, (64, 1)),
+            random.normal(8, 1, (8, 96)),
+            np.zeros((1, 96)),
+            np.full((1, 96), -3.7),
+        ]
+    ).astype(np.float32)
+
+
+def test_q8_error():
+    """Half a scale. The largest value may be clipped: its scale is rounded to 11 bits, at most 127 * 2^-12 of a step."""
+    x = samples()
+    weight = quantize(x, "q8")
+    scale = weight.scale.astype(np.float64).reshape(-1, 1)
+    error = np.abs(groups(weight.float32()) - groups(x))
+    assert (error <= scale * (0.5 + 2**-12) + 2.0**-24).all()
+    assert error.max() > scale.max() / 4  # or the bound says nothing
+
+
+def test_q4_error():
+    """Half a scale, or what float16 rounds off the minimum (2^-11 of it) and off fifteen scales."""
+    x = samples()
+    weight = quantize(x, "q4")
+    scale, low = weight.scale.astype(np.float64).reshape(-1, 1), weight.min.astype(np.float64).reshape(-1, 1)
+    error = np.abs(groups(weight.float32()) - groups(x))
+    bound = np.maximum(scale * (0.5 + 2**-12), np.abs(low) * 2**-11 + 15 * scale * 2**-11 + 2.0**-24)
+    assert (error <= bound).all()
+
+
+@pytest.mark.parametrize(("type", "bits"), [("f16", 11), ("bf16", 8)])
+def test_float_error(type, bits):
+    """Rounded to nearest: half a unit in the last place."""
+    x = samples()
+    error = np.abs(quantize(x, type).float32().astype(np.float64) - x)
+    assert (error <= np.abs(x.astype(np.float64)) * 2.0**-bits + 2.0**-25).all()  # float16 has no step below 2^-24
+
+
+def test_bf16_ties_go_to_even():
+    x = np.array([[0x3F808000, 0x3F818000]], np.uint32).view(np.float32)
+    assert quantize(x, "bf16").data.tolist() == [[0x3F80, 0x3F82]]
+
+
+# ---- GGUF
+
+
+def write_gguf(path, reference, types):
+    """The tiny checkpoint as GGUF, each matrix in the next of `types`; {name: dequantised by the gguf package}."""
+    float_file = gguf_models.build(reference, path.with_suffix(".f32"))
+    reader = gguf.GGUFReader(float_file)
+    arch = reader.fields["general.architecture"].contents()
+    writer, want = gguf.GGUFWriter(path, arch), {}
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    kinds = itertools.cycle(types)
+    for tensor in reader.tensors:
+        data, kind = tensor.data, gguf.GGMLQuantizationType.F32
+        if data.ndim == 2:
+            kind = next(kinds)
+            data = gguf.quantize(data, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        want[tensor.name] = gguf.dequantize(data, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return want
+
+
+LOSSLESS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "F16", "BF16", "F32"]
+
+
+def wide_qwen2():
+    """A small Qwen2 (GGUF permutes nothing in it) whose rows are whole groups of 32."""
+    reference = copy.deepcopy(checkpoints.load("qwen2"))
+    config = reference["config"]
+    config |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vocab = config["vocab_size"]
+    sizes = dict(embed_tokens=(vocab, 64), lm_head=(vocab, 64), k_proj=(32, 64), v_proj=(32, 64))
+    sizes |= dict(gate_proj=(96, 64), up_proj=(96, 64), down_proj=(64, 96))
+    for name in reference["tensors"]:
+        shape = sizes.get(name.split(".")[-2], (64, 64))
+        reference["tensors"][name] = list(shape[: 1 if "norm" in name or name.endswith("bias") else 2])
+    return reference
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_gguf_types_import_without_loss(kind, tmp_path):
+    """Equal bit for bit after dequantisation (but for the sign of zero: Q4_0's scale may be negative)."""
+    reference = wide_qwen2()
+    want = write_gguf(tmp_path / "m.gguf", reference, [gguf.GGMLQuantizationType[kind]])
+    _, tensors = run(tmp_path / "m.gguf", tmp_path / "m.safetensors")
+    for ours, theirs in {"q_proj": "attn_q", "k_proj": "attn_k", "down_proj": "ffn_down", "up_proj": "ffn_up"}.items():
+        for layer in range(reference["config"]["num_hidden_layers"]):
+            got = tensors[f"layers.{layer}.{ours}.weight"]
+            assert np.array_equal(got, want[f"blk.{layer}.{theirs}.weight"].astype(np.float64)), (kind, ours)
+    assert np.array_equal(tensors["embed_tokens.weight"], want["token_embd.weight"].astype(np.float64))
+    stored = {"Q8_0": "I8", "Q5_0": "I8", "Q4_0": "U8", "Q4_1": "U8"}.get(kind, kind)
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert file.get_slice("layers.0.q_proj.weight").get_dtype() == stored
+
+
+def test_gguf_types_that_we_lack(tmp_path, capsys):
+    """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
+    want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
+    _, tensors = run(tmp_path / "m.gguf", tmp_path / "m.safetensors")
+    assert "Q5_1" in capsys.readouterr().out
+    step = np.abs(groups(want)).max(axis=1, keepdims=True) / 127
+    error = np.abs(groups(tensors["layers.0.up_proj.weight"]) - groups(want))
+    assert error.max() > 0 and (error <= step * (0.5 + 2**-10)).all()
+    _, tensors = run(tmp_path / "m.gguf", tmp_path / "m32.safetensors", "--type", "f32")
+    assert np.array_equal(tensors["layers.0.up_proj.weight"], want.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama_bias",
+        "llama_linear",
+        "llama_yarn",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "bigcode_mqa",
+        "mixtral",
+        "deepseek_v2_dense",
+        "deepseek_v2_lite",
+        "deepseek_v3",
+        "deepseek_v3_plain",
+    ],
+)
+def test_gguf_means_what_the_checkpoint_means(name, tmp_path):
+    """Permuted heads, turned matrices, stacked experts, split latents and metadata: the same file from both."""
+    reference = checkpoints.load(name)
+    reference["dtype"] = "F32"
+    a = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors", "--type", "f32")
+    b = run(gguf_models.build(reference, tmp_path / "m.gguf"), tmp_path / "b.safetensors", "--type", "f32")
+    assert a[0].keys() == b[0].keys() and a[1].keys() == b[1].keys()
+    for key, value in a[0].items():
+        same = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value  # GGUF keeps float32
+        assert b[0][key] == same, key
+    for key, value in a[1].items():
+        assert np.array_equal(b[1][key], value), key
+
+
+def test_gemma_in_gguf(tmp_path):
+    """Its norms hold the 1 already, every sixth layer sees all, the other table has base 10000."""
+    reference = checkpoints.load("gemma3")
+    layers = reference["config"]["num_hidden_layers"]
+    a = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors", "--type", "f32")
+    b = run(gguf_models.build(reference, tmp_path / "m.gguf"), tmp_path / "b.safetensors", "--type", "f32")
+    assert all(np.array_equal(a[1][key], b[1][key]) for key in a[1] if not key.startswith("rope."))
+    window = reference["config"]["sliding_window"]
+    assert b[0]["window"] == [0 if layer % 6 == 5 else window for layer in range(layers)]
+    width = reference["config"]["head_dim"]
+    assert b[1]["rope.0.inv_freq"] == pytest.approx(10000.0 ** (-np.arange(0, width, 2) / width), rel=1e-6)
+
+
+def test_rope_freqs_of_gguf(tmp_path):
+    """Llama 3's rope_scaling travels as a tensor of divisors."""
+    reference = checkpoints.load("llama3")
+    config, tensors = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors")
+    plain = reference["config"]["rope_theta"] ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    source = gguf_models.build(reference, tmp_path / "m.gguf", plain / tensors["rope.0.inv_freq"])
+    got = run(source, tmp_path / "b.safetensors")[1]["rope.0.inv_freq"]
+    assert got == pytest.approx(tensors["rope.0.inv_freq"], rel=1e-6)
+    assert got != pytest.approx(plain, rel=0.1)
+
+
+# ---- llama2.c
+
+
+def llama2c_file(path, version, shared, config=(64, 96, 2, 4, 2, 40, 16)):
+    """A checkpoint in version 0 or 1 of its format, as llama2.c's export.py orders it; {our name: array}."""
+    dim, hidden, layers, heads, kv_heads, vocab, length = config
+    random, kv = np.random.default_rng(3), dim // heads * kv_heads
+    shapes = dict(
+        attention_norm=(dim,),
+        q_proj=(dim, dim),
+        k_proj=(kv, dim),
+        v_proj=(kv, dim),
+        o_proj=(dim, dim),
+        mlp_norm=(dim,),
+        gate_proj=(hidden, dim),
+        down_proj=(dim, hidden),
+        up_proj=(hidden, dim),
+    )
+    weights = {
+        f"layers.{layer}.{name}.weight": random.normal(size=shape)
+        for name, shape in shapes.items()
+        for layer in range(layers)
+    }
+    weights |= {
+        "embed_tokens.weight": random.normal(size=(vocab, dim)),
+        "norm.weight": random.normal(size=dim),
+        "lm_head.weight": random.normal(size=(vocab, dim)),
+    }
+    stacked = [key for name in shapes for key in (f"layers.{layer}.{name}.weight" for layer in range(layers))]
+    norms = [key for key in stacked if "norm" in key]
+    last = [] if shared else ["lm_head.weight"]
+    if version == 0:
+        head = struct.pack("<7i", dim, hidden, layers, heads, kv_heads, vocab if shared else -vocab, length)
+        order = ["embed_tokens.weight", *stacked, "norm.weight", "tables", *last]
+    else:
+        head = (struct.pack("<Ii7iB", 0x616B3432, 1, *config, shared)).ljust(256, b"\0")
+        order = [*norms, "norm.weight", "embed_tokens.weight", *(key for key in stacked if key not in norms), *last]
+    tables = np.zeros(length * (dim // heads))
+    path.write_bytes(head + b"".join(weights.get(key, tables).astype("<f4").tobytes() for key in order))
+    return weights
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("shared", [True, False])
+def test_llama2c(version, shared, tmp_path):
+    weights = llama2c_file(tmp_path / "m.bin", version, shared)
+    config, tensors = run(tmp_path / "m.bin", tmp_path / "m.safetensors")
+    assert (config["attention"], config["dim"], config["n_kv_heads"], config["seq_len"]) == ("gqa", 64, 2, 16)
+    assert ("lm_head.weight" in tensors) == (not shared)
+    for name, value in tensors.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # neighbours rotate there, halves here
+            want = weights[name].reshape(-1, 8, 2, 64).transpose(0, 2, 1, 3).reshape(-1, 64)
+        elif name.startswith("rope."):
+            want = 10000.0 ** -(np.arange(8) / 8)
+        else:
+            want = weights[name]
+        assert np.allclose(value, want, rtol=1e-6, atol=0), name
+
+
+@pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")
+def test_llama2c_tells_its_story(tmp_path):
+    run(STORIES, tmp_path / "m.safetensors")
+    data, at, texts = STORIES.with_name("tok512.bin").read_bytes(), 4, []
+    while at < len(data):
+        length = struct.unpack_from("<i", data, at + 4)[0]
+        texts.append(data[at + 8 : at + 8 + length])
+        at += 8 + length
+    model = NumpyModel(tmp_path / "m.safetensors")
+    ids = [1, 403, 407, 261, 378]  # Once upon a time
+    for _ in range(24):
+        ids.append(int(model.logits(np.array(ids))[-1].argmax()))
+    text = b"".join(texts[id] for id in ids[1:]).decode()
+    assert text.startswith(" Once upon a time, there was a little girl named Lily. She loved to play outside"), text
+
+
+# ---- RoPE
+
+
+def test_unscaled_table():
+    inv_freq, factor = rope.table({"rope_type": "default", "rope_theta": 5e5}, 128)
+    assert inv_freq == pytest.approx(5e5 ** (-np.arange(0, 128, 2) / 128), rel=1e-6) and factor == 1
+
+
+def test_yarn_table():
+    """arXiv 2309.00071, equations 17, 23 and 24, with the ramp's ends at whole dimensions."""
+    scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 4096}
+    inv_freq, factor = rope.table(scaling, 64)
+    plain = 1e4 ** (-np.arange(0, 64, 2) / 64)
+    low, high = (64 * math.log(4096 / (r * 2 * math.pi)) / (2 * math.log(1e4)) for r in (32, 1))
+    kept = 1 - np.clip((np.arange(32) - math.floor(low)) / (math.ceil(high) - math.floor(low)), 0, 1)
+    assert inv_freq == pytest.approx(plain * kept + plain / 8 * (1 - kept), rel=1e-6)
+    assert factor == pytest.approx(0.1 * math.log(8) + 1)
+
+
+# ---- Rewrites
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "variant"),
+    [
+        ("llama_gqa", "mha", "mha"),
+        ("llama_gqa", "mla", "mla"),
+        ("llama_bias", "mla", "mla"),
+        ("bigcode_mqa", "gqa:2", "mha"),
+        ("gemma3", "gqa:2", "gqa"),
+        ("gemma3", "mha", "mha"),
+        ("qwen2_window", "mla", "mla"),
+        ("mixtral_window", "mla", "mla"),
+        ("gpt2", "mla", "mla"),
+        ("llama3", "mla", "mla"),
+        ("qwen3", "mha", "mha"),
+    ],
+)
+def test_rewrites_are_exact(name, layout, variant, tmp_path):
+    """In float64 the rewritten model differs by the order of the sums alone: 1e-11 of the largest logit."""
+    reference = checkpoints.load(name)
+    source = checkpoints.build(reference, tmp_path / "source")
+    run(source, tmp_path / "a.safetensors", "--type", "f32")
+    config, _ = run(source, tmp_path / "b.safetensors", "--type", "f32", "--as", layout)
+    ids = np.frombuffer(reference["prompt"].encode(), np.uint8)[:24]
+    want, got = (NumpyModel(tmp_path / f"{file}.safetensors").logits(ids) for file in "ab")
+    assert config["attention"] == variant
+    assert np.abs(got - want).max() <= 1e-11 * np.abs(want).max()
+
+
+def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
+    source = checkpoints.build(wide_qwen2(), tmp_path / "source")
+    run(source, tmp_path / "a.safetensors", "--type", "q8")
+    for layout in ("mha", "mla"):
+        run(source, tmp_path / "b.safetensors", "--type", "q8", "--as", layout)
+        ids = np.arange(20)
+        want, got = (NumpyModel(tmp_path / f"{file}.safetensors").logits(ids) for file in "ab")
+        assert np.abs(got - want).max() <= 1e-11 * np.abs(want).max(), layout
+
+
+# ---- Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("llama_gqa", {"no_such_key": 3}, "no_such_key is 3"),
+        ("llama_gqa", {"model_type": "mamba"}, "model_type is 'mamba'"),
+        ("llama_gqa", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("llama_gqa", {"rope_scaling": {"rope_type": "longrope", "short_factor": []}}, "rope_type 'longrope'"),
+        ("llama_gqa", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "shift": 1}}, "shift"),
+        ("llama_gqa", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ("llama_gqa", {"rope_scaling": 4}, "rope_scaling is 4"),
+        ("llama_gqa", {"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ("llama_gqa", {"hidden_act": "relu2"}, "hidden_act is 'relu2'"),
+        ("llama_gqa", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("llama_gqa", {"num_key_value_heads": 5}, "num_key_value_heads is 5"),
+        ("llama_gqa", {"vocab_size": 300}, "weight is [259, 96], config.json says [300, 96]"),
+        ("llama_gqa", {"num_hidden_layers": 3}, "layers.2."),
+        ("llama_gqa", {"num_hidden_layers": 1}, "layers.1."),
+        ("llama_gqa", {"attention_bias": True}, "q_proj.bias"),
+        ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
+        ("llama_gqa", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ("llama_gqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3", {"layer_types": ["chunked_attention"]}, "layer_types is ['chunked_attention']"),
+        ("mixtral", {"num_experts_per_tok": 99}, "num_experts_per_tok is 99"),
+        ("mixtral", {"num_local_experts": 3}, "experts.3"),
+        ("mixtral", {"num_local_experts": 99}, "of 99"),
+        ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
+        ("deepseek_v3", {"topk_method": "random"}, "topk_method is 'random'"),
+        ("deepseek_v3", {"n_group": 5}, "n_group is 5"),
+        ("deepseek_v3", {"kv_lora_rank": 31}, "kv_b_proj.weight"),
+        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+    ],
+)
+def test_refused_configs(name, config, words, tmp_path, capsys):
+    source = checkpoints.build(changed(name, **config), tmp_path / "source")
+    line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    assert words in line and str(source) in line, line
+    assert not list(tmp_path.glob("*m.*"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "words"),
+    [
+        ("gqa:4", "llama_gqa", "n_kv_heads is 2"),
+        ("mla", "qwen3", "k_norm.weight"),
+        ("mla", "gemma3", "k_norm.weight"),
+        ("mha", "deepseek_v2", "attention is mla"),
+    ],
+)
+def test_refused_rewrites(layout, name, words, tmp_path, capsys):
+    source = checkpoints.build(checkpoints.load(name), tmp_path / "source")
+    assert words in refused(capsys, source, "-o", tmp_path / "m.safetensors", "--as", layout)
+
+
+def test_usage(tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+    assert "SOURCE" in refused(capsys, code=2)
+    assert "q3" in refused(capsys, tmp_path, "-o", out, "--type", "q3", code=2)
+    assert "gqa:0" in refused(capsys, tmp_path, "-o", out, "--as", "gqa:0", code=2)
+    assert "model.bin" in refused(capsys, tmp_path, "-o", tmp_path / "model.bin", code=2)
+
+
+def test_refused_sources(tmp_path, capsys):
+    out = tmp_path / "m.safetensors"
+
+    def line(source, *flags):
+        return refused(capsys, source, "-o", out, *flags)
+
+    assert "No such file" in line(tmp_path / "nothing.gguf")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in line(tmp_path / "empty")
+    (tmp_path / "text.gguf").write_text("hello")
+    assert "not GGUF" in line(tmp_path / "text.gguf")
+    (tmp_path / "zero.bin").write_bytes(b"")
+    assert "empty file" in line(tmp_path / "zero.bin")
+    folder = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "hf")
+    assert "no such file" in line(folder, "--tokenizer", tmp_path / "none")
+    (folder / "config.json").write_text("{")
+    assert "not JSON" in line(folder)
+    assert "No such file or directory" in refused(capsys, STORIES.parent / "x", "-o", out)
+
+
+@pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
+def test_truncated_files(kind, tmp_path, capsys):
+    """Cut anywhere: one line that names the file, never a traceback, nothing left behind."""
+    reference = checkpoints.load("llama_bias")
+    if kind == "gguf":
+        whole = gguf_models.build(reference, tmp_path / "source.gguf")
+    elif kind == "bin":
+        whole = tmp_path / "source.bin"
+        llama2c_file(whole, 0, True)
+    else:
+        whole = checkpoints.build(reference, tmp_path / "source") / "model.safetensors"
+    data = whole.read_bytes()
+    for length in [*range(4, 400, 23), *np.linspace(400, len(data) - 1, 25).astype(int)]:
+        whole.write_bytes(data[:length])
+        source = whole.parent if kind == "safetensors" else whole
+        assert str(whole.parent) in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    assert not list(tmp_path.glob("*m.*"))
+
+
+def test_nothing_half_written(tmp_path, capsys, monkeypatch):
+    """A weight that cannot be written ends the export: the folder is as it was, an older file too."""
+    reference = checkpoints.load("llama_gqa")
+    source = checkpoints.build(reference, tmp_path / "source")
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = checkpoints.stored
+    for value, type, words in ((np.inf, "q8", "infinite"), (1e5, "f16", "100000")):
+
+        def damaged(tensor, tensors, reference, value=value):
+            dtype, array = stored(tensor, tensors, reference | {"dtype": "F32"})
+            return dtype, np.where(np.arange(array.size).reshape(array.shape) == 7, value, array).astype(
+                np.float32
+            ) if tensor == name else array
+
+        monkeypatch.setattr(checkpoints, "stored", damaged)
+        checkpoints.build(reference, source)
+        (tmp_path / "m.safetensors").write_bytes(b"older")
+        before = sorted(tmp_path.iterdir())
+        line = refused(capsys, source, "-o", tmp_path / "m.safetensors", "--type", type)
+        assert "layers.1.down_proj.weight" in line and words in line
+        assert sorted(tmp_path.iterdir()) == before and (tmp_path / "m.safetensors").read_bytes() == b"older"
+    assert "No such file" in refused(capsys, source, "-o", tmp_path / "nowhere/m.safetensors")
+
+
+def test_summary(tmp_path, capsys):
+    run(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"), tmp_path / "m.safetensors")
+    config, tensors, _ = load(tmp_path / "m.safetensors")
+    text = capsys.readouterr().out
+    count = sum(x.size for name, x in tensors.items() if not name.startswith("rope."))
+    per_token = 2 * 2 * config["n_layers"] * config["n_kv_heads"] * config["head_dim"]
+    for words in (
+        "gqa",
+        f"{count / 1e6:.1f} million",
+        "f16 ",
+        f"{per_token} bytes per token",
+        f"{config['seq_len']} tokens",
+    ):
+        assert words in text, words
+
+
+def test_errors_are_one_kind():
+    with pytest.raises(ExportError, match="infinite"):
+        quantize(np.full((1, 32), np.nan, np.float32), "q8")
