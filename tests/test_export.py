@@ -101,14 +101,20 @@ def test_layout_is_aligned_and_without_holes(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
-    """One chunk of rows at a time: a tensor of 64 MB is quantised and written within 24 MB."""
-    tensor = Tensor((65536, 256), "f32", lambda index: Weight("f32", np.ones((len(index), 256), np.float32)))
+    """One chunk of rows at a time: a tensor of 64 MB is quantised and written within 24 MB, each row in its place."""
+    value = np.arange(65536, dtype=np.float32) % 1000
+    ones = np.ones((1, 256), np.float32)
+    tensor = Tensor((65536, 256), "f32", lambda index: Weight("f32", value[index, None] * ones))
     tracemalloc.start()
     try:
         writer.write(Model({}, {"lm_head.weight": tensor}), "q8", tmp_path / "m.safetensors", Path(__file__), "test")
         assert tracemalloc.get_traced_memory()[1] < 24e6
     finally:
         tracemalloc.stop()
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        scale, q = file.get_tensor("lm_head.scale"), file.get_tensor("lm_head.weight")
+    assert np.array_equal(scale, np.repeat((value / 127).astype(np.float16)[:, None], 8, axis=1))
+    assert np.array_equal(q == 127, np.repeat(value[:, None] > 0, 256, axis=1))
 
 
 # ---- Types
@@ -131,7 +137,7 @@ def samples():
 
 
 def test_q8_error():
-    """Half a scale. The largest value may be clipped: its scale is rounded to 11 bits, at most 127 * 2^-12 of a step."""
+    """Half a scale. The largest value may be clipped, as its scale has 11 bits: by 127 * 2^-12 of a step."""
     x = samples()
     weight = quantize(x, "q8")
     scale = weight.scale.astype(np.float64).reshape(-1, 1)
