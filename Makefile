@@ -198,14 +198,20 @@ fuzz: build/fuzz/fuzz_loader
 # ---- make bench: the kernels alone, then the whole beside llama.cpp on the same weights.
 
 BENCHES := $(patsubst bench/%.cpp,%,$(wildcard bench/*_bench.cpp))
+BENCH_MODELS := models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct.Q8_0.gguf
+BENCH_PYTHON := build/bench-venv/bin/python
 build/bench-venv/installed: bench/requirements.txt | packages
-	@echo "  llama.cpp, compiled for this machine: about 10 minutes" >&2
+	@echo "  llama.cpp, compiled for this machine: 10 to 20 minutes" >&2
 	@python3 -m venv build/bench-venv
-	@build/bench-venv/bin/python -m pip --disable-pip-version-check install -r bench/requirements.txt >&2
+	@$(BENCH_PYTHON) -m pip --disable-pip-version-check install --quiet -r bench/requirements.txt >&2
 	@touch $@
-bench: $(BENCHES:%=$(TEST)/%) $(OUT)/run $(WEIGHTS) build/bench-venv/installed
-	@for b in $(BENCHES); do $(TEST)/$$b || exit 1; done
-	@build/bench-venv/bin/python bench/bench.py $(OUT)/run $(PYTHON)
+models/SmolLM2-135M-Instruct.Q8_0.gguf: models/SmolLM2-135M-Instruct.Q4_1.gguf | build/bench-venv/installed
+	@$(BENCH_PYTHON) bench/llama_cpp_peer.py quantize $< $@
+weights: $(WEIGHTS)
+bench: $(OUT)/run $(BENCHES:%=$(TEST)/%) $(BENCH_MODELS) build/bench-venv/installed
+	@for m in $(BENCH_MODELS); do $(MAKE) weights MODEL=$$m || exit 1; done
+	@for b in $(BENCHES); do echo "$$b"; $(TEST)/$$b || exit 1; done
+	@$(BENCH_PYTHON) bench/bench.py $(OUT)/run $(BENCH_MODELS)
 
 clean:
 	rm -rf build run
@@ -225,6 +231,6 @@ help:
 	@$(foreach c,$(CHOICES),printf '  %-10s %-40s %s\n' $c '$(values_$c)' $($c);)
 	@printf '  %-10s %-40s %s\n' ARCH 'anything that g++ -march= takes' $(ARCH)
 
-.PHONY: all binary packages run test gtest lint fuzz bench clean help FORCE
+.PHONY: all binary packages run test gtest lint fuzz weights bench clean help FORCE
 .SECONDARY:
 .DELETE_ON_ERROR:

@@ -1,98 +1,92 @@
 """llama.cpp on one model file, timed by its own counters (llama_perf_context): prints JSON.
 
-usage: llama_cpp_peer.py speed MODEL.gguf THREADS CONTEXT flash|plain f16|q8     tokens a second, as bench.py's `ours`
+usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash            what `run --bench` measures, once
        llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS       llama-perplexity's protocol, chunks of 512
        llama_cpp_peer.py quantize MODEL.gguf OUT.gguf                    to Q8_0
 """
 
 import ctypes
 import json
+import os
+import random
 import sys
 
 import llama_cpp.llama_cpp as ll
 import numpy as np
 
-PROMPT, DECODE, CHUNK = 512, 128, 512
-DECODE_FAR = 32  # tokens decoded at the long context
-KV_TYPES = {"f16": 1, "q8": 8}  # of ggml_type
+PROMPT, DECODE, CONTEXTS, CHUNK = 512, 128, (128, 1024, 4096), 512  # as `run --bench` and `run --perplexity`
 
 
 class Peer:
-    def __init__(self, path: str, threads: int, context: int, flash: bool, kv: str = "f16"):
-        self.model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
+    def __init__(self, path: str, threads: int, context: int, flash: bool):
+        model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
         params = ll.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = PROMPT
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.type_k = params.type_v = KV_TYPES[kv]
         params.no_perf = False
-        self.context = ll.llama_init_from_model(self.model, params)
-        if not self.context:
-            sys.exit(f"llama.cpp refuses this context: flash={flash}, kv={kv}")
-        self.vocab = ll.llama_model_get_vocab(self.model)
+        self.context = ll.llama_init_from_model(model, params)
+        self.vocab = ll.llama_model_get_vocab(model)
+        self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
 
     def decode(self, tokens: list[int]) -> None:
-        """One batch after what is in the cache; the logits of its last token."""
+        """One step after what is in the cache, with the logits of its last token."""
         array = (ll.llama_token * len(tokens))(*tokens)
         if ll.llama_decode(self.context, ll.llama_batch_get_one(array, len(tokens))) != 0:
             sys.exit("llama_decode failed")
         ll.llama_synchronize(self.context)
 
-    def fill(self, n: int) -> None:
-        for _ in range(n // PROMPT):
-            self.decode([1000] * PROMPT)
+    def random(self, n: int) -> list[int]:
+        return [random.randrange(self.n_vocab) for _ in range(n)]
 
     def clear(self) -> None:
         ll.llama_memory_clear(ll.llama_get_memory(self.context), False)
-        ll.llama_perf_context_reset(self.context)
 
-    def perf(self) -> ll.llama_perf_context_data:
-        return ll.llama_perf_context(self.context)
+    def counters(self) -> ll.llama_perf_context_data:
+        """Since the last call."""
+        data = ll.llama_perf_context(self.context)
+        ll.llama_perf_context_reset(self.context)
+        return data
 
     def tokenize(self, text: bytes) -> list[int]:
         tokens = (ll.llama_token * (len(text) + 2))()
         n = ll.llama_tokenize(self.vocab, text, len(text), tokens, len(tokens), True, False)
-        return list(tokens[:n])
+        return tokens[:n]
 
 
-def speed(path: str, threads: str, context: str, flash: str, kv: str) -> dict:
-    peer = Peer(path, int(threads), int(context) + PROMPT, flash == "flash", kv)
+def speed(path: str, threads: str, attention: str) -> dict:
+    peer = Peer(path, int(threads), CONTEXTS[-1] + DECODE, attention == "flash")
     peer.decode(peer.tokenize(b"Once upon a time"))
-    first_token_s = peer.perf().t_load_ms / 1e3  # from the start of the load to the first logits
-    peer.clear()
-    peer.fill(PROMPT)
-    prompt = peer.perf()
-    peer.clear()
-    for _ in range(DECODE):
-        peer.decode([1000])
-    near = peer.perf()
-    peer.clear()
-    peer.fill(int(context))
-    ll.llama_perf_context_reset(peer.context)
-    for _ in range(DECODE_FAR):
-        peer.decode([1000])
-    far = peer.perf()
-    return {
-        "prompt": 1e3 * prompt.n_p_eval / prompt.t_p_eval_ms,
-        "decode": 1e3 * near.n_eval / near.t_eval_ms,
-        "decode_far": 1e3 * far.n_eval / far.t_eval_ms,
-        "first_token_s": first_token_s,
-    }
+    result = {"first token, s": peer.counters().t_load_ms / 1e3}  # from the start of the load to the first logits
+    for _ in range(2):  # the first one warms up
+        peer.clear()
+        peer.decode(peer.random(PROMPT))
+        data = peer.counters()
+    result[f"prompt {PROMPT}, tokens/s"] = 1e3 * data.n_p_eval / data.t_p_eval_ms
+    for context in CONTEXTS:
+        peer.clear()
+        for start in range(0, context, PROMPT):
+            peer.decode(peer.random(min(PROMPT, context - start)))
+        peer.counters()
+        for _ in range(DECODE):
+            peer.decode(peer.random(1))
+        data = peer.counters()
+        result[f"decode {DECODE} at {context}, tokens/s"] = 1e3 * data.n_eval / data.t_eval_ms
+    return result
 
 
 def perplexity(path: str, threads: str, text: str, chunks: str) -> dict:
     peer = Peer(path, int(threads), CHUNK, flash=False)
-    n_vocab = ll.llama_vocab_n_tokens(peer.vocab)
     with open(text, "rb") as file:
         tokens = peer.tokenize(file.read())
     batch = ll.llama_batch_init(CHUNK, 0, 1)
+    batch.n_tokens = CHUNK
     losses = []
     for chunk in range(int(chunks)):
         part = tokens[chunk * CHUNK : (chunk + 1) * CHUNK]
         if ll.llama_vocab_get_add_bos(peer.vocab):
             part[0] = ll.llama_vocab_bos(peer.vocab)
-        batch.n_tokens = CHUNK
         for i, token in enumerate(part):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
             batch.logits[i] = i >= CHUNK // 2
@@ -100,7 +94,7 @@ def perplexity(path: str, threads: str, text: str, chunks: str) -> dict:
         if ll.llama_decode(peer.context, batch) != 0:
             sys.exit("llama_decode failed")
         for i in range(CHUNK // 2, CHUNK - 1):
-            row = np.ctypeslib.as_array(ll.llama_get_logits_ith(peer.context, i), (n_vocab,)).astype(np.float64)
+            row = np.ctypeslib.as_array(ll.llama_get_logits_ith(peer.context, i), (peer.n_vocab,)).astype(np.float64)
             losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[part[i + 1]])
     return {"perplexity": float(np.exp(np.mean(losses)))}
 
@@ -109,8 +103,9 @@ def quantize(path: str, out: str) -> dict:
     params = ll.llama_model_quantize_default_params()
     params.ftype = ll.LLAMA_FTYPE_MOSTLY_Q8_0
     params.allow_requantize = True
-    if ll.llama_model_quantize(path.encode(), out.encode(), ctypes.byref(params)) != 0:
+    if ll.llama_model_quantize(path.encode(), f"{out}.part".encode(), ctypes.byref(params)) != 0:
         sys.exit("llama_model_quantize failed")
+    os.replace(f"{out}.part", out)
     return {"written": out}
 
 
