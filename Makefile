@@ -131,10 +131,10 @@ STEM := $(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
 WEIGHTS := $(or $(filter %.safetensors,$(MODEL)),models/$(STEM).safetensors)
 VARIANT = $(shell LC_ALL=C grep -aoEm1 'attention[\\": ]+(mha|mqa|gqa|mla)' $(WEIGHTS) | grep -aoEm1 '[a-z]+$$')
 
-run: export PROMPT := $(PROMPT)
+run: export TEXT := $(value PROMPT)
 run: $(WEIGHTS)
 	@$(MAKE) ATTENTION=$(or $(VARIANT),$(ATTENTION)) all >&2
-	@./run $(WEIGHTS) -i "$$PROMPT" $(ARGS)
+	@./run $(WEIGHTS) -i "$$TEXT" $(ARGS)
 
 ifneq ($(WEIGHTS),$(MODEL))
 $(WEIGHTS): $(MODEL) export.py $(wildcard exporter/*.py) .venv/installed
