@@ -11,10 +11,13 @@
 // so that a block is one stream of bytes, read in the order in which it lies, in whole cache lines (AVX-512).
 #include "matmul.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <bit>
 #include <cassert>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -26,6 +29,7 @@ namespace {
 
 constexpr int VECTORS = 2;
 constexpr int BLOCK = VECTORS * LANES;
+constexpr size_t SMALL = 32 << 10;  // bytes of converted input that every thread makes for itself
 
 size_t round_up(size_t n, size_t unit) {
   return (n + unit - 1) / unit * unit;
@@ -78,10 +82,46 @@ void convert(const float* x, int k, Int8Group* out) {
   }
 }
 
-void convert(const float* x, int k, uint16_t* out) {
+[[maybe_unused]] void convert(const float* x, int k, uint16_t* out) {  // to bfloat16, where there is arithmetic for it
   for (int i = 0; i < k; i++) out[i] = float_to_bf16(x[i]);
   if (k % 2) out[k] = 0;
 }
+
+void convert(const float* x, int k, float* out) {
+  std::memcpy(out, x, static_cast<size_t>(k) * sizeof(float));
+}
+
+// Inputs from one converted row to the next. Floats start an odd number of cache lines apart: rows a multiple of 4 KB
+// apart would all want the same 8 lines of the L1 cache.
+template <class Input>
+ptrdiff_t row_stride(int k) {
+  constexpr int LINE = 64 / static_cast<int>(sizeof(Input));
+  return ((k + LINE - 1) / LINE | 1) * LINE;
+}
+template <>
+ptrdiff_t row_stride<Int8Group>(int k) {
+  return k / GROUP;
+}
+
+// The room that the rows of an input have: one place for each arithmetic that its products may want.
+struct Inputs {
+  std::byte* room;
+  int rows, k;
+
+  template <class Input>
+  size_t bytes() const {
+    return round_up(static_cast<size_t>(rows * row_stride<Input>(k)) * sizeof(Input), 64);
+  }
+  size_t all_bytes() const { return bytes<Int8Group>() + bytes<uint16_t>() + bytes<float>(); }
+  // Row `row` as Input.
+  template <class Input>
+  Input* get(int row) const {
+    size_t at = 0;
+    if (!std::is_same_v<Input, Int8Group>) at += bytes<Int8Group>();
+    if (std::is_same_v<Input, float>) at += bytes<uint16_t>();
+    return reinterpret_cast<Input*>(room + at) + row * row_stride<Input>(k);
+  }
+};
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 //
@@ -137,7 +177,6 @@ struct F16Kernel {
 };
 
 #if defined(SIMD_BF16_DOT)
-constexpr bool BF16_DOT = true;
 struct BF16Kernel {
   using Input = uint16_t;
   static constexpr int ROWS = FLOAT_ROWS;
@@ -154,7 +193,6 @@ struct BF16Kernel {
   }
 };
 #else
-constexpr bool BF16_DOT = false;
 struct BF16Kernel {
   using Input = float;
   static constexpr int ROWS = FLOAT_ROWS;
@@ -241,108 +279,107 @@ struct Q4Kernel {
   }
 };
 
-// --- one row block of one product ------------------------------------------------------------------------------------
+// --- one product -----------------------------------------------------------------------------------------------------
 
-// R rows from `row` on: x [x_rows, x_stride] as the kernel wants them.
+// y's vector at column = sum (+ bias) (+ y), as far as there are columns.
+inline void finish(const Product& p, float* y, int column, F32 sum) {
+  const int n = std::clamp(p.weight->n - column, 0, LANES);
+  if (p.bias) sum = simd::add(sum, simd::load_first(p.bias + column, n));
+  if (p.add) sum = simd::add(sum, simd::load_first(y + column, n));
+  simd::store_first(y + column, sum, n);
+}
+
+// R rows from `row` on, times blocks first .. last - 1.
 template <class Kernel, int R>
-void run_tile(const Product& p, const typename Kernel::Input* x, ptrdiff_t x_stride, int block, int row) {
-  const typename Kernel::Input* rows[R];
-  Accumulators<R> acc;
-  for (int r = 0; r < R; r++) {
-    rows[r] = x + (p.gather ? p.gather[row + r] : row + r) * x_stride;
-    for (int v = 0; v < VECTORS; v++) acc[r][v] = simd::zero();
+void run_tile(const Product& p, const Inputs& inputs, int first, int last, int row) {
+  const typename Kernel::Input* x[R];
+  for (int r = 0; r < R; r++) x[r] = inputs.get<typename Kernel::Input>(p.gather ? p.gather[row + r] : row + r);
+  const int k = p.weight->k;
+  const size_t bytes = block_bytes(p.weight->type, k);
+  const std::byte* w = p.weight->data + static_cast<size_t>(first) * bytes;
+  float* y = p.y + static_cast<ptrdiff_t>(row) * p.y_stride;
+  for (int column = first * BLOCK; column < last * BLOCK; column += BLOCK, w += bytes) {
+    Accumulators<R> acc;
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < VECTORS; v++) acc[r][v] = simd::zero();
+    Kernel::multiply(w, k, x, acc);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < VECTORS; v++)
+        finish(p, y + static_cast<ptrdiff_t>(r) * p.y_stride, column + v * LANES, acc[r][v]);
   }
-  const Matrix& w = *p.weight;
-  Kernel::multiply(w.data + static_cast<size_t>(block) * block_bytes(w.type, w.k), w.k, rows, acc);
-  for (int v = 0; v < VECTORS; v++) {
-    const int column = block * BLOCK + v * LANES, n = std::min(LANES, w.n - column);
-    if (n <= 0) return;
-    for (int r = 0; r < R; r++) {
-      float* y = p.y + static_cast<size_t>(row + r) * static_cast<size_t>(p.y_stride) + column;
-      F32 sum = acc[r][v];
-      if (p.bias) sum = simd::add(sum, simd::load_first(p.bias + column, n));
-      if (p.add) sum = simd::add(sum, simd::load_first(y, n));
-      simd::store_first(y, sum, n);
+}
+
+template <class Kernel, int R = Kernel::ROWS>
+void run_rows(int rows, const Product& p, const Inputs& inputs, int first, int last, int row) {
+  if constexpr (R > 1)
+    if (rows < R) return run_rows<Kernel, R - 1>(rows, p, inputs, first, last, row);
+  run_tile<Kernel, R>(p, inputs, first, last, row);
+}
+
+// Blocks first .. last - 1 of a product. Few rows: one tile runs through all weights. Many: all tiles (as equal as
+// possible: 7 rows are 4 + 3 rather than 6 + 1) run over a block while it is in the cache, so weights come from memory
+// once.
+template <class Kernel>
+void run_blocks(const Product& p, const Inputs& inputs, int first, int last) {
+  const int tiles = (p.rows + Kernel::ROWS - 1) / Kernel::ROWS, step = tiles > 1 ? 1 : last - first;
+  for (int block = first; block < last; block += step) {
+    for (int row = 0, left = tiles; left > 0; left--) {
+      const int rows = (p.rows - row + left - 1) / left;
+      run_rows<Kernel>(rows, p, inputs, block, block + step, row);
+      row += rows;
     }
   }
 }
 
-template <class Kernel, int R>
-void run_tile_of(int rows, const Product& p, const typename Kernel::Input* x, ptrdiff_t x_stride, int block, int row) {
-  if constexpr (R > 1)
-    if (rows < R) return run_tile_of<Kernel, R - 1>(rows, p, x, x_stride, block, row);
-  run_tile<Kernel, R>(p, x, x_stride, block, row);
-}
-
-// All rows, in tiles as equal as possible (7 rows: 4 + 3 rather than 6 + 1). The block stays in the cache.
-template <class Kernel>
-void run_block(const Product& p, const typename Kernel::Input* x, ptrdiff_t x_stride, int block) {
-  int tiles = (p.rows + Kernel::ROWS - 1) / Kernel::ROWS;
-  for (int row = 0; row < p.rows; tiles--) {
-    const int rows = (p.rows - row + tiles - 1) / tiles;
-    run_tile_of<Kernel, Kernel::ROWS>(rows, p, x, x_stride, block, row);
-    row += rows;
+void run_blocks(const Product& p, const Inputs& inputs, int first, int last) {
+  switch (p.weight->type) {
+    case DType::f32:
+      return run_blocks<F32Kernel>(p, inputs, first, last);
+    case DType::bf16:
+      return run_blocks<BF16Kernel>(p, inputs, first, last);
+    case DType::f16:
+      return run_blocks<F16Kernel>(p, inputs, first, last);
+    case DType::q8:
+      return run_blocks<Q8Kernel>(p, inputs, first, last);
+    case DType::q4:
+      return run_blocks<Q4Kernel>(p, inputs, first, last);
   }
 }
 
 // --- the inputs of a call --------------------------------------------------------------------------------------------
 
-// An input's room in the workspace: its rows as int8, then as bfloat16, for the products that want either.
-size_t int8_bytes(int rows, int k) {
-  return round_up(static_cast<size_t>(rows) * static_cast<size_t>(k / GROUP) * sizeof(Int8Group), 64);
-}
-size_t bf16_bytes(int rows, int k) {
-  return round_up(static_cast<size_t>(rows) * round_up(static_cast<size_t>(k), 2) * 2, 64);
-}
-
 bool same_input(const Product& a, const Product& b) {
   return a.x == b.x && a.x_rows == b.x_rows && a.x_stride == b.x_stride && a.weight->k == b.weight->k;
 }
 
-// Converts each input, once for each arithmetic in use. Ends with a barrier.
-void convert_inputs(const Product* products, int n_products, std::byte* room) {
-  for (int first = 0, end; first < n_products; first = end) {
-    const Product& p = products[first];
-    const int k = p.weight->k;
-    bool to_int8 = false, to_bf16 = false;
-    for (end = first; end < n_products && same_input(p, products[end]); end++) {
-      const DType type = products[end].weight->type;
-      to_int8 |= type == DType::q8 || type == DType::q4;
-      to_bf16 |= type == DType::bf16 && BF16_DOT;
-    }
-    Int8Group* int8 = reinterpret_cast<Int8Group*>(room);                          // [x_rows, k / 32]
-    uint16_t* bf16 = reinterpret_cast<uint16_t*>(room + int8_bytes(p.x_rows, k));  // [x_rows, k rounded up to even]
-#pragma omp for schedule(static) nowait
-    for (int row = 0; row < p.x_rows; row++) {
-      const float* x = p.x + static_cast<ptrdiff_t>(row) * p.x_stride;
-      if (to_int8) convert(x, k, int8 + static_cast<ptrdiff_t>(row) * (k / GROUP));
-      if (to_bf16) convert(x, k, bf16 + static_cast<ptrdiff_t>(row) * (k + k % 2));
-    }
-    room += matmul_workspace_bytes(p.x_rows, k);
-  }
-#pragma omp barrier
+Inputs inputs_of(const Product& p, std::byte* room = nullptr) {
+  return {room, p.x_rows, p.weight->k};
 }
 
-// Block `block` of p; room: its input's.
-void run_block_of_type(const Product& p, const std::byte* room, int block) {
-  const int k = p.weight->k;
-  const Int8Group* int8 = reinterpret_cast<const Int8Group*>(room);
-  switch (p.weight->type) {
-    case DType::f32:
-      return run_block<F32Kernel>(p, p.x, p.x_stride, block);
-    case DType::f16:
-      return run_block<F16Kernel>(p, p.x, p.x_stride, block);
-    case DType::q8:
-      return run_block<Q8Kernel>(p, int8, k / GROUP, block);
-    case DType::q4:
-      return run_block<Q4Kernel>(p, int8, k / GROUP, block);
-    case DType::bf16:
-      if constexpr (BF16_DOT) {
-        const std::byte* bf16 = room + int8_bytes(p.x_rows, k);
-        return run_block<BF16Kernel>(p, reinterpret_cast<const BF16Kernel::Input*>(bf16), k + k % 2, block);
-      } else {
-        return run_block<BF16Kernel>(p, reinterpret_cast<const BF16Kernel::Input*>(p.x), p.x_stride, block);
-      }
+template <class Kernel>
+void convert_row_for(const float* x, const Inputs& inputs, int row) {
+  convert(x, inputs.k, inputs.get<typename Kernel::Input>(row));
+}
+
+// Converts x once for each arithmetic in use; of all rows of all inputs those whose number modulo `sharers` is `share`.
+void convert_inputs(const Product* products, int n_products, std::byte* room, int share, int sharers) {
+  int number = 0;
+  for (int first = 0, end; first < n_products; first = end) {
+    const Product& p = products[first];
+    bool wanted[5] = {};
+    for (end = first; end < n_products && same_input(p, products[end]); end++)
+      wanted[static_cast<int>(products[end].weight->type)] = true;
+    const Inputs inputs = inputs_of(p, room);
+    for (int row = 0; row < p.x_rows; row++, number++) {
+      if (number % sharers != share) continue;
+      const float* x = p.x + static_cast<ptrdiff_t>(row) * p.x_stride;
+      const auto is = [&](DType type) { return wanted[static_cast<int>(type)]; };
+      if (is(DType::q8) || is(DType::q4)) convert_row_for<Q8Kernel>(x, inputs, row);
+      if (is(DType::f32) || is(DType::f16)) convert_row_for<F32Kernel>(x, inputs, row);
+      if (is(DType::bf16)) convert_row_for<BF16Kernel>(x, inputs, row);
+    }
+    room += inputs.all_bytes();
   }
 }
 
@@ -447,24 +484,37 @@ size_t packed_bytes(DType type, int n, int k) {
 }
 
 size_t matmul_workspace_bytes(int rows, int k) {
-  return int8_bytes(rows, k) + bf16_bytes(rows, k);
+  return Inputs{nullptr, rows, k}.all_bytes();
 }
 
 void matmul(const Product* products, int n_products, MatmulWorkspace& workspace) {
-  std::byte* room = workspace.memory.data();
-  convert_inputs(products, n_products, room);
+  size_t bytes = 0;
   int blocks = 0;
-  for (int i = 0; i < n_products; i++) blocks += row_blocks(products[i].weight->n);
-  int i = 0, first_block = 0;  // the product that a block belongs to, and its first
-#pragma omp for schedule(static)
-  for (int block = 0; block < blocks; block++) {
-    for (int n; block - first_block >= (n = row_blocks(products[i].weight->n)); i++) {
-      first_block += n;
-      if (!same_input(products[i], products[i + 1]))
-        room += matmul_workspace_bytes(products[i].x_rows, products[i].weight->k);
-    }
-    run_block_of_type(products[i], room, block - first_block);
+  for (int i = 0; i < n_products; i++) {
+    blocks += row_blocks(products[i].weight->n);
+    if (i == 0 || !same_input(products[i], products[i - 1])) bytes += inputs_of(products[i]).all_bytes();
   }
+  // A token's worth of input is converted by every thread for itself: that takes less time than a barrier.
+  alignas(64) std::byte own[SMALL];
+  const bool small = bytes <= sizeof own;
+  std::byte* room = small ? own : workspace.memory.data();
+  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  assert(small || bytes <= workspace.memory.size());
+  convert_inputs(products, n_products, room, small ? 0 : thread, small ? 1 : threads);
+  if (!small) {
+#pragma omp barrier
+  }
+  // Each thread takes one range of the call's row blocks.
+  int first = static_cast<int>(static_cast<int64_t>(blocks) * thread / threads);
+  int last = static_cast<int>(static_cast<int64_t>(blocks) * (thread + 1) / threads);
+  for (int i = 0; i < n_products && last > 0; i++) {
+    const Product& p = products[i];
+    const int n = row_blocks(p.weight->n);
+    if (i > 0 && !same_input(p, products[i - 1])) room += inputs_of(products[i - 1]).all_bytes();
+    if (first < n) run_blocks(p, inputs_of(p, room), std::max(first, 0), std::min(last, n));
+    first -= n, last -= n;
+  }
+#pragma omp barrier
 }
 
 void pack(const TensorView& source, bool transposed, int block, std::byte* packed) {

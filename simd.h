@@ -148,6 +148,8 @@ inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_i32(void* p, I32 a) { _mm512_storeu_si512(p, a); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 max(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+inline int32_t sum(I32 x) { return _mm512_reduce_add_epi32(x); }
+inline int32_t largest(I32 x) { return _mm512_reduce_max_epi32(x); }
 inline I32 low_halves(I32 bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
 inline I32 high_halves(I32 bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
 inline I32 magnitude_bits(F32 a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
@@ -240,6 +242,16 @@ inline I32 load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const
 inline void store_i32(void* p, I32 a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
 inline I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 max(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline int32_t sum(I32 x) {
+  const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i b = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+inline int32_t largest(I32 x) {
+  const __m128i a = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i b = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
 inline I32 low_halves(I32 bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 inline I32 high_halves(I32 bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 inline I32 magnitude_bits(F32 a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
@@ -360,6 +372,16 @@ inline I32 add(I32 a, I32 b) {
 inline I32 max(I32 a, I32 b) {
   return each_i32([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline int32_t sum(I32 x) {
+  int32_t total = 0;
+  for (int lane : x.lane) total += lane;
+  return total;
+}
+inline int32_t largest(I32 x) {
+  int32_t m = x.lane[0];
+  for (int lane : x.lane) m = lane > m ? lane : m;
+  return m;
+}
 inline I32 low_halves(I32 bytes) {
   return each_i32([&](int i) { return bytes.lane[i] & 0x0f0f0f0f; });
 }
@@ -410,22 +432,6 @@ inline I32 set_bytes(const void* p) {
   return set_i32(x);
 }
 
-inline int32_t sum(I32 x) {
-  alignas(64) int32_t lane[LANES];
-  store_i32(lane, x);
-  for (int width = LANES / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  return lane[0];
-}
-
-inline int32_t largest(I32 x) {
-  alignas(64) int32_t lane[LANES];
-  store_i32(lane, x);
-  int32_t m = lane[0];
-  for (int i = 1; i < LANES; i++) m = lane[i] > m ? lane[i] : m;
-  return m;
-}
-
 // The lanes' sum, added as a tree: the order is fixed.
 inline float sum(F32 x) {
   alignas(64) float lane[LANES];
@@ -451,6 +457,14 @@ inline F32 exp(F32 x) {
   p = fma(p, r, set(1));
   p = fma(p, r, set(1));
   return scale_by_power_of_2(p, n);
+}
+
+// x, kept in a register: g++ would rather read it from memory again at every use, and loads become the limit.
+inline F32 in_register(F32 x) {
+#if defined(SIMD_AVX512) || defined(SIMD_AVX2)
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
 }  // namespace simd
