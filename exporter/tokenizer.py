@@ -573,6 +573,8 @@ def from_llama2c(path: Path, source) -> Tokenizer:
                 raise ValueError(f"a length of {length}")
             texts.append(data[at - length : at].decode().replace(" ", "▁"))
             scores.append(score)
+        if len(texts) < 3:
+            raise ValueError(f"{len(texts)} tokens")
     except (ValueError, struct.error) as error:
         raise ExportError(f"{path}: not a tokenizer of llama2.c ({error}): give its tokenizer.bin, a tokenizer.model or a "
                           "tokenizer.json") from error
