@@ -119,10 +119,11 @@ ARCHITECTURES = {
 def architecture_of(source: Source) -> tuple[Architecture, dict]:
     """The architecture and the config of its text part."""
     values = dict(source.config)
-    values |= values.pop("text_config", None) or {}  # Gemma 3 with a vision tower, of which the text is exported
+    text = values.pop("text_config", None)  # Gemma 3 with a vision tower, of which the text is exported
+    values |= text if isinstance(text, dict) else {}
     name = values.get("model_type")
     name = "gemma3_text" if name == "gemma3" else name
-    architecture = ARCHITECTURES.get(name)
+    architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
         raise ExportError(
             f"{source.where}: model_type is {name!r}: known are {', '.join(ARCHITECTURES)}: export one of these"

@@ -1,5 +1,7 @@
 """A source's config.json, read key by key: a key that nothing read is refused, so that none is dropped silently."""
 
+import math
+
 from exporter.errors import ExportError
 from exporter.source import Source
 
@@ -95,6 +97,10 @@ FIXED = {
 }
 
 
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class Keys:
     """The config of a source, its aliases resolved, with an architecture's defaults for the keys that it leaves out."""
 
@@ -126,21 +132,30 @@ class Keys:
         value = self.values.get(key) if key in self.values else self.defaults.get(key)
         return default if value is None else value
 
-    def choice(self, key: str, choices: dict):
-        value = self.get(key)
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, "must be true or false: fetch the file again")
+        return value
+
+    def choice(self, key: str, choices: dict, default: str | None = None):
+        value = self.get(key, default)
         if not isinstance(value, str) or value not in choices:
             self.refuse(key, f"known are {', '.join(choices)}: export a model that has one of these")
         return choices[value]
 
     def positive(self, key: str, default: int | None = None) -> int:
+        return self.count(key, default, least=1)
+
+    def count(self, key: str, default: int | None = 0, least: int = 0) -> int:
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-            self.refuse(key, "must be a positive integer: fetch the file again")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
+            self.refuse(key, f"must be an integer, {least} or more: fetch the file again")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0 or value == float("inf"):
+        if not is_number(value) or value <= 0:
             self.refuse(key, "must be a positive number: fetch the file again")
         return float(value)
 

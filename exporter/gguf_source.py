@@ -1,6 +1,5 @@
 """GGUF files (ggml's docs/gguf.md): metadata as ggml's converter writes it, weights in ggml's block types."""
 
-import math
 import struct
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import gguf
 import numpy as np
 
 from exporter.errors import ExportError
+from exporter.rope import yarn_mscale
 from exporter.source import Source, map_file
 from exporter.weights import GROUP, Tensor, Weight, size
 
@@ -212,9 +212,10 @@ MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": 
 
 def gguf_config(source: Source) -> dict:
     """The metadata under Hugging Face's names; an unknown key keeps its own, and is refused later."""
-    architecture = source.metadata.get("general.architecture")
-    parts = source.metadata.get("split.count", 1)
-    if parts > 1:
+    architecture, parts = source.metadata.get("general.architecture"), source.metadata.get("split.count", 0)
+    if not isinstance(architecture, str):
+        raise ExportError(f"{source.path}: general.architecture is {architecture!r}: must be a name: fetch it again")
+    if parts not in (0, 1):
         raise ExportError(f"{source.path}: split.count is {parts}: join the parts with llama-gguf-split --merge")
     config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for key, value in source.metadata.items():
@@ -223,6 +224,10 @@ def gguf_config(source: Source) -> dict:
             continue
         if isinstance(value, list) and len(set(map(repr, value))) == 1:
             value = value[0]  # one value a layer, all the same
+        if not isinstance(value, str if name == "rope.scaling.type" else int | float) and name in GGUF_KEYS:
+            raise ExportError(
+                f"{source.path}: {key} is {value!r}: must be one number for all layers: use another model"
+            )
         config[GGUF_KEYS.get(name, key)] = value
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
     if "token_embd.weight" in source.tensors:
@@ -274,6 +279,6 @@ def gguf_rope(config: dict) -> None:
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
     if extra not in (0, 1):
-        own = 1 if multiplier else 0.1 * math.log(scaling.get("factor", 1)) + 1
+        own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
     config["rope_scaling"] = scaling | {"rope_type": kind}

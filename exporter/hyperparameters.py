@@ -41,7 +41,7 @@ def dimensions(keys: Keys, architecture: Architecture) -> dict:
         vocab_size=keys.positive("vocab_size"),
         seq_len=keys.positive("max_position_embeddings"),
     )
-    kv_heads = keys.positive("num_key_value_heads", 1 if keys.get("multi_query", False) else heads)
+    kv_heads = keys.positive("num_key_value_heads", 1 if keys.flag("multi_query") else heads)
     if architecture.mla:
         keys.get("head_dim")  # transformers writes qk_rope_head_dim here, and nothing uses it
         return sizes | latent_dimensions(keys)
@@ -50,6 +50,8 @@ def dimensions(keys: Keys, architecture: Architecture) -> dict:
     head_dim = keys.positive("head_dim", dim // heads)
     if heads % kv_heads:
         keys.refuse("num_key_value_heads", f"does not divide num_attention_heads {heads}: fetch the file again")
+    if architecture.rotates and head_dim % 2:
+        keys.refuse("head_dim", f"heads of {head_dim} elements cannot rotate by halves: fetch the file again")
     for key in ("value_length", "rope_dim"):
         if keys.get(key, head_dim) != head_dim:
             keys.refuse(key, f"must be head_dim, {head_dim}: heads of two widths are not supported")
@@ -60,7 +62,7 @@ def latent_dimensions(keys: Keys) -> dict:
     sizes = {key: keys.positive(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
     if abs(keys.number("norm_eps") - 1e-6) > 1e-9:
         keys.refuse("norm_eps", "the latent's norm has 1e-6 whatever this says, so it must be 1e-6")
-    return dict(q_lora_rank=keys.get("q_lora_rank", 0)) | sizes
+    return dict(q_lora_rank=keys.count("q_lora_rank")) | sizes
 
 
 def variant(config: dict) -> str:
@@ -72,8 +74,8 @@ def variant(config: dict) -> str:
 def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[str]:
     given = keys.get("layer_types")
     window, pattern = keys.get("sliding_window"), keys.get("sliding_window_pattern", 0)
-    first = keys.get("max_window_layers", 0)
-    on = keys.get("use_sliding_window", True) and window is not None
+    first = keys.count("max_window_layers")
+    on = keys.flag("use_sliding_window", True) and window is not None
     if given is not None:
         if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, SLIDING}:
             keys.refuse("layer_types", f"must be one of {FULL}, {SLIDING} for each of the {n_layers} layers")
@@ -92,7 +94,7 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
 def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[str]) -> tuple[dict, list]:
     """The attention's part of the config, and the RoPE tables."""
     width = sizes["head_dim"] if "head_dim" in sizes else sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
-    scale = keys.number("query_pre_attn_scalar", width) ** -0.5 if keys.get("scale_attn_weights", True) else 1.0
+    scale = keys.number("query_pre_attn_scalar", width) ** -0.5 if keys.flag("scale_attn_weights", True) else 1.0
     tables, index = [], {}
     for key in ("rope_theta", "rope_scaling", "rope_parameters") if architecture.rotates else ():
         keys.get(key)  # known, whatever the kinds of the layers
@@ -112,47 +114,50 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
         window=[window if layer_type == SLIDING else 0 for layer_type in types],
         rope=[index.get(layer_type, -1) for layer_type in types],
         rope_scale=[factor for _, factor in tables],
-        attention_softcap=keys.get("attn_logit_softcapping", 0),
-        logit_softcap=keys.get("final_logit_softcapping", 0),
+        attention_softcap=softcap(keys, "attn_logit_softcapping"),
+        logit_softcap=softcap(keys, "final_logit_softcapping"),
         embedding_scale=math.sqrt(sizes["dim"]) if architecture.scaled_embedding else 1,
     ), [inv_freq for inv_freq, _ in tables]
 
 
+def softcap(keys: Keys, key: str) -> float:
+    return 0 if keys.get(key) is None else keys.number(key)
+
+
 def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
-    n = keys.get("num_experts", 0)
-    if not n:
+    if not keys.count("num_experts"):
         return {}
-    keys.positive("num_experts")
-    step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
-    first = keys.get("first_k_dense_replace", 0)
-    method, norm = (
-        keys.get("topk_method", "greedy"),
-        architecture.experts.get("norm_topk_prob", keys.get("norm_topk_prob", False)),
+    n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
+    if chosen > n:
+        keys.refuse("num_experts_per_tok", f"more than the {n} experts: fetch the file again")
+    grouped = keys.choice(
+        "topk_method", {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}, default="greedy"
     )
-    grouped = {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}
-    if method not in grouped:
-        keys.refuse("topk_method", f"known are {', '.join(grouped)}")
-    if norm and method in ("greedy", "group_limited_greedy") and architecture.mla:
-        keys.refuse("norm_topk_prob", "implementations of this architecture differ on what it means")
-    if keys.positive("num_experts_per_tok") > n:
-        keys.refuse("num_experts_per_tok", f"more than the {n} experts")
-    groups = keys.positive("n_group", 1)
-    if n % groups or keys.positive("topk_group", 1) > groups:
-        keys.refuse("n_group", f"does not divide the {n} experts, or topk_group {keys.get('topk_group')} is more")
+    norm = architecture.experts.get("norm_topk_prob", keys.flag("norm_topk_prob"))
+    if norm and architecture.experts.get("group_score") == "max":
+        keys.refuse("norm_topk_prob", "implementations of this architecture differ on what it means: it must be false")
+    groups, best = keys.positive("n_group", 1), keys.positive("topk_group", 1)
+    if n % groups or best > groups:
+        keys.refuse("n_group", f"does not divide the {n} experts, or is less than topk_group, {best}")
     return dict(
         n_routed_experts=n,
-        num_experts_per_tok=keys.get("num_experts_per_tok"),
-        n_shared_experts=keys.get("n_shared_experts", 0),
+        num_experts_per_tok=chosen,
+        n_shared_experts=keys.count("n_shared_experts"),
         moe_intermediate_size=keys.positive("moe_intermediate_size", sizes["hidden_dim"]),
-        moe_layers=[
-            int(layer >= first and layer not in dense and (layer + 1) % step == 0) for layer in range(sizes["n_layers"])
-        ],
-        scoring_func=keys.choice("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"})
-        if architecture.mla
-        else "softmax",
+        moe_layers=moe_layers(keys, sizes["n_layers"]),
+        scoring_func=keys.choice("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"}, default="softmax"),
         norm_topk_prob=norm,
         routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
-        n_group=groups if grouped[method] else 1,
-        topk_group=keys.get("topk_group", 1) if grouped[method] else 1,
+        n_group=groups if grouped else 1,
+        topk_group=best if grouped else 1,
         group_score=architecture.experts.get("group_score", "max"),
     )
+
+
+def moe_layers(keys: Keys, n_layers: int) -> list[int]:
+    """1 where a layer's MLP is experts: DeepSeek's first layers are dense, Qwen's where the file says so."""
+    first, step = keys.count("first_k_dense_replace"), keys.positive("decoder_sparse_step", 1)
+    dense = keys.get("mlp_only_layers", [])
+    if not isinstance(dense, list):
+        keys.refuse("mlp_only_layers", "must be a list of layers: fetch the file again")
+    return [int(layer >= first and layer not in dense and (layer + 1) % step == 0) for layer in range(n_layers)]

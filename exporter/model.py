@@ -28,8 +28,8 @@ def build(source: Source) -> Model:
     keys = Keys(source, values, architecture.defaults)
     config, tables = hyperparameters(keys, architecture)
     needs = "|".join([architecture.needs, *biases(keys, architecture)])
-    interleaved = architecture.interleaved and keys.get("rope_interleave", True)
-    tied, ahead = keys.get("tie_word_embeddings"), keys.get("num_nextn_predict_layers", 0)
+    interleaved = architecture.interleaved and keys.flag("rope_interleave", True)
+    tied, ahead = keys.flag("tie_word_embeddings"), keys.count("num_nextn_predict_layers")
     keys.finish()
 
     tensors = canonical_tensors(source, architecture, config["n_layers"], ahead)
@@ -54,7 +54,7 @@ def biases(keys: Keys, architecture: Architecture) -> list[str]:
         "attention_bias": r"(kv_a|q_a|o)_proj" if architecture.mla else "[qkvo]_proj",
         "mlp_bias": "(gate|up|down)_proj",
     }
-    return [pattern + r"\.bias" for key, pattern in modules.items() if keys.get(key)]
+    return [pattern + r"\.bias" for key, pattern in modules.items() if keys.flag(key)]
 
 
 def slowdown(source: Source, factors: Tensor | None, shape: tuple[int, ...]) -> np.ndarray | int:

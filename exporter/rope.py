@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from exporter.config import Keys
+from exporter.config import Keys, is_number
 
 NEVER = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 KINDS = {  # rope_type -> its own parameters
@@ -33,7 +33,7 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
         keys.refuse(name, "must be an object: fetch the file again")
     chosen = {key: value for key, value in (chosen or {}).items() if value is not None}
     kind = chosen.get("rope_type", chosen.get("type", "default"))
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         keys.refuse(
             name,
             f"rope_type {kind!r} is not one of {', '.join(KINDS)} (kinds that depend on the length at run time "
@@ -42,8 +42,7 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     for key, value in chosen.items():
         if key not in KINDS[kind] | NEVER:
             keys.refuse(name, f"{key} is not known for rope_type {kind!r}: export a model without it")
-        number = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-        if not number and key not in ("type", "rope_type", "truncate"):
+        if (not is_number(value) or value < 0) and key not in ("type", "rope_type", "truncate"):
             keys.refuse(name, f"{key} must be a positive number: fetch the file again")
     if chosen.get("partial_rotary_factor", 1) != 1:
         keys.refuse(name, "partial_rotary_factor must be 1: export a model that rotates whole heads")
@@ -52,8 +51,10 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
             keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
     rope = {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta} | chosen
     for key in ("rope_theta", "original_max_position_embeddings"):
-        if not isinstance(rope[key], int | float) or not 0 < rope[key] < math.inf:
-            keys.refuse(name if key in chosen else theta_key, f"{key} must be a positive number: fetch the file again")
+        if not is_number(rope[key]) or rope[key] <= 1:
+            keys.refuse(name if key in chosen else theta_key, f"{key} must be a number above 1: fetch the file again")
+    if kind == "llama3" and chosen["high_freq_factor"] <= chosen["low_freq_factor"]:
+        keys.refuse(name, "high_freq_factor must be more than low_freq_factor: fetch the file again")
     return rope | {"rope_type": kind}
 
 

@@ -1,5 +1,6 @@
 """export.py: what it writes against the gguf package and float64, what it refuses, and what it leaves behind."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -20,7 +21,9 @@ from safetensors import safe_open
 import export
 from exporter import rope, writer
 from exporter.errors import ExportError
-from exporter.model import Model
+from exporter.gguf_source import gguf_config
+from exporter.model import Model, build
+from exporter.sources import open_source
 from exporter.weights import Tensor, Weight, quantize
 
 STORIES = ROOT.parent / "shared/models/stories260K.bin"
@@ -473,6 +476,32 @@ def test_refused_configs(name, config, words, tmp_path, capsys):
     line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
     assert words in line and str(source) in line, line
     assert not list(tmp_path.glob("*m.*"))
+
+
+WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
+
+
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3"])
+def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
+    """Never another exception than the one that becomes a line."""
+    reference = checkpoints.load(name)
+    source = open_source(checkpoints.build(reference, tmp_path / "source"))
+    whole = source.config
+    for key, value in itertools.product(whole, WRONG_VALUES):
+        source.config = whole | {key: value}
+        with contextlib.suppress(ExportError):
+            build(source)
+
+
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "deepseek_v3"])
+def test_any_value_of_any_gguf_key_is_taken_or_refused(name, tmp_path):
+    source = open_source(gguf_models.build(checkpoints.load(name), tmp_path / "m.gguf"))
+    whole = source.metadata
+    for key, value in itertools.product(whole, [*WRONG_VALUES, ["a"]]):
+        source.metadata = whole | {key: value}
+        with contextlib.suppress(ExportError):
+            source.config = gguf_config(source)
+            build(source)
 
 
 @pytest.mark.parametrize(
