@@ -8,6 +8,10 @@ int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 
+void insert_by_age(std::vector<Sequence*>* line, Sequence* s) {
+  line->insert(std::find_if(line->begin(), line->end(), [&](const Sequence* other) { return s->older(*other); }), s);
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const Limits& limits, int block_size, int window, BlockHash hash)
@@ -24,8 +28,7 @@ int Scheduler::max_tokens() const {
 }
 
 void Scheduler::add(Sequence* s) {
-  auto place = std::find_if(waiting_.begin(), waiting_.end(), [&](const Sequence* w) { return s->older(*w); });
-  waiting_.insert(place, s);
+  insert_by_age(&waiting_, s);
 }
 
 void Scheduler::remove(Sequence* s) {
@@ -37,17 +40,16 @@ void Scheduler::remove(Sequence* s) {
 // ---- Filling the batch.
 
 const Batch& Scheduler::next() {
-  preempted_ = false;
   scheduled_.clear();
   for (auto* array : {&tokens_, &positions_, &query_start_, &context_len_, &block_table_, &slot_mapping_, &logit_rows_,
                       &copy_from_, &copy_to_}) {
     array->clear();
   }
-  std::sort(running_.begin(), running_.end(), [](const Sequence* a, const Sequence* b) {
-    return a->generates() != b->generates() ? a->generates() : a->older(*b);
-  });
   for (size_t i = 0; i < running_.size() && schedule(running_[i]);) ++i;
-  while (!preempted_ && static_cast<int>(tokens_.size()) < limits_.max_tokens && admit()) schedule(running_.back());
+  while (static_cast<int>(tokens_.size()) < limits_.max_tokens) {
+    Sequence* s = admit();
+    if (!s || !schedule(s)) break;
+  }
   stats_.peak_sequences = std::max(stats_.peak_sequences, static_cast<int>(running_.size()));
   finish_batch();
   return batch_;
@@ -157,11 +159,11 @@ void Scheduler::advance() {
 
 // ---- Who is in the cache.
 
-// Lets the first that waits in, if its tokens fit.
-bool Scheduler::admit() {
-  if (waiting_.empty() || static_cast<int>(running_.size()) == limits_.max_sequences) return false;
+// Lets the first that waits in, if its tokens fit. Null: nobody.
+Sequence* Scheduler::admit() {
+  if (waiting_.empty() || static_cast<int>(running_.size()) == limits_.max_sequences) return nullptr;
   Sequence* s = waiting_.front();
-  if (should_wait(*s)) return false;
+  if (should_wait(*s)) return nullptr;
   match(s);
   release_behind_window(s);
   int full = s->published * block_size_;
@@ -169,7 +171,7 @@ bool Scheduler::admit() {
   int missing = blocks_for(s->size() - static_cast<int>(s->table.size()) * block_size_) + copies_last;
   if (!running_.empty() && missing > pool_.available()) {  // alone it always fits
     give_back(s);
-    return false;
+    return nullptr;
   }
   if (s->computed == full) {
     int n = std::min(block_size_, s->next_logits - full), matched = 0;
@@ -179,9 +181,9 @@ bool Scheduler::admit() {
   }
   stats_.cached_tokens += s->computed;
   if (!s->begun) s->n_cached = s->computed;
-  running_.push_back(s);
+  insert_by_age(&running_, s);
   waiting_.erase(waiting_.begin());
-  return true;
+  return s;
 }
 
 // Whether another is just computing what s could share: full blocks, or its very prompt, to fork from.
@@ -221,7 +223,7 @@ std::vector<Sequence*> Scheduler::fork(const Sequence& s) {
     if (place == waiting_.end() || static_cast<int>(running_.size()) == limits_.max_sequences) return forked;
     Sequence* w = *place;
     waiting_.erase(place);
-    running_.push_back(w);
+    insert_by_age(&running_, w);
     forked.push_back(w);
     w->table = s.table;
     w->computed = w->n_cached = s.computed;
@@ -240,8 +242,7 @@ void Scheduler::preempt_last() {
   Sequence* s = running_.back();
   running_.pop_back();
   give_back(s);
-  add(s);
-  preempted_ = true;
+  insert_by_age(&waiting_, s);
   ++stats_.preemptions;
 }
 

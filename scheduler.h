@@ -1,9 +1,10 @@
 // scheduler.h: which sequences share the next batch, and in which blocks of the cache their tokens live.
 //
 // A batch is one token of every sequence that generates, then as much of the oldest prompts as the token budget leaves
-// (continuous batching, as in Orca; chunked prefill, as in Sarathi). First come, first served: who arrived first is
-// admitted first, and when the cache is full the last in line (who generates goes before who reads a prompt, then by
-// age: the youngest) is preempted. Its blocks are freed, it waits at its place by age and is computed again.
+// (continuous batching, as in Orca; chunked prefill, as in Sarathi). First come, first served: nobody is admitted
+// before an older one, nor gets a share of a batch before it, so that those who generate are older than those who read
+// a prompt. When the cache is full the youngest is preempted: its blocks are freed, it waits at its place and is
+// computed again.
 #pragma once
 
 #include <vector>
@@ -75,7 +76,7 @@ class Scheduler {
   void add_to_batch(Sequence* s, int n);
   void finish_batch();
   // Who is in the cache.
-  bool admit();
+  Sequence* admit();
   bool should_wait(const Sequence& s) const;
   void match(Sequence* s);
   void preempt_last();
@@ -88,9 +89,7 @@ class Scheduler {
   Limits limits_;
   int block_size_, window_;
   BlockPool pool_;
-  std::vector<Sequence*> waiting_;  // by age
-  std::vector<Sequence*> running_;  // in line: the last is preempted first
-  bool preempted_ = false;          // in this step
+  std::vector<Sequence*> waiting_, running_;  // by age, the youngest last
   // References to blocks of which the step makes copies; were they released at once, another copy might land there.
   std::vector<int> copied_;
   CacheStats stats_;

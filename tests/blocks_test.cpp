@@ -77,6 +77,18 @@ TEST(BlockPool, PartFilledBlockHasOneOwner) {
   EXPECT_EQ(pool.find_part({}, tokens, 3, &matched), -1);  // taken
 }
 
+TEST(BlockPool, FullBlockIsNotKeptAsPart) {
+  BlockPool pool(1, 4);
+  int tokens[] = {1, 2, 3, 4}, block = pool.allocate(), matched;
+  Prefix p;
+  pool.publish(block, &p, tokens);
+  pool.keep_part(block, {}, tokens, 3);  // its last token was to be computed again
+  pool.release(block);
+  EXPECT_EQ(pool.find_part({}, tokens, 3, &matched), -1);
+  p = {};
+  EXPECT_EQ(pool.find(&p, tokens), block);
+}
+
 // ---- the model
 
 struct ModelBlock {

@@ -467,6 +467,79 @@ TEST(Engine, PreemptsTheYoungestAndItsTextIsTheSame) {
   for (int i = 0; i < 4; ++i) EXPECT_EQ(world.result(i).ids, alone(requests[static_cast<size_t>(i)], 0, 0).ids);
 }
 
+// Who would only be preempted again is not begun: what is not cached of a prompt is computed once.
+TEST(Engine, WaitsUntilThePromptFits) {
+  Limits limits = kRoomy;
+  limits.n_blocks = 4;
+  World world(limits, 4);
+  std::mt19937 random(14);
+  world.submit(request_of(random_ids(random, 4), 12));  // grows from 1 block to 4
+  world.submit(request_of(random_ids(random, 14), 1));  // 4 blocks
+  world.submit(request_of(random_ids(random, 1), 1));   // would fit at once, but came later
+  int steps = 0;
+  while (world.results.size() < 1) world.engine.step(), ++steps;
+  EXPECT_EQ(steps, 12);
+  world.engine.run();
+  EXPECT_EQ(world.fake.tokens, 4 + 11 + 14 + 1);
+  EXPECT_EQ(world.engine.stats().preemptions, 0);
+}
+
+// The copy that a fully cached prompt needs counts, too.
+TEST(Engine, WaitsUntilTheCopyFits) {
+  Limits limits = kRoomy;
+  limits.n_blocks = 3;
+  World world(limits, 4);
+  std::mt19937 random(15);
+  std::vector<int> prompt = random_ids(random, 8);
+  world.submit(request_of(prompt, 4));
+  world.engine.step();
+  world.submit(request_of(prompt, 1));
+  world.engine.run();
+  EXPECT_EQ(world.engine.stats().preemptions, 0);
+  EXPECT_EQ(world.result(1).ids[0], world.result(0).ids[0]);
+}
+
+// A block that was copied in this step and has lost its last user since must not be the target of another copy.
+TEST(Engine, CopiesDoNotDependOnTheirOrder) {
+  Limits limits = kRoomy;
+  limits.n_blocks = 4;
+  limits.max_logits = 3;
+  World world(limits, 4);
+  const std::vector<int> p = {1, 2, 3, 4}, q = {5, 6, 7, 8};
+  for (const auto& prompt : {p, q}) {
+    world.submit(request_of(prompt, 0));
+    world.engine.run();
+  }
+  Request rows = request_of({9, 10, 11}, 0);  // takes all rows of a step, so that those behind it wait in the cache
+  rows.logits_from = 0;
+  world.submit(rows);
+  for (const auto& prompt : {p, p, q, q, p}) world.submit(request_of(prompt, 1));
+  world.engine.step();
+  EXPECT_EQ(world.engine.stats().peak_sequences, 6);
+  // Two copy p and take the last blocks; the third preempts the last, who leaves p.
+  world.engine.run();
+  EXPECT_GE(world.engine.stats().preemptions, 1);
+  for (int i = 3; i < 8; ++i) {
+    EXPECT_EQ(world.result(i).ids, alone(request_of(i == 5 || i == 6 ? q : p, 1), 0, 0).ids);
+  }
+}
+
+TEST(Engine, PrefixesOutliveWhatFollowsThem) {
+  Limits limits = kRoomy;
+  limits.n_blocks = 8;
+  World world(limits, 4);
+  std::mt19937 random(16);
+  std::vector<int> prompt = random_ids(random, 16);
+  world.submit(request_of(prompt, 0));
+  world.engine.run();
+  world.submit(request_of(random_ids(random, 24), 0));  // evicts two blocks of the four
+  world.engine.run();
+  EXPECT_EQ(world.engine.stats().evicted, 2);
+  world.submit(request_of(prompt, 0));
+  world.engine.run();
+  EXPECT_EQ(world.result(2).n_cached, 8);
+}
+
 // A long prompt is read beside a sequence that generates: one token of it in every step.
 TEST(Engine, PromptsInChunksBesideDecoding) {
   Limits limits = kRoomy;
@@ -605,6 +678,8 @@ class Schedule {
     l.max_logits = pick(random_, 1, 8);
     window_ = random_() % 3 == 0 ? pick(random_, 1, 12) : 0;
     hash_ = random_() % 2 ? block_hash : one_bit_hash;
+    whole_ = random_() % 4 == 0;
+    if (whole_) l.max_logits = pick(random_, 1, 3);
     for (int i = 0; i < 3; ++i) bases_.push_back(random_ids(random_, 48));
     return l;
   }
@@ -613,6 +688,8 @@ class Schedule {
     int most = world_.engine.max_request_tokens();
     const std::vector<int>& base = bases_[random_() % bases_.size()];
     int common = pick(random_, 1, std::min(most, 40)), own = pick(random_, 0, std::min(4, most - common));
+    if (whole_ && most >= block_size_)
+      common = block_size_ * pick(random_, 1, std::min(3, most / block_size_)), own = 0;
     Case c;
     c.request.prompt = joined({base.begin(), base.begin() + common}, random_ids(random_, own));
     if (random_() % 4 == 0 && !cases_.empty()) continue_earlier(&c.request.prompt, most);
@@ -680,6 +757,7 @@ class Schedule {
 
   std::mt19937 random_;
   int block_size_ = 0, window_ = 0;
+  bool whole_ = false;  // prompts of whole blocks, that wait for rows of logits: many copies at once
   BlockHash hash_ = block_hash;
   std::vector<std::vector<int>> bases_;
   Limits limits_;
