@@ -316,7 +316,7 @@ class Encoder {
     // text.
     context_.reset(pcre2_match_context_create(nullptr));
     match_.reset(pcre2_match_data_create(1, nullptr));
-    jit_stack_.reset(pcre2_jit_stack_create(32 << 10, 256 << 20, nullptr));
+    jit_stack_.reset(pcre2_jit_stack_create(32 << 10, 32 << 20, nullptr));
     if (!context_ || !match_ || !jit_stack_) throw std::bad_alloc();
     pcre2_set_match_limit(context_.get(), 0xFFFFFFFF);
     pcre2_set_depth_limit(context_.get(), 0xFFFFFFFF);

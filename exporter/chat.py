@@ -1,7 +1,7 @@
 """A Jinja chat template as the six strings between the contents of a conversation (ChatTemplate in tokenizer.h).
 
-The template is rendered with marked contents, and what stands between the marks is kept; then a conversation of three turns,
-with and without a system message, must come out of the pieces as it does out of the template.
+The template is rendered with marked contents, and what stands between the marks is kept; then a conversation of three
+turns, with and without a system message, must come out of the pieces as it does out of the template.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,10 @@ def take_apart(template: str | None, bos: str, eos: str) -> ChatTemplate:
 
 
 def renderer(template: str, bos: str, eos: str):
-    """As transformers renders; strftime_now is not defined, so that a template with a date in it takes its own default."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    """As transformers renders. strftime_now is not defined: a template with a date in it takes its own default."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -85,7 +87,8 @@ TURNS = ("Quserq one", "Qassistantq\n\ntwo", "Q three", "Q\nfour", "Q {five}")
 def pieces(render) -> ChatTemplate:
     chat = ChatTemplate()
     chat.start, chat.user_to_assistant, chat.assistant_to_user, chat.generation = between(
-        render(conversation(USER, ASSISTANT, AGAIN)), USER, ASSISTANT, AGAIN)
+        render(conversation(USER, ASSISTANT, AGAIN)), USER, ASSISTANT, AGAIN
+    )
     chat.trim_user = trims(render, conversation(USER), 0)
     chat.trim_assistant = trims(render, conversation(USER, ASSISTANT, AGAIN), 1)
     check(render, chat, conversation(*TURNS[:1]))

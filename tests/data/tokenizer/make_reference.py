@@ -1,7 +1,7 @@
-"""Makes smollm2.json and gemma3.json: python make_reference.py SMOLLM2.gguf GEMMA3.gguf   (needs tokenizers and transformers)
+"""Makes smollm2.json and gemma3.json: python make_reference.py SMOLLM2.gguf GEMMA3.gguf   (needs transformers)
 
-The vocabulary is the GGUF file's, the tokenizer around it is put together as in the model's tokenizer.json. GGUF has no merges
-for Gemma: transformers' own conversion of SentencePiece models makes them.
+The vocabulary is the GGUF file's, the tokenizer around it is put together as in the model's tokenizer.json. GGUF has no
+merges for Gemma: transformers' own conversion of SentencePiece models makes them.
 """
 
 import json
@@ -45,10 +45,15 @@ def main() -> None:
         metadata = open_source(Path(path)).metadata
         types = metadata["tokenizer.ggml.token_type"]
         tokens = metadata["tokenizer.ggml.tokens"]
-        tokens = [token.replace(" ", "▁") if type == USER_DEFINED else token for token, type in zip(tokens, types, strict=True)]
+        tokens = [
+            token.replace(" ", "▁") if type == USER_DEFINED else token
+            for token, type in zip(tokens, types, strict=True)
+        ]
         made = make(metadata, {token: id for id, token in enumerate(tokens)})
         typed = list(zip(tokens, types, strict=True))
-        made.add_special_tokens([AddedToken(token, normalized=False) for token, type in typed if type in (CONTROL, UNKNOWN)])
+        made.add_special_tokens(
+            [AddedToken(token, normalized=False) for token, type in typed if type in (CONTROL, UNKNOWN)]
+        )
         made.add_tokens([AddedToken(token, normalized=False) for token, type in typed if type == USER_DEFINED])
         texts = CORPUS + fuzz(2, 120)
         ids = [encoding.ids for encoding in made.encode_batch(texts, add_special_tokens=False)]

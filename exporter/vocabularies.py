@@ -1,0 +1,475 @@
+"""Tokenizers from where models keep them: GGUF, tokenizer.json, SentencePiece, GPT-2's and llama2.c's files."""
+
+import json
+import re
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from exporter.chat import ChatTemplate, take_apart
+from exporter.errors import ExportError
+from exporter.hf_source import read_json
+from exporter.patterns import DIGIT, GGUF_PRE, GPT2, pcre
+
+BYTE_LEVEL, IGNORE_MERGES, NFC = 1, 2, 4  # flags. IGNORE_MERGES: a piece that is a token is that token
+PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
+# each that does not begin with one, the first likewise
+TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
+STRIP_LEFT, STRIP_RIGHT = 2, 4  # flags of special tokens
+
+
+END_OF_GENERATION = {
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eot|>",
+    "</s>",
+    "<｜end▁of▁sentence｜>",
+    "<eos>",
+}
+
+
+@dataclass
+class Tokenizer:
+    flags: int = 0
+    prefix: int = PREFIX_NONE
+    tokens: list[bytes] = field(default_factory=list)
+    kinds: list[int] = field(default_factory=list)
+    merges: list[tuple[int, int, int]] = field(default_factory=list)
+    specials: dict[int, tuple[int, str]] = field(default_factory=dict)  # id -> flags, text
+    patterns: list[str] = field(default_factory=list)
+    bos: int | None = None
+    eos: int | None = None
+    unk: int | None = None
+    before: list[int] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)
+    end_of_generation: list[int] = field(default_factory=list)
+    chat: ChatTemplate = field(default_factory=ChatTemplate)
+
+
+def text_config(source) -> dict:
+    return source.config | (source.config.get("text_config") or {})
+
+
+def read_tokenizer(source) -> Tokenizer:
+    if source.tokenizer_file is not None:
+        return read_file(source.tokenizer_file, source)
+    if source.kind == "gguf":
+        return from_gguf(source)
+    if source.kind == "hf":
+        for name in "tokenizer.json", "tokenizer.model":
+            if (source.folder / name).is_file():
+                return read_file(source.folder / name, source)
+        if (source.folder / "vocab.json").is_file() and (source.folder / "merges.txt").is_file():
+            return from_gpt2_files(source)
+        raise ExportError(
+            f"{source.folder}: no tokenizer.json, tokenizer.model or vocab.json and merges.txt: give --tokenizer"
+        )
+    beside = source.path.parent / "tokenizer.bin"
+    if beside.is_file():
+        return read_file(beside, source)
+    raise ExportError(f"{source.path}: a llama2.c checkpoint holds no tokenizer: give it with --tokenizer")
+
+
+def read_file(path: Path, source) -> Tokenizer:
+    if path.suffix == ".json":
+        return from_tokenizer_json(path, source)
+    if path.suffix == ".model":
+        return from_sentencepiece(path, source)
+    return from_llama2c(path, source)
+
+
+def byte_characters() -> dict[str, int]:
+    """GPT-2's printable stand-ins: bytes that print stand for themselves, the others for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_CHARACTERS = byte_characters()
+
+
+def utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def set_tokens(t: Tokenizer, texts: list[str], added: set[int]) -> None:
+    """tokens and kinds. In a byte-level vocabulary, the texts of `added` tokens are their own, no spelling of bytes."""
+    for id, text in enumerate(texts):
+        kind = TEXT
+        if id in t.specials and t.specials[id][0] & 1:
+            token, kind = utf8(text), CONTROL
+        elif t.flags & BYTE_LEVEL:
+            spelled = id not in added and all(c in BYTE_CHARACTERS for c in text)
+            token = bytes([BYTE_CHARACTERS[c] for c in text]) if spelled else utf8(text)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", text):
+            token, kind = bytes([int(text[3:5], 16)]), BYTE
+        else:
+            token = utf8(text.replace("▁", " "))
+        t.tokens.append(token)
+        t.kinds.append(kind)
+
+
+def merges_from_scores(texts: list[str], scores: list[float], skip: set[int]) -> list[tuple[int, int, int]]:
+    """SentencePiece merges the pair whose token has the highest score. Here they are pairs in order of rank, with ties
+    broken as in Hugging Face's generate_merges (convert_slow_tokenizer.py): the longer left part first."""
+    ids = {text: id for id, text in enumerate(texts) if id not in skip}
+    merges = []
+    for id, text in enumerate(texts):
+        if id in skip:
+            continue
+        parts = [
+            (ids[text[:cut]], ids[text[cut:]], cut)
+            for cut in range(1, len(text))
+            if text[:cut] in ids and text[cut:] in ids
+        ]
+        merges += [(-scores[id], -cut, cut - len(text), left, right, id) for left, right, cut in sorted(parts)]
+    merges.sort(key=lambda merge: merge[:3])
+    return [merge[3:] for merge in merges]
+
+
+def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int, int]]:
+    merges = []
+    for pair in pairs:
+        left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
+        try:
+            merges.append((ids[left], ids[right], ids[left + right]))
+        except KeyError as error:
+            raise ExportError(
+                f"{where}: merge {left!r} {right!r}: {error} is not in the vocabulary: fetch it again"
+            ) from error
+    return merges
+
+
+def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> None:
+    """End of generation by name, the chat template: once the tokens are known."""
+    t.end_of_generation += [
+        id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, (0,))[0] & 1
+    ]
+    if t.eos is not None:
+        t.end_of_generation.append(t.eos)
+
+    def name(id):
+        return "" if id is None else texts[id]
+
+    t.chat = take_apart(template, name(t.bos), name(t.eos))
+
+
+GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
+
+
+def from_gguf(source) -> Tokenizer:
+    where, values = source.path, source.metadata
+
+    def get(key: str, default=None):
+        return values.get(f"tokenizer.ggml.{key}", default)
+
+    model, texts = get("model"), get("tokens")
+    if model not in ("gpt2", "llama") or not texts:
+        raise ExportError(
+            f"{where}: tokenizer.ggml.model is {model!r}, only gpt2 (byte-level BPE) and llama (SentencePiece BPE) "
+            "are known: use another model"
+        )
+    types = get("token_type") or [GGUF_NORMAL] * len(texts)
+    control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
+    added = {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
+    if model == "gpt2":
+        pre = get("pre", "default")
+        if pre not in GGUF_PRE:
+            raise ExportError(
+                f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
+                "export from the Hugging Face folder, whose tokenizer.json holds the pattern itself"
+            )
+        known = GGUF_PRE[pre]
+        t = Tokenizer(BYTE_LEVEL | IGNORE_MERGES * known.ignore_merges | NFC * known.nfc)
+        t.patterns = [pcre(pattern, where) for pattern in known.patterns]
+        t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
+        set_tokens(t, texts, added)
+        t.merges = merges_from_pairs(get("merges", []), {text: id for id, text in enumerate(texts)}, where)
+        add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+    else:
+        # GGUF writes user-defined tokens of spaces as such.
+        texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
+        t = sentencepiece(texts, get("scores") or [0.0] * len(texts), control, added)
+        t.prefix, t.unk = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE, get("unknown_token_id")
+        add_bos = True
+    t.kinds = [UNUSED if type == GGUF_UNUSED else kind for kind, type in zip(t.kinds, types, strict=True)]
+    t.bos, t.eos = get("bos_token_id"), get("eos_token_id")
+    if get("add_bos_token", add_bos) and t.bos is not None:
+        t.before = [t.bos]
+    if get("add_eos_token", False) and t.eos is not None:
+        t.after = [t.eos]
+    t.end_of_generation = [get(key) for key in ("eot_token_id", "eom_token_id") if get(key) is not None]
+    set_special_ids(t, texts, values.get("tokenizer.chat_template"))
+    return t
+
+
+def from_tokenizer_json(path: Path, source) -> Tokenizer:
+    data = read_json(path)
+    try:
+        model, vocab = data["model"], data["model"]["vocab"]
+        kind = model.get("type", "BPE" if "merges" in model else None)
+        if kind != "BPE":
+            raise ExportError(f"{path}: model.type is {kind!r}, only BPE is known: use another model")
+        for key in "continuing_subword_prefix", "end_of_word_suffix", "dropout":
+            if model.get(key):
+                raise ExportError(f"{path}: model.{key} is {model[key]!r}, not supported here: use another model")
+        t, added = Tokenizer(), data.get("added_tokens") or []
+        read_normalizer(t, data.get("normalizer"), path)
+        read_pre_tokenizer(t, data.get("pre_tokenizer"), path)
+        if model.get("ignore_merges"):
+            t.flags |= IGNORE_MERGES
+        ids = vocab | {token["content"]: token["id"] for token in added}
+        texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
+        for text, id in ids.items():
+            texts[id] = text
+        for token in added:
+            if token.get("single_word"):
+                raise ExportError(
+                    f"{path}: added token {token['content']!r} is single_word, not supported here: set it to false"
+                )
+            flags = token["special"] | STRIP_LEFT * token["lstrip"] | STRIP_RIGHT * token["rstrip"]
+            t.specials[token["id"]] = int(flags), token["content"]
+        set_tokens(t, texts, {token["id"] for token in added})
+        used = set(ids.values())
+        t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
+        t.merges = merges_from_pairs(model["merges"], vocab, path)
+        t.unk = ids.get(model.get("unk_token"))
+        read_post_processor(t, data.get("post_processor"), path)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ExportError(
+            f"{path}: not a tokenizer.json of the tokenizers library ({error!r}): fetch it again"
+        ) from error
+    read_settings(t, texts, path.parent, source)
+    return t
+
+
+def kind_of(node) -> str | None:
+    return node and node["type"]
+
+
+def read_normalizer(t: Tokenizer, node: dict | None, where) -> None:
+    """NFC, and the two that make SentencePiece's texts: ▁ before, ▁ for a space (which here stays a space)."""
+    match kind_of(node):
+        case None:
+            pass
+        case "Sequence":
+            for part in node["normalizers"]:
+                read_normalizer(t, part, where)
+        case "NFC":
+            t.flags |= NFC
+        case "Prepend" if node["prepend"] == "▁":
+            t.prefix = PREFIX_EVERY
+        case "Replace" if node["pattern"] == {"String": " "} and node["content"] == "▁":
+            pass
+        case kind:
+            raise ExportError(f"{where}: normalizer {kind} ({json.dumps(node)[:80]}) is not known: use another model")
+
+
+def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
+    match kind_of(node):
+        case None:
+            pass
+        case "Sequence":
+            for part in node["pretokenizers"]:
+                read_pre_tokenizer(t, part, where)
+        case "ByteLevel" if not node["add_prefix_space"]:
+            t.flags |= BYTE_LEVEL
+            t.patterns += [pcre(GPT2, where)] if node.get("use_regex", True) else []
+        case "Digits":
+            t.patterns.append(DIGIT if node["individual_digits"] else DIGIT + "+")
+        case "Metaspace" if node["replacement"] == "▁":
+            always = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
+            t.prefix = {"always": PREFIX_MISSING, "first": PREFIX_FIRST, "never": PREFIX_NONE}[always]
+            t.patterns += [" [^ ]*"] if node.get("split", True) else []
+        case "Split" if node["pattern"] == {"String": " "} and node["behavior"] == "MergedWithPrevious":
+            pass  # Gemma's: after its normalizer no space is left to split at
+        case "Split" if (node["behavior"], node["invert"]) in (("Isolated", False), ("Removed", True)):
+            pattern = node["pattern"]
+            t.patterns.append(pcre(pattern["Regex"], where) if "Regex" in pattern else re.escape(pattern["String"]))
+        case kind:
+            raise ExportError(
+                f"{where}: pre_tokenizer {kind} ({json.dumps(node, ensure_ascii=False)[:120]}) is not known: "
+                "use another model"
+            )
+
+
+def read_post_processor(t: Tokenizer, node: dict | None, where) -> None:
+    match kind_of(node):
+        case None | "ByteLevel":
+            pass
+        case "Sequence":
+            for part in node["processors"]:
+                read_post_processor(t, part, where)
+        case "TemplateProcessing":
+            side = t.before
+            for part in node["single"]:
+                if "Sequence" in part:
+                    side = t.after
+                else:
+                    side += node["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+        case kind:
+            raise ExportError(f"{where}: post_processor {kind} is not known: use another model")
+
+
+def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
+    """What Hugging Face keeps beside the vocabulary: BOS and EOS, whether they are added, the chat template."""
+    settings = {}
+    for name in "special_tokens_map.json", "tokenizer_config.json":
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    ids = {text: id for id, text in enumerate(texts)}
+
+    def special(key: str) -> int | None:
+        value = settings.get(key)
+        return ids.get(value["content"] if isinstance(value, dict) else value)
+
+    t.bos, t.eos = special("bos_token"), special("eos_token")
+    if t.bos is not None and settings.get("add_bos_token") is not None:
+        t.before = [t.bos] * bool(settings["add_bos_token"]) + [id for id in t.before if id != t.bos]
+    if t.eos is not None and settings.get("add_eos_token") is not None:
+        t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
+        t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    set_special_ids(t, texts, template)
+
+
+def from_gpt2_files(source) -> Tokenizer:
+    """vocab.json and merges.txt, GPT-2's own files."""
+    vocab = read_json(source.folder / "vocab.json")
+    lines = (source.folder / "merges.txt").read_text("utf-8").split("\n")
+    pairs = [line for line in lines if line and not line.startswith("#version")]
+    texts = sorted(vocab, key=vocab.get)
+    t = Tokenizer(
+        flags=BYTE_LEVEL, patterns=[pcre(GPT2, source.folder)], merges=merges_from_pairs(pairs, vocab, source.folder)
+    )
+    end = vocab.get("<|endoftext|>")
+    if source.config.get("model_type") != "gpt2" or end is None or sorted(vocab.values()) != list(range(len(vocab))):
+        raise ExportError(
+            f"{source.folder}: vocab.json without tokenizer.json is only understood for GPT-2: save the tokenizer "
+            "with save_pretrained, which writes tokenizer.json"
+        )
+    t.specials = {end: (1, texts[end])}
+    set_tokens(t, texts, set())
+    read_settings(t, texts, source.folder, source)
+    t.bos = t.eos = end
+    return t
+
+
+# sentencepiece_model.proto: ModelProto.SentencePiece.Type, TrainerSpec.ModelType
+PIECE_NORMAL, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED, PIECE_BYTE = range(1, 7)
+BPE = 2
+
+
+def protobuf(data: bytes) -> dict[int, list]:
+    """The fields of a message, by number: integers, floats as 4 bytes, strings and messages as bytes."""
+    fields, at = {}, 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            value = varint()
+        else:
+            length = {1: 8, 5: 4}[tag & 7] if tag & 7 != 2 else varint()
+            value = data[at : at + length]
+            at += length
+            if at > len(data):
+                raise IndexError("a field reaches past the end")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def from_sentencepiece(path: Path, source) -> Tokenizer:
+    try:
+        model = protobuf(path.read_bytes())
+        pieces = [protobuf(piece) for piece in model[1]]
+        texts = [piece[1][0].decode() for piece in pieces]
+        scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
+        types = [piece.get(3, [PIECE_NORMAL])[0] for piece in pieces]
+        trainer, normalizer = protobuf(model[2][0]), protobuf(model[3][0])
+    except (IndexError, KeyError, ValueError, struct.error) as error:
+        raise ExportError(f"{path}: not a SentencePiece model ({error!r}): fetch it again") from error
+    algorithm = trainer.get(3, [1])[0]
+    if algorithm != BPE:
+        raise ExportError(
+            f"{path}: trainer_spec.model_type is {algorithm}, only {BPE} (BPE) is known: use another model"
+        )
+    if normalizer.get(2, [b""])[0] or normalizer.get(4, [1])[0]:
+        name = normalizer.get(1, [b"?"])[0].decode()
+        raise ExportError(
+            f"{path}: normalizer {name!r} changes the text (a character map, or extra white space removed), only "
+            "identity is known: export from a folder that has tokenizer.json"
+        )
+    control = {id for id, type in enumerate(types) if type in (PIECE_CONTROL, PIECE_UNKNOWN)}
+    t = sentencepiece(texts, scores, control, {id for id, type in enumerate(types) if type == PIECE_USER_DEFINED})
+    t.prefix = PREFIX_EVERY if normalizer.get(3, [1])[0] else PREFIX_NONE
+    t.unk = next((id for id, type in enumerate(types) if type == PIECE_UNKNOWN), None)
+    read_settings(t, texts, path.parent, source)
+    bos, eos = trainer.get(41, [1])[0], trainer.get(42, [2])[0]
+    t.bos = bos if t.bos is None and bos in control else t.bos
+    t.eos = eos if t.eos is None and eos in control else t.eos
+    t.end_of_generation += [] if t.eos is None else [t.eos]
+    t.before = t.before or [t.bos] * (t.bos is not None)
+    return t
+
+
+def sentencepiece(texts: list[str], scores: list[float], control: set[int], added: set[int]) -> Tokenizer:
+    """The vocabulary of a SentencePiece model. Its user-defined tokens (`added`) come before any other merge."""
+    scores = [0.0 if id in added else score for id, score in enumerate(scores)]
+    bytes_ = {id for id, text in enumerate(texts) if re.fullmatch("<0x[0-9A-F]{2}>", text)}
+    t = Tokenizer(specials={id: (int(id in control), texts[id]) for id in sorted(control | added)})
+    set_tokens(t, texts, added)
+    t.merges = merges_from_scores(texts, scores, bytes_ | control)
+    return t
+
+
+def from_llama2c(path: Path, source) -> Tokenizer:
+    """llama2.c's tokenizer.bin: the longest length, then a score, a length and the bytes of each token; ids 0 to 2 are
+    unknown, BOS and EOS."""
+    data, texts, scores, at = path.read_bytes(), [], [], 4
+    try:
+        while at < len(data):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8 + length
+            if length < 0 or at > len(data):
+                raise ValueError(f"a length of {length}")
+            texts.append(data[at - length : at].decode().replace(" ", "▁"))
+            scores.append(score)
+        if len(texts) < 3:
+            raise ValueError(f"{len(texts)} tokens")
+    except (ValueError, struct.error) as error:
+        raise ExportError(
+            f"{path}: not a tokenizer of llama2.c ({error}): give its tokenizer.bin, a tokenizer.model or a "
+            "tokenizer.json"
+        ) from error
+    if len(texts) != source.config.get("vocab_size", len(texts)):
+        raise ExportError(
+            f"{path}: {len(texts)} tokens, but the model's vocab_size is {source.config['vocab_size']}: "
+            "give the tokenizer of this model"
+        )
+    texts[:3] = "<unk>", "<s>", "</s>"
+    t = sentencepiece(texts, scores, {0, 1, 2}, set())
+    t.prefix, t.unk, t.bos, t.eos, t.before = PREFIX_EVERY, 0, 1, 2, [1]
+    set_special_ids(t, texts, None)
+    return t
