@@ -220,7 +220,7 @@ void continue_text(Session& s) {
   s.engine->submit(std::move(r));
   samples.emplace(s);
   work(s);
-  print("\n");
+  if (!s.options.tokens) print("\n");
 }
 
 // ---- Talk.
@@ -245,7 +245,10 @@ void chat(Session& s) {
     require_utf8(line, "this line");
     messages.push_back({Message::user, line});
     s.prompt = s.tokenizer.encode_chat(messages);
-    const int room = std::max(1, s.room(s.prompt.size())), n = s.options.n > 0 ? std::min(s.options.n, room) : room;
+    const int room = s.room(s.prompt.size()), n = s.options.n > 0 ? std::min(s.options.n, room) : room;
+    if (room < 1)
+      fail("the conversation fills the context of %d tokens: begin a new one, or enlarge it with -c",
+           s.engine->max_request_tokens());
     std::string answer;
     TextStream stream(s.tokenizer, s.options.stop, [&](std::string_view text) {
       answer += text;
@@ -552,8 +555,9 @@ Json bench_decode(Session& s, int context, double bandwidth) {
     run = run_random(s, context, BENCH_DECODE, 1);
     speeds.push_back(run.decode_steps / run.decode_seconds);
   }
-  const double bytes = static_cast<double>(s.model.weight_bytes_per_token) +
-                       run.decode_context / run.decode_steps * static_cast<double>(s.setup.kv_bytes_per_token);
+  const double read = tokens_read(s.model.config, static_cast<int>(run.decode_context / run.decode_steps));
+  const double bytes =
+      static_cast<double>(s.model.weight_bytes_per_token) + read * static_cast<double>(s.setup.kv_bytes_per_token);
   const double speed = percentile(speeds, 0.5);
   return {{"test", "tg" + std::to_string(BENCH_DECODE)},
           {"context", context},
@@ -634,11 +638,12 @@ void read_input(Session& s) {
 WantedContext wanted_context(const Session& s) {
   const Options& o = s.options;
   const int n_prompt = static_cast<int>(s.prompt.size());
+  const int n = std::min(o.n, std::numeric_limits<int>::max() - n_prompt);  // no overflow: no context is as long
   if (!o.perplexity.empty()) return {PERPLEXITY_CONTEXT, PERPLEXITY_CONTEXT};
   if (!o.logits.empty()) return {n_prompt, n_prompt};
   if (o.bench) return {2, BENCH_CONTEXTS[2] + BENCH_DECODE};
   if (o.chat || !o.prompts.empty()) return {2, DEFAULT_CONTEXT};
-  if (o.n > 0) return {n_prompt + o.n, n_prompt + o.n};
+  if (n > 0) return {n_prompt + n, n_prompt + n};
   return {n_prompt + 1, o.has_n ? std::max(n_prompt + 1, DEFAULT_CONTEXT) : n_prompt + DEFAULT_N};
 }
 

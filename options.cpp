@@ -55,25 +55,18 @@ void check(const Options& o) {
   for (const std::string& stop : o.stop) require(!stop.empty(), "--stop", "''", "an empty text would stop at once");
 }
 
-// The options with which a mode or another flag makes no sense.
-struct Flags {
-  CLI::Option *prompt, *file, *n, *stop, *tokens, *samples;
-};
-
-Flags add_text_flags(CLI::App& app, Options& o) {
-  Flags f;
+void add_text_flags(CLI::App& app, Options& o) {
   app.add_option("MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
       ->required();
-  f.prompt = app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
-  f.file = app.add_option("-f,--prompt-file", o.prompt_file, "read it from a file")->excludes(f.prompt);
-  f.n = app.add_option("-n,--n-predict", o.n,
-                       "most tokens to generate; 0 or -1: until the context is full (256; chat: 0)");
-  f.stop = app.add_option("--stop", o.stop, "end the text before this one; may be given again");
-  f.stop->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)->expected(1);
+  app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
+  app.add_option("-f,--prompt-file", o.prompt_file, "read it from a file; -: standard input");
+  app.add_option("-n,--n-predict", o.n, "most tokens to generate; 0 or -1: until the context is full (256; chat: 0)");
+  app.add_option("--stop", o.stop, "end the text before this one; may be given again")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->expected(1);
   app.add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end the text");
-  f.tokens = app.add_flag("--tokens", o.tokens, "print tokens instead of text: ID and text, one a line");
-  f.samples = app.add_option("--samples", o.samples, "continue the prompt this often, seeds SEED, SEED + 1, ...");
-  return f;
+  app.add_flag("--tokens", o.tokens, "print tokens instead of text: ID and text, one a line");
+  app.add_option("--samples", o.samples, "continue the prompt this often, seeds SEED, SEED + 1, ...");
 }
 
 void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
@@ -82,40 +75,48 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
   app.add_option("--top-p", s.top_p, "... the fewest that reach the probability P")->capture_default_str();
   app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
-  app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)");
+  app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)")
+      ->check(CLI::NonNegativeNumber);
 }
 
-void add_mode_flags(CLI::App& app, Options& o, const Flags& f) {
-  auto* chat = app.add_flag("--chat", o.chat, "a conversation: each line of standard input is a turn");
-  app.add_option("--system", o.system, "the system message of --chat")->needs(chat);
-  auto* prompts =
-      app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
-  app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str()->needs(prompts);
-  auto* perplexity = app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
-  app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all")->needs(perplexity);
-  auto* logits = app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
-  auto* bench = app.add_flag("--bench", o.bench, "measure the speed at several contexts; JSON");
-
-  const std::vector<CLI::Option*> modes = {chat, prompts, perplexity, logits, bench};
-  for (auto* mode : modes)
-    for (auto* other : modes)
-      if (mode != other) mode->excludes(other);
-  for (auto* mode : modes) f.tokens->excludes(mode), f.samples->excludes(mode);
-  for (auto* mode : {chat, prompts, perplexity, bench}) f.prompt->excludes(mode), f.file->excludes(mode);
-  for (auto* mode : {perplexity, logits, bench}) f.n->excludes(mode), f.stop->excludes(mode);
+void add_mode_flags(CLI::App& app, Options& o) {
+  app.add_flag("--chat", o.chat, "a conversation: each line of standard input is a turn");
+  app.add_option("--system", o.system, "the system message of --chat");
+  app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
+  app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str();
+  app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
+  app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all");
+  app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
+  app.add_flag("--bench", o.bench, "measure the speed at several contexts; JSON");
 }
 
-// Returns that of --kv-memory.
-CLI::Option* add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
+void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
   app.add_option("-c,--context", o.context, "most tokens of a sequence; 0: 4096, or what model and memory allow");
   app.add_option("-b,--batch", o.batch, "tokens a step")->capture_default_str();
-  auto* memory = app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
+  app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
   app.add_option("--mla", o.mla, "absorbed or expanded: MLA in this form alone")
       ->check(CLI::IsMember({"absorbed", "expanded"}));
   app.add_option("-t,--threads", o.threads, "one a physical core")->capture_default_str();
   app.add_option("--stats", o.stats, "write the report to this JSON file");
   app.add_flag("-q,--quiet", o.quiet, "no report");
-  return memory;
+}
+
+// A flag that another one would silently ignore is refused.
+void check_together(const CLI::App& app) {
+  using Names = std::vector<std::string>;
+  const auto refuse = [&](const Names& some, const Names& others) {
+    for (const std::string& a : some)
+      for (const std::string& b : others)
+        if (a != b && app.count(a) > 0 && app.count(b) > 0) throw Usage(a + " makes no sense with " + b);
+  };
+  const Names modes = {"--chat", "--prompts", "--perplexity", "--logits", "--bench"};
+  refuse(modes, modes);
+  refuse({"--tokens", "--samples"}, modes);
+  refuse({"--prompt", "--prompt-file"}, {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench"});
+  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--bench"});
+  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{
+           {"--system", "--chat"}, {"--parallel", "--prompts"}, {"--chunks", "--perplexity"}})
+    if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
 }
 
 // Cores that the quota of this process's cgroup pays for; infinity where there is none.
@@ -177,10 +178,10 @@ Options parse(int argc, char** argv) {
 
   CLI::App app("Text from a language model.", "run");
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
-  const Flags flags = add_text_flags(app, o);
+  add_text_flags(app, o);
   add_sampler_flags(app, o.sampler);
-  add_mode_flags(app, o, flags);
-  const CLI::Option* memory = add_machine_flags(app, o, kv_memory);
+  add_mode_flags(app, o);
+  add_machine_flags(app, o, kv_memory);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
@@ -191,9 +192,10 @@ Options parse(int argc, char** argv) {
     for (char& c : line) c = c == '\n' ? ' ' : c;
     throw Usage(line + " (run --help lists the flags)");
   }
-  o.has_prompt = flags.prompt->count() > 0;
-  o.has_n = flags.n->count() > 0;
-  if (memory->count() > 0) o.kv_memory = parse_size(kv_memory);
+  check_together(app);
+  o.has_prompt = app.count("--prompt") > 0;
+  o.has_n = app.count("--n-predict") > 0;
+  if (app.count("--kv-memory") > 0) o.kv_memory = parse_size(kv_memory);
   check(o);
   o.n = std::max(0, o.n);
   return o;

@@ -20,16 +20,19 @@ uint64_t LogitsHash::value() const {
   return hash;
 }
 
+double tokens_read(const Config& config, int context) {
+  double read = 0;
+  for (const int window : config.window) read += window > 0 ? std::min(window, context) : context;
+  return read / config.n_layers;
+}
+
 void Measured::use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits) {
   if (sequence >= hashes.size()) hashes.resize(sequence + 1);
   hashes[sequence].add(logits, config.vocab_size);
   logit_rows++;
   if (!generated) return;
-  const int context = position + 1;
-  double read = 0;
-  for (const int window : config.window) read += window > 0 ? std::min(window, context) : context;
-  context_seen += context;
-  context_read += read / config.n_layers;
+  context_seen += position + 1;
+  context_read += tokens_read(config, position + 1);
 }
 
 uint64_t logits_hash(const Measured& measured) {
@@ -58,8 +61,8 @@ double ratio(double a, double b) {
   return b > 0 ? a / b : 0;
 }
 
-// One sequence: the tokens of the steps that only generate. Many share their steps with others' prompts.
-double decode_tokens_per_second(const Stats& s) {
+// Of one sequence: tokens.
+double decode_steps_per_second(const Stats& s) {
   return ratio(static_cast<double>(s.decode_steps), s.decode_seconds);
 }
 
@@ -87,19 +90,19 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
   std::fprintf(stderr, "prompt   %" PRId64 " tokens in %.3f s: %.1f tokens/s; %" PRId64 " more found in the cache\n",
                s.prompt_tokens, s.prompt_seconds, ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds),
                s.cached_tokens);
-  std::fprintf(stderr,
-               "decode   %" PRId64 " tokens in %.3f s: %.1f steps/s, %.2f GB/s; first token %.0f ms after the start\n",
-               s.generated_tokens, s.decode_seconds, decode_tokens_per_second(s),
+  const char* step = setup.limits.max_sequences == 1 ? "tokens" : "steps";
+  std::fprintf(stderr, "decode   %" PRId64 " %s in %.3f s: %.1f %s/s, %.2f GB/s; first token %.0f ms after the start\n",
+               s.decode_steps, step, s.decode_seconds, decode_steps_per_second(s), step,
                decode_bytes_per_second(model, setup, m) / 1e9, m.first_token * 1e3);
   std::fprintf(stderr, "logits   hash %016" PRIx64 " of %" PRId64 " rows\n", logits_hash(m), m.logit_rows);
   if (setup.limits.max_sequences == 1) return;
   std::fprintf(stderr,
-               "requests %.1f tokens/s in all, at most %d at once, %" PRId64
+               "requests %" PRId64 " tokens, %.1f a second in all; at most %d at once, %" PRId64
                " preempted; first token %.0f ms "
                "(p99 %.0f), between tokens %.1f ms (p99 %.1f)\n",
-               total_tokens_per_second(s), s.peak_sequences, s.preemptions, percentile(s.first_token, 0.5) * 1e3,
-               percentile(s.first_token, 0.99) * 1e3, percentile(s.between_tokens, 0.5) * 1e3,
-               percentile(s.between_tokens, 0.99) * 1e3);
+               s.generated_tokens, total_tokens_per_second(s), s.peak_sequences, s.preemptions,
+               percentile(s.first_token, 0.5) * 1e3, percentile(s.first_token, 0.99) * 1e3,
+               percentile(s.between_tokens, 0.5) * 1e3, percentile(s.between_tokens, 0.99) * 1e3);
   std::fprintf(stderr,
                "blocks   %d used at most, of %d; %d shared at most, %" PRId64 " copied, %" PRId64
                " evicted, waste %.1f %%\n",
@@ -137,7 +140,7 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
       {"steps", s.steps},
       {"decode_steps", s.decode_steps},
       {"decode_seconds", s.decode_seconds},
-      {"decode_tokens_per_second", decode_tokens_per_second(s)},
+      {"decode_steps_per_second", decode_steps_per_second(s)},
       {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
       {"total_tokens_per_second", total_tokens_per_second(s)},
       {"first_token_after_start", m.first_token},

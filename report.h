@@ -33,12 +33,15 @@ class LogitsHash {
   uint64_t streams_[STREAMS] = {OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET};
 };
 
+// Tokens whose rows a layer reads for one at the end of this context, the mean of the layers: windows hide some.
+double tokens_read(const Config& config, int context);
+
 // What came of it.
 struct Measured {
   Stats stats;
   std::vector<LogitsHash> hashes;  // of the logits used, one for each sequence
   int64_t logit_rows = 0;
-  // Sums over the tokens generated from: the context, and the part of it that the layers' windows let them read.
+  // Sums over the generated tokens: of the context, and of tokens_read.
   double context_seen = 0, context_read = 0;
   double first_token = 0;  // seconds from the start of the process
   std::optional<double> perplexity;
