@@ -393,10 +393,10 @@ const Special* Encoder::find_special(std::string_view text, size_t at, size_t co
       if (!(low->flags & CONTROL) || at + k <= control_end) longest = low;
     }
     if (at + k == text.size()) break;
+    const uint8_t next = static_cast<uint8_t>(text[at + k]);
     const auto byte = [&](const Special& special) { return static_cast<uint8_t>(special.text[k]); };
-    const auto same = std::ranges::equal_range(low, high, static_cast<uint8_t>(text[at + k]), {}, byte);
-    low = same.begin();
-    high = same.end();
+    low = std::partition_point(low, high, [&](const Special& special) { return byte(special) < next; });
+    high = std::partition_point(low, high, [&](const Special& special) { return byte(special) == next; });
   }
   return longest;
 }

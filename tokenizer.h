@@ -20,7 +20,9 @@ struct ChatTemplate {
 };
 
 struct Message {
-  enum Role { system, user, assistant } role;
+  enum class Role { system, user, assistant };
+  using enum Role;
+  Role role;
   std::string content;
 };
 
