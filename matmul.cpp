@@ -317,16 +317,25 @@ void run_rows(int rows, const Product& p, const Inputs& inputs, int first, int l
   run_tile<Kernel, R>(p, inputs, first, last, row);
 }
 
-// Blocks first .. last - 1 of a product. Few rows: one tile runs through all weights. Many: all tiles (as equal as
+// The lines of y that a tile writes when it is done: asked for when it starts, or the stores wait for them.
+inline void expect_writes(const Product& p, int row, int rows, int block) {
+  for (int r = row; r < row + rows; r++)
+    for (int column = block * BLOCK; column < std::min((block + 1) * BLOCK, p.weight->n); column += LANES)
+      __builtin_prefetch(p.y + static_cast<ptrdiff_t>(r) * p.y_stride + column, 1);
+}
+
+// Blocks first .. last - 1 of a product. Few rows: one tile runs through all blocks. Many: all tiles (as equal as
 // possible: 7 rows are 4 + 3 rather than 6 + 1) run over a block while it is in the cache, so weights come from memory
 // once.
 template <class Kernel>
 void run_blocks(const Product& p, const Inputs& inputs, int first, int last) {
-  const int tiles = (p.rows + Kernel::ROWS - 1) / Kernel::ROWS, step = tiles > 1 ? 1 : last - first;
-  for (int block = first; block < last; block += step) {
+  const int tiles = (p.rows + Kernel::ROWS - 1) / Kernel::ROWS;
+  if (tiles == 1) return run_rows<Kernel>(p.rows, p, inputs, first, last, 0);
+  for (int block = first; block < last; block++) {
     for (int row = 0, left = tiles; left > 0; left--) {
       const int rows = (p.rows - row + left - 1) / left;
-      run_rows<Kernel>(rows, p, inputs, block, block + step, row);
+      expect_writes(p, row, rows, block);
+      run_rows<Kernel>(rows, p, inputs, block, block + 1, row);
       row += rows;
     }
   }

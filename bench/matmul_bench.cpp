@@ -1,0 +1,163 @@
+// matmul_bench.cpp: what matmul reaches on this machine: bytes of weights a second and arithmetic a second, for each
+// type, at 1, 4, 32 and 512 rows, beside a plain read of the same bytes; then the products of one token of
+// SmolLM2-135M.
+//
+//     matmul_bench [THREADS [TYPE]]
+#include <omp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "matmul.h"
+
+namespace {
+
+constexpr DType TYPES[] = {DType::q8, DType::q4, DType::bf16, DType::f16, DType::f32};
+constexpr size_t WORKING_SET = size_t(192) << 20;  // of weights: past any cache
+
+// The median time of f, in seconds.
+double median_time(const std::function<void()>& f) {
+  std::vector<double> times;
+  double total = 0;
+  while (times.size() < 3 || (total < 0.15 && times.size() < 101)) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    total += times.back();
+  }
+  std::nth_element(times.begin(), times.begin() + ptrdiff_t(times.size() / 2), times.end());
+  return times[times.size() / 2];
+}
+
+// Reads all bytes with every thread.
+double read_time(const std::byte* data, size_t bytes) {
+  uint64_t sum = 0;
+  const double t = median_time([&] {
+    const uint64_t* words = reinterpret_cast<const uint64_t*>(data);
+    uint64_t s = 0;
+#pragma omp parallel for simd reduction(+ : s) schedule(static)
+    for (size_t i = 0; i < bytes / 8; i++) s += words[i];
+    sum += s;
+  });
+  if (sum == 42) std::printf(" ");  // keeps the loop
+  return t;
+}
+
+// Weights that are valid numbers of every type: any byte, but small scales.
+struct Weights {
+  Buffer<std::byte> memory;
+  std::vector<Matrix> matrices;
+  Weights(DType type, int n, int k, int count) : memory(packed_bytes(type, n, k) * size_t(count)) {
+    const size_t one = packed_bytes(type, n, k), elements = size_t(n) * size_t(k);
+    std::vector<uint8_t> data(elements * 4);
+    for (size_t i = 0; i < data.size(); i++) data[i] = uint8_t(i * 2654435761u >> 7 & 0x3f);
+    const std::vector<uint16_t> scales(elements / GROUP + 1, 0x1c00);  // 2^-8
+    const TensorView view{type, n, k, data.data(), scales.data(), scales.data()};
+    for (int i = 0; i < count; i++) {
+      matrices.push_back({type, n, k, memory.data() + one * size_t(i)});
+#pragma omp parallel for schedule(static)
+      for (int b = 0; b < row_blocks(n); b++) pack(view, false, b, memory.data() + one * size_t(i));
+    }
+  }
+};
+
+void bench_shape(DType type, int n, int k) {
+  const int count = std::max(1, int(WORKING_SET / packed_bytes(type, n, k)));
+  const Weights weights(type, n, k, count);
+  const size_t bytes = weights.memory.size();
+  const double read = read_time(weights.memory.data(), bytes);
+  std::printf("%-5s %5d x %-5d read %5.1f GB/s |", name(type), n, k, double(bytes) / read / 1e9);
+  for (int rows : {1, 4, 32, 512}) {
+    const int used = rows == 512 ? std::max(1, count / 8) : count;
+    const std::vector<float> x(size_t(rows) * size_t(k), 0.5f);
+    std::vector<float> y(size_t(rows) * size_t(n));
+    MatmulWorkspace workspace(matmul_workspace_bytes(rows, k));
+    const double t = median_time([&] {
+#pragma omp parallel
+      for (int i = 0; i < used; i++) {
+        const Product p{&weights.matrices[size_t(i)], nullptr, x.data(), rows, k, nullptr, rows, y.data(), n, false};
+        matmul(&p, 1, workspace);
+      }
+    });
+    const double gb = double(bytes) * used / count / t / 1e9, gop = 2.0 * n * k * rows * used / t / 1e9;
+    if (rows <= 4)
+      std::printf(" %d row%s %5.1f GB/s (%3.0f %%)", rows, rows == 1 ? "" : "s", gb,
+                  100 * gb * read / double(bytes) * 1e9);
+    else
+      std::printf(" %d rows %5.0f GOP/s", rows, gop);
+    std::fflush(stdout);
+  }
+  std::printf("\n");
+}
+
+// The products of one step of SmolLM2-135M: 30 layers of q, k, v; o; gate, up; down; and the classifier.
+void bench_smollm2(DType type) {
+  constexpr int LAYERS = 30, DIM = 576, HIDDEN = 1536, KV = 192, VOCAB = 49152;
+  const Weights q(type, DIM, DIM, LAYERS), k(type, KV, DIM, LAYERS), v(type, KV, DIM, LAYERS),
+      o(type, DIM, DIM, LAYERS);
+  const Weights gate(type, HIDDEN, DIM, LAYERS), up(type, HIDDEN, DIM, LAYERS), down(type, DIM, HIDDEN, LAYERS);
+  const Weights classifier(type, VOCAB, DIM, 1);
+  size_t bytes = 0;
+  double read = 0;
+  for (const Weights* w : {&q, &k, &v, &o, &gate, &up, &down, &classifier}) bytes += w->memory.size();
+  {
+    const Buffer<std::byte> all(bytes);
+    std::memset(const_cast<std::byte*>(all.data()), 1, bytes);
+    read = read_time(all.data(), bytes);
+  }
+  for (int rows : {1, 512}) {
+    const std::vector<float> x(size_t(rows) * DIM, 0.5f), h(size_t(rows) * HIDDEN, 0.5f);
+    std::vector<float> y(size_t(rows) * 4 * HIDDEN), logits(VOCAB);
+    MatmulWorkspace workspace(matmul_workspace_bytes(rows, HIDDEN));
+    const auto product = [&](const Weights& w, size_t l, const std::vector<float>& in, size_t out) {
+      const Matrix& m = w.matrices[l];
+      return Product{&m, nullptr, in.data(), rows, m.k, nullptr, rows, y.data() + out * size_t(rows), m.n, false};
+    };
+    const double t = median_time([&] {
+#pragma omp parallel
+      {
+        for (size_t l = 0; l < LAYERS; l++) {
+          const Product qkv[] = {product(q, l, x, 0), product(k, l, x, DIM), product(v, l, x, DIM + KV)};
+          matmul(qkv, 3, workspace);
+          const Product out = product(o, l, x, 0);
+          matmul(&out, 1, workspace);
+          const Product gate_up[] = {product(gate, l, x, 0), product(up, l, x, HIDDEN)};
+          matmul(gate_up, 2, workspace);
+          const Product back = product(down, l, h, 0);
+          matmul(&back, 1, workspace);
+        }
+        const Product last{
+            classifier.matrices.data(), nullptr, x.data(), 1, DIM, nullptr, 1, logits.data(), VOCAB, false};
+        matmul(&last, 1, workspace);
+      }
+    });
+    if (rows == 1)
+      std::printf("%-5s SmolLM2, 1 token: %.2f ms, %.0f tokens/s, %.1f GB/s (%.0f %% of a read)", name(type), t * 1e3,
+                  1 / t, double(bytes) / t / 1e9, 100 * read / t);
+    else
+      std::printf("; 512 tokens: %.0f tokens/s\n", rows / t);
+    std::fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1) omp_set_num_threads(std::atoi(argv[1]));
+  std::printf("kernels: %s, %d threads\n", kernel_level(), omp_get_max_threads());
+  for (DType type : TYPES) {
+    if (argc > 2 && argv[2] != std::string(name(type))) continue;
+    bench_shape(type, 4096, 4096);
+    bench_shape(type, 1536, 576);
+    bench_shape(type, 576, 1536);
+    bench_shape(type, 192, 576);
+    bench_shape(type, 49152, 576);
+    bench_smollm2(type);
+  }
+}
