@@ -1,6 +1,7 @@
 """llama.cpp on one model file, timed by its own counters (llama_perf_context): prints JSON.
 
 usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash            what `run --bench` measures, once
+       llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE     N sequences at once, as llama-batched-bench
        llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS       llama-perplexity's protocol, chunks of 512
        llama_cpp_peer.py quantize MODEL.gguf OUT.gguf                    to Q8_0
 """
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import sys
+import time
 
 import llama_cpp.llama_cpp as ll
 import numpy as np
@@ -18,10 +20,12 @@ PROMPT, DECODE, CONTEXTS, CHUNK = 512, 128, (128, 1024, 4096), 512  # as `run --
 
 
 class Peer:
-    def __init__(self, path: str, threads: int, context: int, flash: bool):
+    def __init__(self, path: str, threads: int, context: int, flash: bool, sequences: int = 1):
         model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
         params = ll.llama_context_default_params()
         params.n_ctx = context
+        params.n_seq_max = sequences
+        params.kv_unified = True
         params.n_batch = params.n_ubatch = PROMPT
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -76,6 +80,37 @@ def speed(path: str, threads: str, attention: str) -> dict:
     return result
 
 
+def requests(path: str, threads: str, n: str, n_prompt: str, n_decode: str) -> dict:
+    count, prompt, steps = int(n), int(n_prompt), int(n_decode)
+    peer = Peer(path, int(threads), count * (prompt + steps), flash=True, sequences=count)
+    batch = ll.llama_batch_init(max(PROMPT, count), 0, 1)
+
+    def decode(tokens: list[tuple[int, int]]) -> None:  # (sequence, position)
+        for start in range(0, len(tokens), PROMPT):
+            part = tokens[start : start + PROMPT]
+            batch.n_tokens = len(part)
+            for i, (sequence, position) in enumerate(part):
+                batch.token[i], batch.pos[i] = random.randrange(peer.n_vocab), position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = position >= prompt - 1
+            if ll.llama_decode(peer.context, batch) != 0:
+                sys.exit("llama_decode failed")
+            ll.llama_synchronize(peer.context)
+
+    for _ in range(2):  # the first one warms up
+        peer.clear()
+        began = time.perf_counter()
+        decode([(s, p) for s in range(count) for p in range(prompt)])
+        prompted = time.perf_counter()
+        for step in range(steps):
+            decode([(s, prompt + step) for s in range(count)])
+        ended = time.perf_counter()
+    return {
+        "decode, tokens/s": count * steps / (ended - prompted),
+        "in all, generated tokens/s": count * steps / (ended - began),
+    }
+
+
 def perplexity(path: str, threads: str, text: str, chunks: str) -> dict:
     peer = Peer(path, int(threads), CHUNK, flash=False)
     with open(text, "rb") as file:
@@ -112,4 +147,10 @@ def quantize(path: str, out: str) -> dict:
 if __name__ == "__main__":
     quiet = ll.llama_log_callback(lambda level, text, data: None)
     ll.llama_log_set(quiet, ctypes.c_void_p(0))
-    print(json.dumps({"speed": speed, "perplexity": perplexity, "quantize": quantize}[sys.argv[1]](*sys.argv[2:])))
+    print(
+        json.dumps(
+            {"speed": speed, "requests": requests, "perplexity": perplexity, "quantize": quantize}[sys.argv[1]](
+                *sys.argv[2:]
+            )
+        )
+    )
