@@ -441,10 +441,11 @@ inline float sum(F32 x) {
   return lane[0];
 }
 
-// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Cody and Waite reduction; coefficients of
-// the Taylor series, whose first missing term is below 2^-26 of the result). Within 2 ulp; 0 below -87.3; x <= 88.
+// e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 7 in r (Cody and Waite reduction; coefficients of
+// the Taylor series, whose first missing term is below 2^-27 of the result). Within 2 ulp for x <= 88; at most 2^-125
+// below -87.3; NaN stays NaN.
 inline F32 exp(F32 x) {
-  const F32 clamped = max(x, set(-87.33654f));
+  const F32 clamped = max(set(-87.33654f), x);  // in this order a NaN passes
   const F32 n = round(mul(clamped, set(1.44269504f)));
   F32 r = fma(n, set(-0.693359375f), clamped);
   r = fma(n, set(2.12194440e-4f), r);
