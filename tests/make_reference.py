@@ -4,9 +4,9 @@
     python tests/make_reference.py real NAME=GGUF ...               greedy text and perplexity of real models
 
 Needs torch and transformers; the tests need neither. A tiny model is accepted only if
-  - the same model in float64 agrees to 2e-5 of the largest logit: the 2e-4 that the tests allow is then ten times what
-    rounding does, and no expert is chosen by a hair's breadth;
-  - every feature it is there for matters: without it (`matters` below) the logits move by 50 times the tolerance;
+  - the same model in float64 agrees to a fifth of what the tests allow, which is then more than rounding does; and no
+    expert is chosen by a hair's breadth;
+  - every feature it is there for matters: without it (`matters` below) the logits move by 200 times the tolerance;
   - the text that it writes is not decided by near-ties and does not repeat one token.
 """
 
@@ -21,11 +21,12 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import checkpoints
 
-TOLERANCE = 2e-4  # of the largest logit: what test_reference.py allows
+TOLERANCE = 5e-5  # of the largest logit: what test_reference.py allows
 N_GREEDY = 16
 PROMPTS = [
     "The quick brown fox jumps over the lazy dog; 0123456789 times?",
@@ -611,7 +612,7 @@ def check_features(name, spec, folder, ids, logits):
                 tensor.data.fill_(value)
         moved = np.abs(all_logits(model, ids) - logits).max() / np.abs(logits).max()
         print(f"    without {feature}: {moved:.1e}")
-        assert moved > 50 * TOLERANCE, f"{name}: {feature} hardly matters"
+        assert moved > 200 * TOLERANCE, f"{name}: {feature} hardly matters"
 
 
 def make_tiny(name, spec, number):
@@ -637,7 +638,7 @@ def make_tiny(name, spec, number):
             text, lead = greedy(model, ids, N_GREEDY)
             rounding = np.abs(all_logits(model.double(), ids) - logits).max() / np.abs(logits).max()
             print(f"{name}, seed {seed}: float64 differs {rounding:.1e}, lead {lead:.1e}, {len(set(text))} ids")
-            if rounding > TOLERANCE / 10 or lead < 5 * TOLERANCE or len(set(text)) < 6 or max(text) > 255:
+            if rounding > TOLERANCE / 5 or lead < 20 * TOLERANCE or len(set(text)) < 6 or max(text) > 255:
                 continue
             check_features(name, spec, folder, ids, logits)
         break
@@ -678,7 +679,10 @@ REAL_PROMPTS = [
     "In 1969, Neil Armstrong",
     "| Country | Capital |\n|---|---|\n| Italy | Rome |\n|",
 ]
-N_PROMPTS, N_REAL, LEAD = 12, 64, 1e-3
+N_PROMPTS, N_REAL, LEAD = 12, 64, 4e-3
+# Of a GGUF file transformers reads the vocabulary and the merges but not how text is split before: it forgets that
+# SmolLM2 sets each digit apart, which changes the ids of "\\n\\n1" and the perplexity by 1.5 %.
+PRE_TOKENIZERS = {"smollm2": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 CHUNK, N_CHUNKS = 512, 4
 
@@ -715,6 +719,8 @@ def make_real(name, path):
     gguf = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf)
+    if name in PRE_TOKENIZERS:
+        tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
     end = model.config.eos_token_id
     prompts = [tokenizer(prompt).input_ids for prompt in REAL_PROMPTS]
     texts = []
