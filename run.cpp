@@ -1,12 +1,15 @@
 // run.cpp: parse, load, plan the memory, run, report.
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <optional>
 
-#include "modes.h"
+#include "session.h"
 #include "transformer.h"
 #include "variants.h"
 
@@ -42,7 +45,9 @@ int longest_window(const Config& config) {
 }
 
 // The memory that sequences of this context take. `available` bytes are free for the cache and the activations.
-Setup setup_for(const Options& o, const Config& config, int context, size_t available) {
+Setup setup_for(const Session& session, int context, size_t available) {
+  const Options& o = session.options;
+  const Config& config = session.model.config;
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
           .kernel = BUILD_KERNEL::name,
           .kv = BUILD_KV::name,
@@ -52,7 +57,7 @@ Setup setup_for(const Options& o, const Config& config, int context, size_t avai
           .seed = o.sampler.seed,
           .limits = {},
           .kv_bytes_per_token = Runtime::kv_bytes_per_token(config)};
-  const int sequences = std::max(o.samples, o.parallel);
+  const int sequences = session.sequences;
   const bool all_logits = !o.logits.empty() || !o.perplexity.empty();
   Limits& l = s.limits;
   l.context = context;
@@ -64,7 +69,9 @@ Setup setup_for(const Options& o, const Config& config, int context, size_t avai
   l.n_blocks = 1;
   const size_t block_bytes = Runtime::kv_bytes(config, l), rest = available - std::min(available, s.activation_bytes);
   const size_t each = static_cast<size_t>((context + s.block_size - 1) / s.block_size);  // blocks of a sequence
-  const size_t affordable = std::min<size_t>((o.kv_memory ? o.kv_memory : rest) / block_bytes, 1 << 30);
+  const size_t most =
+      static_cast<size_t>(std::numeric_limits<int>::max() / s.block_size);  // slots are numbered by ints
+  const size_t affordable = std::min((o.kv_memory ? o.kv_memory : rest) / block_bytes, most);
   l.n_blocks =
       static_cast<int>(o.kv_memory ? affordable : std::clamp(affordable, each, each * static_cast<size_t>(sequences)));
   s.kv_bytes = Runtime::kv_bytes(config, l);
@@ -76,11 +83,11 @@ bool fits(const Setup& s, size_t available) {
          s.kv_bytes + s.activation_bytes <= available;
 }
 
-int largest_context_that_fits(const Options& o, const Config& config, int most, size_t available) {
+int largest_context_that_fits(const Session& session, int most, size_t available) {
   int low = 0, high = most;  // low fits, high + 1 does not
   while (low < high) {
     const int middle = low + (high - low + 1) / 2;
-    if (fits(setup_for(o, config, middle, available), available))
+    if (fits(setup_for(session, middle, available), available))
       low = middle;
     else
       high = middle - 1;
@@ -97,9 +104,9 @@ Setup plan(const Session& session, size_t free_bytes) {
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
   int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
   const char* why = o.context ? "-c" : "the model's longest";
-  Setup setup = setup_for(o, config, context, available);
+  Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
-    const int largest = largest_context_that_fits(o, config, context, available);
+    const int largest = largest_context_that_fits(session, context, available);
     if (o.context || largest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %.1f MB are free%s: "
@@ -107,13 +114,23 @@ Setup plan(const Session& session, size_t free_bytes) {
           context, static_cast<double>(setup.kv_bytes) / 1e6, static_cast<double>(setup.activation_bytes) / 1e6,
           static_cast<double>(available) / 1e6, o.kv_memory ? " and --kv-memory is set" : "", largest);
     context = largest;
-    setup = setup_for(o, config, context, available);
+    setup = setup_for(session, context, available);
   }
   if (wanted.least > context && o.perplexity.empty())
     fail("the prompt has %zu tokens and %d are to be generated: more than the context of %d tokens (%s)",
          session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
   setup.free_bytes = free_bytes;
   return setup;
+}
+
+using Mode = void (*)(Session&);
+Mode mode(const Options& o) {
+  if (o.chat) return chat;
+  if (o.bench) return bench;
+  if (!o.prompts.empty()) return answer_requests;
+  if (!o.perplexity.empty()) return perplexity;
+  if (!o.logits.empty()) return write_logits;
+  return continue_text;
 }
 
 int run(const Options& o) {
@@ -125,15 +142,7 @@ int run(const Options& o) {
   if (!o.mla.empty() && model.config.attention != Variant::mla)
     fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{.options = o,
-                  .model = model,
-                  .tokenizer = tokenizer,
-                  .text = {},
-                  .prompt = {},
-                  .stop_ids = {},
-                  .setup = {},
-                  .engine = nullptr,
-                  .measured = {}};
+  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}};
   read_input(session);
   session.setup = plan(session, free_bytes);
   if (!o.quiet) print_setup(model, session.setup);
@@ -143,7 +152,7 @@ int run(const Options& o) {
                 session.setup.block_size, model.config.vocab_size, longest_window(model.config));
   session.engine = &engine;
   catch_interrupt();
-  run_mode(session);
+  mode(o)(session);
 
   session.measured.stats = engine.stats();
   if (!o.quiet) print_measured(model, session.setup, session.measured);
@@ -155,9 +164,20 @@ int run(const Options& o) {
   return interrupted() ? 130 : 0;  // 128 + SIGINT
 }
 
+// A thread that waits for the others of its team first spins, then sleeps. By default libgomp spins for milliseconds:
+// where another program has the core that is waited for, most of the time goes there. A tenth of a millisecond is as
+// fast alone and, with ten programs on two cores, four times as fast. libgomp reads its settings when it is loaded,
+// before main.
+void spin_briefly(char** argv) {
+  if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
+  setenv("GOMP_SPINCOUNT", "3000", 1);
+  execv("/proc/self/exe", argv);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  spin_briefly(argv);
   try {
     const Options options = parse(argc, argv);
     return options.model.empty() ? 0 : run(options);
