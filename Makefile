@@ -60,7 +60,7 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 # g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
 # -O1 where the compiler's time goes into templates for JSON and flags and no loop runs per token: 8 of 61 s saved.
 OPTIMIZE := -O3
-$(addprefix $(COMMON)/,model.o modes.o options.o report.o): private OPTIMIZE := -O1
+$(addprefix $(COMMON)/,model.o requests.o options.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
