@@ -45,8 +45,7 @@ struct CgroupFiles {
 };
 const CgroupFiles CGROUP_V1{"/sys/fs/cgroup/memory", "/memory.limit_in_bytes", "/memory.usage_in_bytes",
                             "total_inactive_file", "total_active_file"};
-const CgroupFiles CGROUP_V2{"/sys/fs/cgroup", "/memory.max", "/memory.current", "inactive_file",
-                            "active_file"};
+const CgroupFiles CGROUP_V2{"/sys/fs/cgroup", "/memory.max", "/memory.current", "inactive_file", "active_file"};
 
 // The least that any group from `group` up to the root can still take. The page cache that is charged to a
 // group is given back when it needs the memory. A container may see its own group as the root: folders that
@@ -83,12 +82,10 @@ void fail(const char* format, ...) {
 void* device_allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
   const size_t slack = huge ? HUGE_PAGE : 0;  // the kernel aligns to small pages alone
-  if (bytes > std::numeric_limits<size_t>::max() / 2)
-    fail("cannot allocate %zu bytes: no machine has them", bytes);
+  if (bytes > std::numeric_limits<size_t>::max() / 2) fail("cannot allocate %zu bytes: no machine has them", bytes);
   const size_t size = mapped_bytes(bytes);
   void* mapping = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED)
-    fail("cannot allocate %.1f MB of memory: %s", double(bytes) / 1e6, strerror(errno));
+  if (mapping == MAP_FAILED) fail("cannot allocate %.1f MB of memory: %s", double(bytes) / 1e6, strerror(errno));
   char* memory = static_cast<char*>(mapping);
   if (huge) {
     const size_t before = (HUGE_PAGE - reinterpret_cast<uintptr_t>(memory) % HUGE_PAGE) % HUGE_PAGE;

@@ -7,8 +7,8 @@
 
 using namespace simd;
 
-void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens,
-           const int* positions, int T, float scale, float* x) {
+void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens, const int* positions, int T,
+           float scale, float* x) {
   const int dim = embed_tokens.k;
 #pragma omp for schedule(static)
   for (int t = 0; t < T; t++) {
@@ -44,8 +44,8 @@ static float mean(const float* x, int n) {
   return (sum(total) + rest) / static_cast<float>(n);
 }
 
-void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim,
-          float* out, int out_stride) {
+void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim, float* out,
+          int out_stride) {
 #pragma omp for schedule(static)
   for (int r = 0; r < rows; r++) {
     const float* in = x + static_cast<size_t>(r) * static_cast<size_t>(x_stride);
@@ -59,8 +59,7 @@ void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_s
   }
 }
 
-void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos,
-                 float* sin) {
+void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos, float* sin) {
 #pragma omp for schedule(static)
   for (int t = 0; t < T; t++) {
     for (int i = 0; i < n; i++) {
@@ -73,15 +72,13 @@ void rope_angles(const int* positions, int T, const float* inv_freq, int n, floa
   }
 }
 
-void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
-          const float* sin) {
+void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos, const float* sin) {
 #pragma omp for schedule(static)
   for (int t = 0; t < T; t++) {
     const float* c = cos + static_cast<size_t>(t) * static_cast<size_t>(n);
     const float* s = sin + static_cast<size_t>(t) * static_cast<size_t>(n);
     for (int h = 0; h < n_heads; h++) {
-      float* a =
-          x + static_cast<size_t>(t) * static_cast<size_t>(x_stride) + static_cast<size_t>(h * head_stride);
+      float* a = x + static_cast<size_t>(t) * static_cast<size_t>(x_stride) + static_cast<size_t>(h * head_stride);
       float* b = a + n;
       for (int i = 0; i < n; i++) {
         const float rotated = a[i] * c[i] - b[i] * s[i];

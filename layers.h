@@ -9,23 +9,21 @@
 
 // x [T, dim] = scale * row tokens[t] of the embedding (+ row positions[t] of position_embedding where not
 // null).
-void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens,
-           const int* positions, int T, float scale, float* x);
+void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens, const int* positions, int T,
+           float scale, float* x);
 
 // out = norm(x) over rows of `dim` elements. RMSNorm: x / sqrt(mean(x^2) + eps) * weight; LayerNorm: also -
 // mean, + bias. Row r starts at x + r * x_stride, out + r * out_stride; out may be x.
-void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim,
-          float* out, int out_stride);
+void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim, float* out,
+          int out_stride);
 
 // cos, sin [T, n] of positions[t] * inv_freq[i], times scale (RoFormer, arXiv 2104.09864, equation 34).
-void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos,
-                 float* sin);
+void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos, float* sin);
 
 // Rotates the first 2n elements of each of n_heads heads, element i with i + n; token t of x starts at x + t
 // * x_stride, its heads are head_stride apart (the halves convention of Hugging Face; export.py permutes
 // interleaved checkpoints).
-void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
-          const float* sin);
+void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos, const float* sin);
 
 // out [T, n] = act(gate) * up; gate null: act(up). out may be gate or up.
 void activate(Activation activation, const float* gate, const float* up, int T, int n, float* out);

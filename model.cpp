@@ -82,8 +82,7 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 size_t element_bytes(const std::string& dtype) {
-  static const std::map<std::string, size_t> known = {
-      {"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
+  static const std::map<std::string, size_t> known = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
   const auto found = known.find(dtype);
   return found == known.end() ? 0 : found->second;
 }
@@ -95,8 +94,7 @@ class Header {
     uint64_t length = 0;
     std::memcpy(&length, file.data(), 8);
     if (length > MAX_HEADER || length > file.size() - 8)
-      fail("%s: header length %" PRIu64
-           " does not fit the file's %zu bytes; truncated or not a safetensors file",
+      fail("%s: header length %" PRIu64 " does not fit the file's %zu bytes; truncated or not a safetensors file",
            path.c_str(), length, file.size());
     const char* text = reinterpret_cast<const char*>(file.data()) + 8;
     const Json json = parse(text, text + length);
@@ -158,8 +156,7 @@ class Header {
     }
   }
 
-  Entry read_entry(const std::string& name, const Json& value, const std::byte* data,
-                   size_t data_bytes) const {
+  Entry read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const {
     const auto bad = [&](const char* field, const char* why) {
       fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
     };
@@ -171,8 +168,7 @@ class Header {
     entry.dtype = value["dtype"].get<std::string>();
     const size_t element = element_bytes(entry.dtype);
     if (!element) bad("dtype", ("is " + entry.dtype + ", not one of F32, BF16, F16, I8, U8").c_str());
-    if (!value["shape"].is_array() || value["shape"].size() > 3)
-      bad("shape", "is not an array of at most 3 integers");
+    if (!value["shape"].is_array() || value["shape"].size() > 3) bad("shape", "is not an array of at most 3 integers");
     size_t bytes = element;
     for (const Json& d : value["shape"]) {
       if (!d.is_number_unsigned() || d.get<uint64_t>() > INT32_MAX)
@@ -213,8 +209,7 @@ class Header {
       end = entry->data + entry->bytes;
     }
     if (end != data + data_bytes)
-      fail("%s: %zu bytes after the last tensor", path_.c_str(),
-           static_cast<size_t>(data + data_bytes - end));
+      fail("%s: %zu bytes after the last tensor", path_.c_str(), static_cast<size_t>(data + data_bytes - end));
   }
 
   std::string path_;
@@ -263,8 +258,7 @@ class Fields {
   }
 
   template <class Enum>
-  void choice(const char* key, Enum& out, std::initializer_list<std::pair<const char*, Enum>> choices,
-              bool required) {
+  void choice(const char* key, Enum& out, std::initializer_list<std::pair<const char*, Enum>> choices, bool required) {
     const Json* value = take(key, required);
     if (!value) return;
     std::string right;
@@ -283,8 +277,7 @@ class Fields {
   void refuse_unused() const {
     for (const auto& [key, value] : json_.items())
       if (!used_.count(key))
-        fail("%s: config \"%s\" = %s is not known to this build", path_.c_str(), key.c_str(),
-             text(value).c_str());
+        fail("%s: config \"%s\" = %s is not known to this build", path_.c_str(), key.c_str(), text(value).c_str());
   }
 
   [[noreturn]] void refuse(const char* key, const Json& value, const char* right) const {
@@ -314,12 +307,10 @@ class Fields {
   }
 
   int to_integer(const char* key, const Json& value, int low, int high) const {
-    const bool fits =
-        value.is_number_integer() &&
-        (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(INT32_MAX)) &&
-        value.get<int64_t>() >= low && value.get<int64_t>() <= high;
-    if (!fits)
-      refuse(key, value, ("an integer from " + std::to_string(low) + " to " + std::to_string(high)).c_str());
+    const bool fits = value.is_number_integer() &&
+                      (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(INT32_MAX)) &&
+                      value.get<int64_t>() >= low && value.get<int64_t>() <= high;
+    if (!fits) refuse(key, value, ("an integer from " + std::to_string(low) + " to " + std::to_string(high)).c_str());
     return value.get<int>();
   }
 
@@ -338,8 +329,7 @@ constexpr int MAX_PRODUCT = 1 << 26;  // the width of a layer: heads x their siz
 
 void read_attention(Fields& f, const std::string& path, Config& c) {
   f.choice("attention", c.attention,
-           {{"mha", Variant::mha}, {"mqa", Variant::mqa}, {"gqa", Variant::gqa}, {"mla", Variant::mla}},
-           true);
+           {{"mha", Variant::mha}, {"mqa", Variant::mqa}, {"gqa", Variant::gqa}, {"mla", Variant::mla}}, true);
   f.integer("n_heads", c.n_heads, 1, MAX_WIDTH);
   if (c.attention == Variant::mla) {
     f.integer("q_lora_rank", c.q_lora_rank, 0, MAX_WIDTH);
@@ -369,21 +359,19 @@ void read_experts(Fields& f, const std::string& path, Config& c) {
   f.integer("n_shared_experts", c.n_shared_experts, 0, MAX_EXPERTS, false);
   f.integer("moe_intermediate_size", c.moe_intermediate_size, 1, MAX_WIDTH);
   f.integers("moe_layers", c.moe_layers, c.n_layers, 0, 1);
-  f.choice("scoring_func", c.scoring_func, {{"softmax", Scoring::softmax}, {"sigmoid", Scoring::sigmoid}},
-           true);
+  f.choice("scoring_func", c.scoring_func, {{"softmax", Scoring::softmax}, {"sigmoid", Scoring::sigmoid}}, true);
   f.boolean("norm_topk_prob", c.norm_topk_prob);
   f.number("routed_scaling_factor", c.routed_scaling_factor);
   f.integer("n_group", c.n_group, 1, c.n_routed_experts, false);
   f.integer("topk_group", c.topk_group, 1, c.n_group, false);
-  f.choice("group_score", c.group_score, {{"max", GroupScore::max}, {"top2_sum", GroupScore::top2_sum}},
-           false);
+  f.choice("group_score", c.group_score, {{"max", GroupScore::max}, {"top2_sum", GroupScore::top2_sum}}, false);
   if (c.n_routed_experts % c.n_group != 0)
     fail("%s: config \"n_group\" is %d; it must divide n_routed_experts = %d", path.c_str(), c.n_group,
          c.n_routed_experts);
   const int eligible = c.n_routed_experts / c.n_group * c.topk_group;
   if (c.num_experts_per_tok > eligible)
-    fail("%s: config \"num_experts_per_tok\" is %d; topk_group = %d of %d groups hold only %d experts",
-         path.c_str(), c.num_experts_per_tok, c.topk_group, c.n_group, eligible);
+    fail("%s: config \"num_experts_per_tok\" is %d; topk_group = %d of %d groups hold only %d experts", path.c_str(),
+         c.num_experts_per_tok, c.topk_group, c.n_group, eligible);
   if (c.group_score == GroupScore::top2_sum && c.n_routed_experts / c.n_group < 2)
     fail(
         "%s: config \"group_score\" is top2_sum; a group must hold at least 2 experts, n_group = %d leaves "
@@ -403,8 +391,7 @@ Config read_config(const std::string& path, const std::string& text) {
   f.choice("norm", c.norm, {{"rms", NormKind::rms}, {"layer", NormKind::layer}}, true);
   f.number("norm_eps", c.norm_eps, true);
   f.choice("activation", c.activation,
-           {{"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}},
-           true);
+           {{"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}}, true);
   f.number("attention_scale", c.attention_scale, true);
   f.number("attention_softcap", c.attention_softcap);
   f.number("logit_softcap", c.logit_softcap);
@@ -417,8 +404,7 @@ Config read_config(const std::string& path, const std::string& text) {
   read_experts(f, path, c);
   f.refuse_unused();
   const auto not_below = [&](const char* key, float value, float least) {
-    if (value < least)
-      fail("%s: config \"%s\" is %g; it must be at least %g", path.c_str(), key, value, least);
+    if (value < least) fail("%s: config \"%s\" is %g; it must be at least %g", path.c_str(), key, value, least);
   };
   const auto fits = [&](const char* what, int a, int b) {
     if (static_cast<int64_t>(a) * b > MAX_PRODUCT)
@@ -656,8 +642,7 @@ void collect(Collector& t, Model& m) {
 // --- packing
 // ----------------------------------------------------------------------------------------------------------
 
-constexpr size_t RELEASE_EVERY = size_t{8}
-                                 << 20;  // bytes of the file that are resident at most while packing
+constexpr size_t RELEASE_EVERY = size_t{8} << 20;  // bytes of the file that are resident at most while packing
 
 size_t source_row_bytes(const TensorView& v) {
   const auto k = static_cast<size_t>(v.k);
@@ -675,15 +660,13 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
     const size_t block_rows = static_cast<size_t>(s.n + blocks - 1) / static_cast<size_t>(blocks);
     const size_t row = source_row_bytes(s);
     // A transposed source is read by columns: all of it at once.
-    const int step =
-        j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
+    const int step = j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
     for (int first = 0; first < blocks; first += step) {
       const int last = std::min(blocks, first + step);
 #pragma omp parallel for schedule(static)
       for (int b = first; b < last; b++) pack(s, j.transposed, b, at);
       const auto* data = static_cast<const std::byte*>(s.data);
-      file.release(data,
-                   data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
+      file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
     }
     *j.out = {s.type, s.n, s.k, at};
     at += packed_bytes(s.type, s.n, s.k);
@@ -729,8 +712,7 @@ void count(const std::vector<PackJob>& jobs, Model& m) {
   m.weight_bytes_per_token = static_cast<size_t>(read) + m.vectors.size() * sizeof(float);
   for (const auto& [type, parameters] : by_type) {
     char text[64];
-    std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(),
-                  parameters / 1e6);
+    std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(), parameters / 1e6);
     m.types += text;
   }
 }

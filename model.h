@@ -19,10 +19,7 @@ enum class Variant { mha, mqa, gqa, mla };
 enum class NormKind { rms, layer };
 enum class Activation { silu, gelu, gelu_tanh };
 enum class Scoring { softmax, sigmoid };
-enum class GroupScore {
-  max,
-  top2_sum
-};  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
+enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 
 const char* name(Variant v);
 
@@ -41,8 +38,8 @@ struct Config {
   float attention_softcap = 0;  // s -> cap tanh(s / cap); 0: none
   float logit_softcap = 0;
   float embedding_scale = 1, logit_scale = 1, residual_scale = 1;
-  std::vector<int> window;  // [n_layers] a token sees this many tokens, itself included; 0: all before it
-  std::vector<int> rope;    // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
+  std::vector<int> window;        // [n_layers] a token sees this many tokens, itself included; 0: all before it
+  std::vector<int> rope;          // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
   std::vector<float> rope_scale;  // [tables] factor on cos and sin (YaRN's attention factor)
 
   // mixture of experts; n_routed_experts 0: none
@@ -82,20 +79,18 @@ struct Layer {
   Norm q_norm, k_norm;            // [head_dim], over each head
   Linear o_proj;                  // [dim, n_heads head_dim]; MLA: [dim, n_heads v_head_dim]
   // MLA; q_proj [n_heads (nope + rope), dim] where there is no q_lora_rank
-  Linear q_a_proj, q_b_proj;  // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]
-  Norm q_a_norm, kv_a_norm;   // [q_lora_rank], [kv_lora_rank]
-  Linear kv_a_proj;           // [kv_lora_rank + rope, dim]
-  std::vector<Matrix> w_uk;   // [n_heads] of [qk_nope_head_dim, kv_lora_rank]: expands a latent to a key
-  std::vector<Matrix>
-      w_uk_t;  // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
-  std::vector<Matrix> w_uv;  // [n_heads] of [v_head_dim, kv_lora_rank]
+  Linear q_a_proj, q_b_proj;   // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]
+  Norm q_a_norm, kv_a_norm;    // [q_lora_rank], [kv_lora_rank]
+  Linear kv_a_proj;            // [kv_lora_rank + rope, dim]
+  std::vector<Matrix> w_uk;    // [n_heads] of [qk_nope_head_dim, kv_lora_rank]: expands a latent to a key
+  std::vector<Matrix> w_uk_t;  // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
+  std::vector<Matrix> w_uv;    // [n_heads] of [v_head_dim, kv_lora_rank]
   Mlp mlp;
   // experts
-  Linear router;  // [n_routed_experts, dim], float32
-  const float* router_bias =
-      nullptr;               // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
-  std::vector<Mlp> experts;  // [n_routed_experts], hidden = moe_intermediate_size
-  Mlp shared;                // hidden = n_shared_experts * moe_intermediate_size
+  Linear router;                       // [n_routed_experts, dim], float32
+  const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
+  std::vector<Mlp> experts;            // [n_routed_experts], hidden = moe_intermediate_size
+  Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
 };
 
 struct Model {

@@ -20,13 +20,12 @@ namespace {
 // 1e-14 of the result.
 inline double exponential(double x) {
   const double inside = x < -700 ? -700 : x;
-  const double shifted =
-      inside * 1.4426950408889634 + 0x1.8p52;  // the nearest whole number is in the low bits
+  const double shifted = inside * 1.4426950408889634 + 0x1.8p52;  // the nearest whole number is in the low bits
   const double n = shifted - 0x1.8p52;
   const double r = (inside - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;  // ln 2 in two parts
   double p = 1.0 / 39916800;
-  for (double coefficient : {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120,
-                             1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
+  for (double coefficient :
+       {1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0, 1.0})
     p = p * r + coefficient;
   const double power = std::bit_cast<double>((std::bit_cast<uint64_t>(shifted) + 1023) << 52);  // 2^n
   return x < -700 ? 0 : p * power;
@@ -76,8 +75,7 @@ float largest_of(const float* logits, int n) {
 int Sampler::sample(float* logits, int vocab_size, const int* history, int n_history) {
   if (options_.repeat_penalty != 1) penalise(logits, options_.repeat_penalty, history, n_history);
   const float largest = largest_of(logits, vocab_size);
-  if (options_.temperature == 0)
-    return static_cast<int>(std::find(logits, logits + vocab_size, largest) - logits);
+  if (options_.temperature == 0) return static_cast<int>(std::find(logits, logits + vocab_size, largest) - logits);
   keep_top_k(logits, vocab_size);
   if (options_.top_p < 1 || options_.min_p > 0) keep_top_p_and_min_p(largest);
   return draw(largest);
@@ -90,8 +88,8 @@ void Sampler::keep_top_k(const float* logits, int vocab_size) {
   const size_t k = static_cast<size_t>(all ? vocab_size : options_.top_k), room = all ? k : 2 * k + 64;
   const auto before = [](const Candidate& a, const Candidate& b) { return a.before(b); };
   const auto shorten = [&] {
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(k) - 1,
-                     candidates_.end(), before);
+    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(k) - 1, candidates_.end(),
+                     before);
     candidates_.resize(k);
   };
   candidates_.clear();
@@ -106,8 +104,7 @@ void Sampler::keep_top_k(const float* logits, int vocab_size) {
   }
   if (all) return;
   if (candidates_.size() > k) shorten();
-  std::sort(candidates_.begin(), candidates_.end(),
-            [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
 }
 
 // Both keep the first few in descending order. n candidates each below (1 - p) / n of the mass are less than
@@ -115,8 +112,7 @@ void Sampler::keep_top_k(const float* logits, int vocab_size) {
 void Sampler::keep_top_p_and_min_p(float largest) {
   const size_t n = candidates_.size();
   weights_.resize(n);
-  for (size_t i = 0; i < n; i++)
-    weights_[i] = exponential(static_cast<double>(candidates_[i].logit - largest));
+  for (size_t i = 0; i < n; i++) weights_[i] = exponential(static_cast<double>(candidates_[i].logit - largest));
   double mass = 0;
   for (const double w : weights_) mass += w;
   const double p = static_cast<double>(options_.top_p);

@@ -10,8 +10,7 @@
 namespace {
 
 TEST(Device, MemoryIsZeroAlignedAndWritableToItsLastByte) {
-  for (size_t bytes :
-       {1ul, 63ul, 64ul, 4095ul, 4096ul, (2ul << 20) - 1, 2ul << 20, (2ul << 20) + 1, 5000000ul}) {
+  for (size_t bytes : {1ul, 63ul, 64ul, 4095ul, 4096ul, (2ul << 20) - 1, 2ul << 20, (2ul << 20) + 1, 5000000ul}) {
     auto* memory = static_cast<unsigned char*>(device_allocate(bytes));
     EXPECT_EQ(reinterpret_cast<uintptr_t>(memory) % 64, 0u);
     EXPECT_EQ(bytes >= 2ul << 20 ? reinterpret_cast<uintptr_t>(memory) % (2ul << 20) : 0u, 0u);

@@ -24,8 +24,7 @@ std::vector<float> random_logits(int n, float spread, unsigned seed) {
 }
 
 // The chain as its definition reads: sort everything, cut the list after each filter, renormalise.
-std::map<int, double> reference(std::vector<float> logits, const SamplerOptions& o,
-                                std::vector<int> history = {}) {
+std::map<int, double> reference(std::vector<float> logits, const SamplerOptions& o, std::vector<int> history = {}) {
   if (history.size() > REPEAT_LAST_N) history.erase(history.begin(), history.end() - REPEAT_LAST_N);
   std::sort(history.begin(), history.end());
   history.erase(std::unique(history.begin(), history.end()), history.end());
@@ -51,8 +50,7 @@ std::map<int, double> reference(std::vector<float> logits, const SamplerOptions&
   std::erase_if(order, [&](int id) { return std::exp(logit(id) - largest) < static_cast<double>(o.min_p); });
   std::map<int, double> p;
   mass = 0;
-  for (const int id : order)
-    mass += p[id] = std::exp((logit(id) - largest) / static_cast<double>(o.temperature));
+  for (const int id : order) mass += p[id] = std::exp((logit(id) - largest) / static_cast<double>(o.temperature));
   for (auto& [id, value] : p) value /= mass;
   return p;
 }
@@ -60,16 +58,16 @@ std::map<int, double> reference(std::vector<float> logits, const SamplerOptions&
 // Draws many ids; checks that only ids of the reference come and that their counts fit it: Pearson's
 // chi-square with the bins below 5 expected counts put together. A right sampler passes the bound, mean + 5
 // standard deviations, but for one seed in many thousands, and the seeds are fixed.
-void check_distribution(const std::vector<float>& logits, SamplerOptions options,
-                        const std::vector<int>& history = {}, int draws = 20000) {
+void check_distribution(const std::vector<float>& logits, SamplerOptions options, const std::vector<int>& history = {},
+                        int draws = 20000) {
   const std::map<int, double> expected = reference(logits, options, history);
   options.seed = 12345;
   Sampler sampler(options);
   std::map<int, int> counts;
   for (int i = 0; i < draws; i++) {
     std::vector<float> copy = logits;
-    const int id = sampler.sample(copy.data(), static_cast<int>(copy.size()), history.data(),
-                                  static_cast<int>(history.size()));
+    const int id =
+        sampler.sample(copy.data(), static_cast<int>(copy.size()), history.data(), static_cast<int>(history.size()));
     ASSERT_TRUE(expected.count(id)) << "id " << id << " should have been filtered";
     counts[id]++;
   }
@@ -99,8 +97,7 @@ SamplerOptions at(float temperature) {
   return o;
 }
 
-int sample_once(std::vector<float> logits, const SamplerOptions& options,
-                const std::vector<int>& history = {}) {
+int sample_once(std::vector<float> logits, const SamplerOptions& options, const std::vector<int>& history = {}) {
   return Sampler(options).sample(logits.data(), static_cast<int>(logits.size()), history.data(),
                                  static_cast<int>(history.size()));
 }
@@ -179,8 +176,7 @@ TEST(Sampler, TiesGoToTheLowestId) {
 
 TEST(Sampler, ShortListFindsTheLargestInAnyOrder) {
   std::vector<float> ascending(5000), descending(5000);
-  for (size_t i = 0; i < 5000; i++)
-    ascending[i] = static_cast<float>(i), descending[4999 - i] = static_cast<float>(i);
+  for (size_t i = 0; i < 5000; i++) ascending[i] = static_cast<float>(i), descending[4999 - i] = static_cast<float>(i);
   SamplerOptions o = at(1e6f);
   o.top_k = 4;
   for (uint64_t seed = 0; seed < 50; seed++) {

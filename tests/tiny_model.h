@@ -83,8 +83,8 @@ inline TinyModel tiny_model(const std::string& variant, bool experts, unsigned s
   constexpr int nope = 6, p = 4, r = 16, v = 5;
   const int kv_heads = variant == "mha" ? heads : variant == "mqa" ? 1 : 2;
   TinyModel m(seed);
-  m.config = {{"attention", variant}, {"dim", dim},           {"hidden_dim", hidden},   {"n_layers", layers},
-              {"n_heads", heads},     {"vocab_size", vocab},  {"seq_len", 512},         {"norm", "rms"},
+  m.config = {{"attention", variant}, {"dim", dim},           {"hidden_dim", hidden},    {"n_layers", layers},
+              {"n_heads", heads},     {"vocab_size", vocab},  {"seq_len", 512},          {"norm", "rms"},
               {"norm_eps", 1e-5},     {"activation", "silu"}, {"attention_scale", 0.35}, {"window", {7, 0}},
               {"rope", {0, 0}},       {"rope_scale", {1.0}}};
   const auto matrix = [&](const std::string& name, int n, int k) {
