@@ -71,7 +71,9 @@ void convert(const float* x, int k, Int8Group* out) {
     const F32 inverse = simd::set(amax < 127 * 0x1p-126f ? 0 : 127 / amax);
     I32 sums = simd::set_i32(0);
     for (int i = 0; i < GROUP; i += LANES) {
-      const I32 q = simd::to_i32(simd::mul(simd::load(x + i), inverse));
+      const F32 scaled =
+          simd::mul(simd::load(x + i), inverse);  // NaN next to an infinity or NaN, which the scale keeps
+      const I32 q = simd::to_i32(simd::min(simd::max(scaled, simd::set(-127)), simd::set(127)));
       simd::store_i8(out->q + i, q);
       sums = simd::add(sums, q);
     }

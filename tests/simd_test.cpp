@@ -109,12 +109,12 @@ TEST(Simd, LoadsWiden) {
 // In a buffer of exactly n floats, AddressSanitizer sees a touch past them; the guard sees a write without it.
 TEST(Simd, FirstLanesTouchNothingElse) {
   for (int n = 0; n <= LANES; n++) {
-    std::vector<float> exact(static_cast<size_t>(n), 7.0f), guarded(size_t(LANES) + 1, -1.0f);
+    std::vector<float> exact(static_cast<size_t>(std::max(n, 1)), 7.0f), guarded(size_t(LANES) + 1, -1.0f);
     const F32 x = simd::load_first(exact.data(), n);
     for (int i = 0; i < LANES; i++) EXPECT_EQ(lane(x, i), i < n ? 7.0f : 0.0f) << n;
     simd::store_first(exact.data(), simd::set(3), n);
     simd::store_first(guarded.data(), simd::set(3), n);
-    for (float f : exact) EXPECT_EQ(f, 3.0f);
+    for (int i = 0; i < n; i++) EXPECT_EQ(exact[size_t(i)], 3.0f);
     for (int i = 0; i <= LANES; i++) EXPECT_EQ(guarded[size_t(i)], i < n ? 3.0f : -1.0f) << n;
   }
 }
@@ -190,15 +190,17 @@ TEST(Simd, SumsInAFixedTree) {
 }
 
 TEST(Simd, TransposesSquares) {
-  F32 x[LANES];
-  float lanes[LANES];
-  for (int j = 0; j < LANES; j++) {
-    for (int i = 0; i < LANES; i++) lanes[i] = float(100 * j + i);
-    x[j] = simd::load(lanes);
+  simd::F8 x[8];
+  float lanes[8];
+  for (int j = 0; j < 8; j++) {
+    for (int i = 0; i < 8; i++) lanes[i] = float(100 * j + i);
+    x[j] = simd::eight_f32(lanes);
   }
   simd::transpose(x);
-  for (int j = 0; j < LANES; j++)
-    for (int i = 0; i < LANES; i++) EXPECT_EQ(lane(x[j], i), float(100 * i + j));
+  for (int j = 0; j < 8; j++) {
+    simd::store_eight(lanes, x[j]);
+    for (int i = 0; i < 8; i++) EXPECT_EQ(lanes[i], float(100 * i + j));
+  }
 }
 
 // Without a fused multiply-add (portable) each step of the polynomial rounds twice.
