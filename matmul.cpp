@@ -396,22 +396,26 @@ void convert_inputs(const Product* products, int n_products, std::byte* room, in
 
 // --- packing ---------------------------------------------------------------------------------------------------------
 
-// Element (row, k) of a float block, counted in elements: bf16 holds pairs of k together.
-size_t float_index(DType type, int row, int k) {
-  const int pair = type == DType::bf16 ? 2 : 1;
+// Element (row, k) of a block whose rows keep `pair` neighbouring k together.
+size_t float_index(int pair, int row, int k) {
   return static_cast<size_t>((k / pair * BLOCK + row) * pair + k % pair);
 }
 
-template <class T>
-void pack_floats(const TensorView& source, bool transposed, int block, T* out) {
-  const T* w = static_cast<const T*>(source.data);
-  for (int row = 0; row < BLOCK; row++) {
-    const ptrdiff_t n = block * BLOCK + row;
-    for (int k = 0; k < source.k; k++) {
-      const ptrdiff_t from = transposed ? static_cast<ptrdiff_t>(k) * source.n + n : n * source.k + k;
-      out[float_index(source.type, row, k)] = n < source.n ? w[from] : T(0);
-    }
-  }
+template <class T, int PAIR>
+void pack_floats(const TensorView& source, bool transposed, int block, std::byte* packed) {
+  const ptrdiff_t row_step = transposed ? 1 : source.k, k_step = transposed ? source.n : 1;
+  constexpr ptrdiff_t SIZE = sizeof(T);
+  const std::byte* w = static_cast<const std::byte*>(source.data) + block * BLOCK * row_step * SIZE;  // not aligned
+  T* out = reinterpret_cast<T*>(packed);
+  for (int row = 0; row < std::min(BLOCK, source.n - block * BLOCK); row++, w += row_step * SIZE)
+    for (int k = 0; k < source.k; k++) std::memcpy(&out[float_index(PAIR, row, k)], w + k * k_step * SIZE, SIZE);
+}
+
+void pack_bf16(const TensorView& source, bool transposed, int block, std::byte* packed) {
+  if (transposed || source.k % 2) return pack_floats<uint16_t, 2>(source, transposed, block, packed);
+  TensorView pairs = source;  // two k as one word: twice as fast
+  pairs.k /= 2;
+  pack_floats<uint32_t, 1>(pairs, transposed, block, packed);
 }
 
 // 4 half bytes become the low halves of 4 bytes.
@@ -534,10 +538,11 @@ void pack(const TensorView& source, bool transposed, int block, std::byte* packe
   std::memset(out, 0, bytes);  // rows past the last: zeros; q8's are -128 with a scale of 0
   switch (source.type) {
     case DType::f32:
-      return pack_floats<uint32_t>(source, transposed, block, reinterpret_cast<uint32_t*>(out));
+      return pack_floats<uint32_t, 1>(source, transposed, block, out);
     case DType::f16:
+      return pack_floats<uint16_t, 1>(source, transposed, block, out);
     case DType::bf16:
-      return pack_floats<uint16_t>(source, transposed, block, reinterpret_cast<uint16_t*>(out));
+      return pack_bf16(source, transposed, block, out);
     case DType::q8:
     case DType::q4:
       return pack_groups(source, block, out);
@@ -550,9 +555,9 @@ void unpack_row(const Matrix& matrix, int row, float* out) {
   row %= BLOCK;
   for (int k = 0; k < matrix.k; k++) {
     if (type == DType::f32) {
-      out[k] = reinterpret_cast<const float*>(block)[float_index(type, row, k)];
+      out[k] = reinterpret_cast<const float*>(block)[float_index(type == DType::bf16 ? 2 : 1, row, k)];
     } else if (type == DType::f16 || type == DType::bf16) {
-      const uint16_t bits = reinterpret_cast<const uint16_t*>(block)[float_index(type, row, k)];
+      const uint16_t bits = reinterpret_cast<const uint16_t*>(block)[float_index(type == DType::bf16 ? 2 : 1, row, k)];
       out[k] = type == DType::f16 ? f16_to_float(bits) : bf16_to_float(bits);
     } else if (type == DType::q8) {
       const std::byte* group = block + k / GROUP * BLOCK * (GROUP + 2);
