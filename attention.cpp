@@ -149,16 +149,14 @@ struct Scratch {
   float* scores;   // [rows, TILE]
   float* rescale;  // [rows]
   float* sums;     // [rows, LANES] the denominators, a lane each LANES-th token
-  float* k_rows;   // [TILE, k_pad]
   float* k_t;      // [k_pad, TILE] the tile's K, transposed: a register holds LANES tokens
-  float* v;        // [TILE, v_stride]
-  size_t v_stride;
+  float* v;        // [TILE, v_pad]
   Partial partial;
 
   static size_t floats(const AttentionShape& shape) {
     const Widths w(shape);
     return w.rows * (w.k_pad + to_size(TILE) + to_size(LANES)) + to_size(round_up(static_cast<int>(w.rows), LANES)) +
-           to_size(TILE) * (2 * w.k_pad + w.v_pad) + w.partial();
+           to_size(TILE) * (w.k_pad + w.v_pad) + w.partial();
   }
 };
 
@@ -170,10 +168,8 @@ Scratch scratch_at(float* memory, const AttentionShape& shape) {
   s.scores = take(w.rows * to_size(TILE));
   s.sums = take(w.rows * to_size(LANES));
   s.rescale = take(to_size(round_up(static_cast<int>(w.rows), LANES)));
-  s.k_rows = take(to_size(TILE) * w.k_pad);
   s.k_t = take(to_size(TILE) * w.k_pad);
-  s.v = shape.v_is_k ? s.k_rows : take(to_size(TILE) * w.v_pad);
-  s.v_stride = shape.v_is_k ? w.k_pad : w.v_pad;
+  s.v = take(to_size(TILE) * w.v_pad);
   s.partial = partial_at(take(w.partial()), w);
   return s;
 }
@@ -217,20 +213,28 @@ template <int M, int N>
 void product_block(const float* a, size_t a_stride, const float* b, size_t b_stride, int k, const float* rescale,
                    float* c, size_t c_stride) {
   F32 sum[M][N];
-  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+  for (size_t i = 0; i < M; i++) {
+    const F32 factor = rescale ? simd::set(rescale[i]) : simd::zero();
+#pragma GCC unroll 8
     for (int j = 0; j < N; j++)
-      sum[i][j] =
-          rescale ? simd::mul(simd::load(c + to_size(i) * c_stride + j * LANES), simd::set(rescale[i])) : simd::zero();
+      sum[i][j] = rescale ? simd::mul(simd::load(c + i * c_stride + j * LANES), factor) : simd::zero();
+  }
   for (size_t p = 0; p < to_size(k); p++) {
     F32 column[N];
-    for (int j = 0; j < N; j++) column[j] = simd::load(b + p * b_stride + j * LANES);
-    for (int i = 0; i < M; i++) {
-      const F32 x = simd::set(a[to_size(i) * a_stride + p]);
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) column[j] = simd::in_register(simd::load(b + p * b_stride + j * LANES));
+#pragma GCC unroll 8
+    for (size_t i = 0; i < M; i++) {
+      const F32 x = simd::set(a[i * a_stride + p]);
+#pragma GCC unroll 8
       for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, column[j], sum[i][j]);
     }
   }
-  for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) simd::store(c + to_size(i) * c_stride + j * LANES, sum[i][j]);
+#pragma GCC unroll 8
+  for (size_t i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) simd::store(c + i * c_stride + j * LANES, sum[i][j]);
 }
 
 using ProductBlock = decltype(&product_block<1, 1>);
@@ -260,37 +264,34 @@ void small_product(const float* a, size_t a_stride, int rows, const float* b, si
 // --- flash: one split
 // -------------------------------------------------------------------------------------------------
 
-// Reads K and V of tokens first .. last - 1, which lie in the tile, into k_t and v. The tile's other tokens up to
-// `last` are zero: slots that hold no token of the sequence are never read.
+// Reads K and V of tokens first .. last - 1, which lie in the tile, into k_t and v; other tokens are never read. k_t's
+// other columns get something, v's other rows stay as they were: neither may be used.
 template <class Rows>
 void load_tile(const Rows& rows, const AttentionShape& shape, int tile, int first, int last, const Scratch& s) {
+  using Kv = typename Rows::Codec;
   const Widths w(shape);
-  for (int group = tile; group < last; group += LANES) {
-    float* k = s.k_rows + (shape.v_is_k ? to_size(group - tile) * w.k_pad : 0);  // [LANES, k_pad]
-    float* v = s.v + to_size(group - tile) * s.v_stride;
-    const int begin = std::clamp(first, group, group + LANES), end = std::min(last, group + LANES);
-    const auto clear = [&](int from, int to) {
-      std::fill_n(k + to_size(from - group) * w.k_pad, to_size(to - from) * w.k_pad, 0.0f);
-      std::fill_n(v + to_size(from - group) * s.v_stride, to_size(to - from) * s.v_stride, 0.0f);
-    };
-    clear(group, begin);
-    clear(end, group + LANES);
+  for (int group = tile + (first - tile) / 8 * 8; group < last; group += 8) {
+    const int begin = std::max(first, group), end = std::min(last, group + 8);
+    const std::byte *k_row[8], *v_row[8];
     for (int token = begin, n; token < end; token += n) {
       n = std::min(Rows::run(token), end - token);
-      const std::byte *k_row = rows.k(token), *v_row = shape.v_is_k ? nullptr : rows.v(token);
-      for (int i = 0; i < n; i++) {
-        const size_t at = to_size(token - group + i);
-        Rows::Codec::load(k_row + to_size(i) * rows.k_stride(), shape.k_dim, k + at * w.k_pad);
-        if (v_row) Rows::Codec::load(v_row + to_size(i) * rows.v_stride(), shape.v_dim, v + at * s.v_stride);
-      }
+      k_row[token - group] = rows.k(token), v_row[token - group] = shape.v_is_k ? nullptr : rows.v(token);
+      for (int i = token - group + 1; i < token - group + n; i++)
+        k_row[i] = k_row[i - 1] + rows.k_stride(), v_row[i] = v_row[i - 1] + rows.v_stride();
     }
-    for (size_t d = 0; d < w.k_pad; d += to_size(LANES)) {
-      F32 square[LANES];
-      for (size_t i = 0; i < to_size(LANES); i++) square[i] = simd::load(k + i * w.k_pad + d);
+    for (int i = 0; i < begin - group; i++) k_row[i] = k_row[begin - group];
+    for (int i = end - group; i < 8; i++) k_row[i] = k_row[end - group - 1];
+    float* v = s.v + to_size(group - tile) * w.v_pad;
+    for (int d = 0; d < shape.k_dim; d += 8) {
+      simd::F8 square[8];
+      for (int i = 0; i < 8; i++) square[i] = Kv::eight(k_row[i], shape.k_dim, d);
+      if (shape.v_is_k && d < shape.v_dim)
+        for (int i = 0; i < 8; i++) simd::store_eight(v + to_size(i) * w.v_pad + d, square[i]);
       simd::transpose(square);
-      for (size_t i = 0; i < to_size(LANES); i++)
-        simd::store(s.k_t + (d + i) * to_size(TILE) + (group - tile), square[i]);
+      for (int i = 0; i < 8; i++) simd::store_eight(s.k_t + to_size(d + i) * to_size(TILE) + (group - tile), square[i]);
     }
+    if (shape.v_is_k) continue;
+    for (int i = begin - group; i < end - group; i++) load_row<Kv>(v_row[i], shape.v_dim, v + to_size(i) * w.v_pad);
   }
 }
 
@@ -362,11 +363,12 @@ void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& sh
   const int end = std::min(range.last, (split + 1) * SPLIT);
   for (int tile = std::max(split * SPLIT, range.first / TILE * TILE); tile < end; tile += TILE) {
     const int last = std::min(end, tile + TILE), registers = (last - tile + LANES - 1) / LANES;
-    load_tile(rows, shape, tile, std::max(range.first, tile), last, s);
+    const int first = std::max(range.first, tile);
+    load_tile(rows, shape, tile, first, last, s);
     small_product(s.q, to_size(shape.k_dim), n_rows, s.k_t, TILE, registers, shape.k_dim, nullptr, s.scores, TILE);
     softmax_tile(batch, shape, item, tile, registers, s, out);
-    small_product(s.scores, TILE, n_rows, s.v, s.v_stride, static_cast<int>(w.v_pad) / LANES, last - tile, s.rescale,
-                  out.acc, w.v_pad);
+    small_product(s.scores + (first - tile), TILE, n_rows, s.v + to_size(first - tile) * w.v_pad, w.v_pad,
+                  static_cast<int>(w.v_pad) / LANES, last - first, s.rescale, out.acc, w.v_pad);
   }
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }
@@ -588,7 +590,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   const int first = first_seen(shape, position);
   float largest = NONE, sum = 0;
   for (int t = first; t <= position; t++) {
-    Rows::Codec::load(rows.k(t), shape.k_dim, row);
+    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, row);
     float s = dot(q, row, shape.k_dim) * shape.scale;
     if (shape.softcap > 0) s = shape.softcap * std::tanh(s / shape.softcap);
     scores[t] = s;
@@ -597,7 +599,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   for (int t = first; t <= position; t++) sum += scores[t] = std::exp(scores[t] - largest);
   std::fill_n(out, shape.v_dim, 0.0f);
   for (int t = first; t <= position; t++) {
-    Rows::Codec::load(shape.v_is_k ? rows.k(t) : rows.v(t), shape.v_is_k ? shape.k_dim : shape.v_dim, row);
+    load_row<typename Rows::Codec>(shape.v_is_k ? rows.k(t) : rows.v(t), shape.v_is_k ? shape.k_dim : shape.v_dim, row);
     for (int i = 0; i < shape.v_dim; i++) out[i] += scores[t] / sum * row[i];
   }
 }

@@ -10,6 +10,7 @@
 // query_start.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,14 +37,26 @@ struct Batch {
   const int* copy_to = nullptr;     // [n_copies] block
 };
 
-// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store and load. Infinities
-// and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number.
+// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and `eight`:
+// elements i .. i + 7 as floats, i a multiple of 8, zeros past the end. Infinities and NaN come back as infinities or
+// NaN (q8: as NaN, with their group), never as a plausible number.
+
+// row + i, or where fewer than eight elements are left, those and zeros in `padded`.
+template <class T>
+const T* eight_or_padded(const T* row, int dim, int i, T (&padded)[8]) {
+  if (i + 8 <= dim) return row + i;
+  std::fill_n(padded, 8, T(0));
+  return std::copy(row + i, row + dim, padded) - (dim - i);
+}
 
 struct KvF32 {  // float32
   static constexpr const char* name = "f32";
   static size_t row_bytes(int dim) { return 4 * static_cast<size_t>(dim); }
   static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
-  static void load(const std::byte* row, int dim, float* x) { std::memcpy(x, row, row_bytes(dim)); }
+  static simd::F8 eight(const std::byte* row, int dim, int i) {
+    float padded[8];
+    return simd::eight_f32(eight_or_padded(reinterpret_cast<const float*>(row), dim, i, padded));
+  }
 };
 
 struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity
@@ -55,11 +68,9 @@ struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element,
     for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
     for (; i < dim; i++) to[i] = float_to_f16(x[i]);
   }
-  static void load(const std::byte* row, int dim, float* x) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
-    int i = 0;
-    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store(x + i, simd::load_f16(from + i));
-    for (; i < dim; i++) x[i] = f16_to_float(from[i]);
+  static simd::F8 eight(const std::byte* row, int dim, int i) {
+    uint16_t padded[8];
+    return simd::eight_f16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
   }
 };
 
@@ -70,11 +81,9 @@ struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
   }
-  static void load(const std::byte* row, int dim, float* x) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row);
-    int i = 0;
-    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store(x + i, simd::load_bf16(from + i));
-    for (; i < dim; i++) x[i] = bf16_to_float(from[i]);
+  static simd::F8 eight(const std::byte* row, int dim, int i) {
+    uint16_t padded[8];
+    return simd::eight_bf16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
   }
 };
 
@@ -87,19 +96,24 @@ struct KvQ8 {
   static int groups(int dim) { return (dim + GROUP_SIZE - 1) / GROUP_SIZE; }
   static size_t row_bytes(int dim) { return static_cast<size_t>(2 * groups(dim) + dim + dim % 2); }
   static void store(const float* x, int dim, std::byte* row);
-  static void load(const std::byte* row, int dim, float* x) {
+  static simd::F8 eight(const std::byte* row, int dim, int i) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
     const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
-    for (int start = 0; start < dim; start += GROUP_SIZE) {
-      const float scale = f16_to_float(scales[start / GROUP_SIZE]);
-      const int end = start + GROUP_SIZE < dim ? start + GROUP_SIZE : dim;
-      int i = start;
-      for (; i + simd::LANES <= end; i += simd::LANES)
-        simd::store(x + i, simd::mul(simd::load_i8(q + i), simd::set(scale)));
-      for (; i < end; i++) x[i] = static_cast<float>(q[i]) * scale;
-    }
+    int8_t padded[8];
+    return simd::eight_i8(eight_or_padded(q, dim, i, padded), f16_to_float(scales[i / GROUP_SIZE]));
   }
 };
+
+// The whole row, x [dim].
+template <class Kv>
+void load_row(const std::byte* row, int dim, float* x) {
+  int i = 0;
+  for (; i + 8 <= dim; i += 8) simd::store_eight(x + i, Kv::eight(row, dim, i));
+  if (i == dim) return;
+  float last[8];
+  simd::store_eight(last, Kv::eight(row, dim, i));
+  std::copy_n(last, dim - i, x + i);
+}
 
 struct CacheShape {
   int n_layers, n_kv_heads;

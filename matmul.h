@@ -1,8 +1,8 @@
 // matmul.h: linear layers, y = x W^T + b, for every weight type.
 //
-// W [n, k] is packed when it is loaded so that one vector register holds the same k of LANES *output* rows, k running in
-// order: no horizontal sums, and 1 row of activations or 512 take the same reduction order, so decode, prefill and any
-// batch agree bit for bit. The number of rows is only a register-blocking parameter. float weights multiply float32
+// W [n, k] is packed when it is loaded so that one vector register holds the same k of LANES *output* rows, k running
+// in order: no horizontal sums, and 1 row of activations or 512 take the same reduction order, so decode, prefill and
+// any batch agree bit for bit. The number of rows is only a register-blocking parameter. float weights multiply float32
 // (bf16 weights, with AVX512-BF16: bfloat16) activations and accumulate in float32; q8 and q4 multiply int8
 // activations (groups of 32 with a float32 scale), accumulate a group in int32 and the groups in float32, in order.
 #pragma once
@@ -39,8 +39,8 @@ struct Matrix {
 size_t packed_bytes(DType type, int n, int k);
 // Row blocks of a matrix with n rows: the unit in which a matrix is packed and in which threads share a product.
 int row_blocks(int n);
-// Packs row block `block` of source into packed (the start of the whole matrix, 64-byte aligned). Blocks are independent.
-// transposed: source is [k, n] (float types only); the packed matrix is its transpose [n, k].
+// Packs row block `block` of source into packed (the start of the whole matrix, 64-byte aligned). Blocks are
+// independent. transposed: source is [k, n] (float types only); the packed matrix is its transpose [n, k].
 void pack(const TensorView& source, bool transposed, int block, std::byte* packed);
 // Row `row` of the matrix as float32, out [k] (the embedding of a token, where the classifier shares its matrix).
 void unpack_row(const Matrix& matrix, int row, float* out);
@@ -48,12 +48,12 @@ void unpack_row(const Matrix& matrix, int row, float* out);
 // One product. Row r of y is row (gather ? gather[r] : r) of x times W^T, plus bias, added to y where `add`.
 struct Product {
   const Matrix* weight = nullptr;
-  const float* bias = nullptr;   // [n] or null
-  const float* x = nullptr;      // [x_rows, k], row stride x_stride
+  const float* bias = nullptr;  // [n] or null
+  const float* x = nullptr;     // [x_rows, k], row stride x_stride
   int x_rows = 0, x_stride = 0;
-  const int* gather = nullptr;   // [rows] or null: rows == x_rows
+  const int* gather = nullptr;  // [rows] or null: rows == x_rows
   int rows = 0;
-  float* y = nullptr;            // [rows, n], row stride y_stride
+  float* y = nullptr;  // [rows, n], row stride y_stride
   int y_stride = 0;
   bool add = false;
 };
@@ -69,8 +69,8 @@ class MatmulWorkspace {
 size_t matmul_workspace_bytes(int rows, int k);
 
 // Runs the products, which must not depend on each other. Products with the same x, x_rows, x_stride and k that follow
-// each other share one conversion of x. Called by every thread of the team (an OpenMP parallel region, or none) with the
-// same arguments; ends with a barrier. y must not overlap any x.
+// each other share one conversion of x. Called by every thread of the team (an OpenMP parallel region, or none) with
+// the same arguments; ends with a barrier. y must not overlap any x.
 void matmul(const Product* products, int n_products, MatmulWorkspace& workspace);
 
 // Which inner loops this build has: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable".
