@@ -615,7 +615,7 @@ void run(Naive, const float* q, const KVCache<Kv, Block>& cache, int layer, cons
   float* scores =
       reinterpret_cast<float*>(workspace.memory.data()) + to_size(omp_get_thread_num()) * naive_floats(shape, context);
 #pragma omp for collapse(2) schedule(dynamic, 1)
-  for (int t = 0; t < batch.n_tokens; t++) {
+  for (int t = batch.query_start[0]; t < batch.query_start[batch.n_sequences]; t++) {
     for (int h = 0; h < shape.n_heads; h++) {
       const int* end = batch.query_start + batch.n_sequences + 1;
       const int sequence = static_cast<int>(std::upper_bound(batch.query_start, end, t) - batch.query_start) - 1;

@@ -370,6 +370,18 @@ TEST(Transformer, CachesAgreeBitForBit) {
   EXPECT_EQ(contiguous, (run<Transformer<Gqa, Flash, KvQ8, 16>, 16>(c.model, c.sequences, schedule)));
 }
 
+// One batch holds a prompt in the expanded form and, after it, a decode token in the absorbed one.
+TEST(Transformer, MlaFormsShareABatch) {
+  const Case& c = the_case<Mla>();
+  const Schedule schedule = {{{1, 8}}, {{0, 20}, {1, 1}}, {{0, 1}}};
+  const Run runs[] = {run<Transformer<Mla, Naive, KvF32, 16>, 16>, run<Transformer<Mla, Flash, KvF32, 16>, 16>};
+  for (const Run run_case : runs) {
+    const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic);
+    EXPECT_LT(error(logits[0], c.reference[0]), tolerance<KvF32>());
+    EXPECT_LT(error(logits[1], c.reference[1]), tolerance<KvF32>());
+  }
+}
+
 TEST(Transformer, RefusesAnotherVariant) {
   const Case& c = the_case<Gqa>();
   const Limits limits{8, 1, 1, 8, 1, MlaForm::automatic};
