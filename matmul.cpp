@@ -5,10 +5,33 @@
 //   f32, f16   [k][BLOCK]
 //   bf16       [k / 2, rounded up][BLOCK][2]        one 32-bit lane holds 2 k
 //   q8         [k / 32] of { [8][BLOCK][4 k] as q + 128, scale [BLOCK] }
-//   q4         [k / 32] of { [4][BLOCK][4 k in the low halves, those 16 later in the high ones], scale [BLOCK], min
-//   [BLOCK] }
+//   q4         [k / 32] of { [4][BLOCK][4 k in the low halves, those 16 later in the high ones], scale, min [BLOCK] }
 //
 // so that a block is one stream of bytes, read in the order in which it lies, in whole cache lines (AVX-512).
+//
+// The ladder. 2 Zen 4 cores (AVX-512 VNNI and BF16; vpdpbusd peaks at 920 GOP/s, vdpbf16ps at 464, float32 fma at 233),
+// 2 threads; GB/s of weights at 1 row, GOP/s at 512 rows, of q8 unless said. Each rung was measured beside the one
+// before it: the machine's bandwidth alone wanders between 26 and 55 GB/s.
+//
+// 1. Blocks as above, tiles of 6 rows x 2 vectors (12 int32 and 12 float32 registers), `omp for` over blocks, inputs
+//    converted first, then a barrier. 4096 x 4096: 31 GB/s of 31, 640 GOP/s. (A group's 8 vpdpbusd want the same ports
+//    as the multiply and the fma of its scales: the limit is 8 / 10 of the peak, 737.) But 1536 x 576: 29 GB/s of 43,
+//    and at 4096 x 4096 float32 150 GOP/s, bfloat16 285.
+// 2. Converted rows start an odd number of cache lines apart: 12 rows of 4096 floats want the same 8 ways of L1.
+//    float32 150 -> 206 GOP/s, bfloat16 285 -> 417.
+// 3. A token's input is converted by every thread for itself: a barrier takes 0.57 us, in which 18 KB could be read.
+//    Within the noise of a whole token.
+// 4. With few rows one tile runs through all blocks of its thread: its setup, a hundred instructions a block, had
+// filled
+//    the window in which loads overlap. 1536 x 576: 29 -> 43 GB/s, one thread 18 -> 24.
+// 5. A tile asks for its lines of y when it starts. 1536 x 576, one thread: 241-284 -> 270-310 GOP/s (335 where y is
+//    always in the cache).
+// 6. Without VNNI: q4 sums the 8 steps of a group in 16 bits before it widens them. One core: 71 -> 114 GOP/s. And on
+//    AVX2 bfloat16 takes 5 rows instead of 6, one register less than there are: 43 -> 76.
+//
+// What failed: software prefetch of the weights, 2 to 16 KB ahead: 46 -> 33-40 GB/s at 1 row (the hardware sees a
+// single stream, and the instructions cost). Prefetching the next block while the tiles run over this one: no change.
+// Tiles over strips of several blocks: as good as rung 5, and more code.
 #include "matmul.h"
 
 #include <omp.h>
@@ -132,11 +155,11 @@ struct Inputs {
 
 // Register tiles: R rows x VECTORS accumulators, for int8 twice (int32 and float32), beside weights and one activation.
 #if defined(SIMD_AVX512)
-constexpr int FLOAT_ROWS = 12, INT8_ROWS = 6;
+constexpr int FLOAT_ROWS = 12, BF16_ROWS = 12, INT8_ROWS = 6;
 #elif defined(SIMD_AVX2)
-constexpr int FLOAT_ROWS = 6, INT8_ROWS = 2;
+constexpr int FLOAT_ROWS = 6, BF16_ROWS = 5, INT8_ROWS = 2;
 #else
-constexpr int FLOAT_ROWS = 2, INT8_ROWS = 2;
+constexpr int FLOAT_ROWS = 2, BF16_ROWS = 2, INT8_ROWS = 2;
 #endif
 
 template <int R>
@@ -181,7 +204,7 @@ struct F16Kernel {
 #if defined(SIMD_BF16_DOT)
 struct BF16Kernel {
   using Input = uint16_t;
-  static constexpr int ROWS = FLOAT_ROWS;
+  static constexpr int ROWS = BF16_ROWS;
   template <int R>
   static void multiply(const std::byte* block, int k, const uint16_t* const (&x)[R], Accumulators<R>& acc) {
     for (int i = 0; i < k; i += 2, block += BLOCK * 4) {  // [k / 2][BLOCK][2]
@@ -197,7 +220,7 @@ struct BF16Kernel {
 #else
 struct BF16Kernel {
   using Input = float;
-  static constexpr int ROWS = FLOAT_ROWS;
+  static constexpr int ROWS = BF16_ROWS;
   template <int R>
   static void multiply(const std::byte* block, int k, const float* const (&x)[R], Accumulators<R>& acc) {
     for (int i = 0; i < k; i += 2, block += BLOCK * 4) {  // [k / 2][BLOCK][2]
@@ -213,12 +236,12 @@ struct BF16Kernel {
 #endif
 
 // sum += 4 k of weights * activations.
-template <int R>
+template <auto DOT4, int R>
 void dot4(const I32 (&w)[VECTORS], const Int8Group* const (&x)[R], int g, int chunk, I32 (&sum)[R][VECTORS]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
     const I32 input = simd::set_bytes(x[r][g].q + 4 * chunk);
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = simd::dot4(sum[r][v], w[v], input);
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = DOT4(sum[r][v], w[v], input);
   }
 }
 
@@ -245,7 +268,7 @@ struct Q8Kernel {
 #pragma GCC unroll 8
       for (int chunk = 0; chunk < 8; chunk++, block += BLOCK * 4) {
         const I32 w[VECTORS] = {simd::load_i32(block), simd::load_i32(block + LANES * 4)};
-        dot4(w, x, g, chunk, sum);
+        dot4<simd::dot4>(w, x, g, chunk, sum);
       }
       scale_add(sum, reinterpret_cast<const uint16_t*>(block), x, g, acc);
       block += BLOCK * 2;
@@ -266,10 +289,12 @@ struct Q4Kernel {
       for (int chunk = 0; chunk < 4; chunk++, block += BLOCK * 4) {
         const I32 bytes[VECTORS] = {simd::load_i32(block), simd::load_i32(block + LANES * 4)};
         const I32 low[VECTORS] = {simd::low_halves(bytes[0]), simd::low_halves(bytes[1])};
-        dot4(low, x, g, chunk, sum);
+        dot4<simd::dot4_halves>(low, x, g, chunk, sum);
         const I32 high[VECTORS] = {simd::high_halves(bytes[0]), simd::high_halves(bytes[1])};
-        dot4(high, x, g, chunk + 4, sum);
+        dot4<simd::dot4_halves>(high, x, g, chunk + 4, sum);
       }
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = simd::total_halves(sum[r][v]);
       const uint16_t* scale = reinterpret_cast<const uint16_t*>(block);
       scale_add(sum, scale, x, g, acc);
       const F32 min[VECTORS] = {simd::load_f16(scale + BLOCK), simd::load_f16(scale + BLOCK + LANES)};

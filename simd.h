@@ -153,12 +153,16 @@ inline F32 dot2_bf16(F32 sum, I32 a, I32 b) {  // sum + a dot product of 2 bfloa
 #endif
 #if defined(__AVX512VNNI__)
 inline I32 dot4(I32 sum, I32 u, I32 s) { return _mm512_dpbusd_epi32(sum, u, s); }
+inline I32 dot4_halves(I32 sum, I32 u, I32 s) { return dot4(sum, u, s); }
+inline I32 total_halves(I32 sum) { return sum; }
 #else
 inline I32 dot4(I32 sum, I32 u, I32 s) {
   const I32 u_even = _mm512_and_si512(u, _mm512_set1_epi16(255)), u_odd = _mm512_srli_epi16(u, 8);
   const I32 s_even = _mm512_srai_epi16(_mm512_slli_epi16(s, 8), 8), s_odd = _mm512_srai_epi16(s, 8);
   return add(sum, add(_mm512_madd_epi16(u_even, s_even), _mm512_madd_epi16(u_odd, s_odd)));
 }
+inline I32 dot4_halves(I32 sum, I32 u, I32 s) { return _mm512_add_epi16(sum, _mm512_maddubs_epi16(u, s)); }
+inline I32 total_halves(I32 sum) { return _mm512_madd_epi16(sum, _mm512_set1_epi16(1)); }
 #endif
 
 #elif defined(SIMD_AVX2)
@@ -235,12 +239,16 @@ inline F32 high_bf16(I32 pairs) {
 }
 #if defined(__AVXVNNI__)
 inline I32 dot4(I32 sum, I32 u, I32 s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+inline I32 dot4_halves(I32 sum, I32 u, I32 s) { return dot4(sum, u, s); }
+inline I32 total_halves(I32 sum) { return sum; }
 #else
 inline I32 dot4(I32 sum, I32 u, I32 s) {
   const I32 u_even = _mm256_and_si256(u, _mm256_set1_epi16(255)), u_odd = _mm256_srli_epi16(u, 8);
   const I32 s_even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), s_odd = _mm256_srai_epi16(s, 8);
   return add(sum, add(_mm256_madd_epi16(u_even, s_even), _mm256_madd_epi16(u_odd, s_odd)));
 }
+inline I32 dot4_halves(I32 sum, I32 u, I32 s) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s)); }
+inline I32 total_halves(I32 sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 #endif
 
 #else
@@ -379,6 +387,8 @@ inline I32 dot4(I32 sum, I32 u, I32 s) {
       sum.lane[i] += ((u.lane[i] >> shift) & 255) * static_cast<int8_t>(s.lane[i] >> shift & 255);
   return sum;
 }
+inline I32 dot4_halves(I32 sum, I32 u, I32 s) { return dot4(sum, u, s); }
+inline I32 total_halves(I32 sum) { return sum; }
 
 #endif
 // clang-format on
@@ -387,6 +397,8 @@ inline I32 dot4(I32 sum, I32 u, I32 s) {
 //
 // dot4: sum + in each lane the dot product of 4 unsigned bytes (u) and 4 signed bytes (s). Exact at every level: where
 // there is no vpdpbusd the bytes are widened first, because vpmaddubsw's 16 bits saturate at 2 * 255 * 127.
+// dot4_halves: the same for up to 8 calls with u <= 15, which sum to at most 8 * 2 * 15 * 128 and so fit vpmaddubsw's
+// 16 bits (half the instructions); the sum starts from zero and total_halves makes it an int32.
 
 // The same 4 bytes in every lane.
 inline I32 set_bytes(const void* p) {
@@ -395,8 +407,7 @@ inline I32 set_bytes(const void* p) {
   return set_i32(x);
 }
 
-// --- F8: eight floats, whatever LANES
-// ---------------------------------------------------------------------------------------
+// --- F8: eight floats, whatever LANES --------------------------------------------------------------------------------
 //
 // Rows are transposed in squares of eight: on Zen 4, 16 x 16 in 512-bit registers takes half as long again.
 

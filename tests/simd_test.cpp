@@ -142,6 +142,16 @@ TEST(Simd, DotProductsOfBytesAreExactAtTheExtremes) {
   }
 }
 
+TEST(Simd, EightDotProductsOfHalfBytesFit) {
+  for (int8_t extreme : {int8_t(-128), int8_t(127)}) {
+    const uint8_t u[4] = {15, 15, 15, 15};
+    const int8_t s[4] = {extreme, extreme, extreme, extreme};
+    I32 sum = simd::set_i32(0);
+    for (int i = 0; i < 8; i++) sum = simd::dot4_halves(sum, simd::set_bytes(u), simd::set_bytes(s));
+    for (int i = 0; i < LANES; i++) EXPECT_EQ(lane(simd::total_halves(sum), i), 8 * 4 * 15 * extreme);
+  }
+}
+
 TEST(Simd, IntegersRoundAndSaturate) {
   const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   const struct {
@@ -189,18 +199,29 @@ TEST(Simd, SumsInAFixedTree) {
   EXPECT_EQ(simd::largest(simd::load(x)), *std::max_element(x, x + LANES));
 }
 
+// Eight rows of eight, from every type.
 TEST(Simd, TransposesSquares) {
-  simd::F8 x[8];
-  float lanes[8];
-  for (int j = 0; j < 8; j++) {
-    for (int i = 0; i < 8; i++) lanes[i] = float(100 * j + i);
-    x[j] = simd::eight_f32(lanes);
+  const auto check = [](const char* what, auto load) {
+    simd::F8 x[8];
+    for (int j = 0; j < 8; j++) x[j] = load(j);
+    simd::transpose(x);
+    for (int j = 0; j < 8; j++) {
+      float lanes[8];
+      simd::store_eight(lanes, x[j]);
+      for (int i = 0; i < 8; i++) EXPECT_EQ(lanes[i], float(8 * i + j)) << what;  // all are exact in each type
+    }
+  };
+  float f32[64];
+  uint16_t f16[64], bf16[64];
+  int8_t i8[64];
+  for (int i = 0; i < 64; i++) {
+    f32[i] = float(i), i8[i] = int8_t(2 * i);
+    f16[i] = float_to_f16(float(i)), bf16[i] = float_to_bf16(float(i));
   }
-  simd::transpose(x);
-  for (int j = 0; j < 8; j++) {
-    simd::store_eight(lanes, x[j]);
-    for (int i = 0; i < 8; i++) EXPECT_EQ(lanes[i], float(100 * i + j));
-  }
+  check("f32", [&](int j) { return simd::eight_f32(f32 + 8 * j); });
+  check("f16", [&](int j) { return simd::eight_f16(f16 + 8 * j); });
+  check("bf16", [&](int j) { return simd::eight_bf16(bf16 + 8 * j); });
+  check("i8", [&](int j) { return simd::eight_i8(i8 + 8 * j, 0.5f); });
 }
 
 // Without a fused multiply-add (portable) each step of the polynomial rounds twice.
