@@ -162,6 +162,8 @@ KERNEL_TESTS := $(filter simd_test matmul_test layers_test kvcache_test attentio
 cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := x86-64 $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake)
 
+# Threads that wait sleep: spinning, with other programs on the cores, made attention_test 15 times slower.
+test gtest: export OMP_WAIT_POLICY := passive
 test_levels_0 := $(LEVELS)
 test: .venv/installed
 	@$(MAKE) gtest
