@@ -306,9 +306,9 @@ const Case& the_case() {
   return c;
 }
 
-using Run = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm);
+using RunCase = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm);
 
-void check(const Case& c, Run run_case, double tolerated) {
+void check(const Case& c, RunCase run_case, double tolerated) {
   for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
     const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form);
     EXPECT_LT(error(whole[0], c.reference[0]), tolerated);
@@ -374,8 +374,8 @@ TEST(Transformer, CachesAgreeBitForBit) {
 TEST(Transformer, MlaFormsShareABatch) {
   const Case& c = the_case<Mla>();
   const Schedule schedule = {{{1, 8}}, {{0, 20}, {1, 1}}, {{0, 1}}};
-  const Run runs[] = {run<Transformer<Mla, Naive, KvF32, 16>, 16>, run<Transformer<Mla, Flash, KvF32, 16>, 16>};
-  for (const Run run_case : runs) {
+  const RunCase runs[] = {run<Transformer<Mla, Naive, KvF32, 16>, 16>, run<Transformer<Mla, Flash, KvF32, 16>, 16>};
+  for (const RunCase run_case : runs) {
     const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic);
     EXPECT_LT(error(logits[0], c.reference[0]), tolerance<KvF32>());
     EXPECT_LT(error(logits[1], c.reference[1]), tolerance<KvF32>());
