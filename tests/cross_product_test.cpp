@@ -80,7 +80,7 @@ Machine make(const Model& model, const Limits& limits) {
   const size_t rows = static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_blocks) *
                       static_cast<size_t>(shape.n_kv_heads) * static_cast<size_t>(cache.block_size());
   std::memset(cache.k_memory(), 0xff, rows * Kv::row_bytes(shape.k_dim));
-  std::memset(cache.v_memory(), 0xff, rows * Kv::row_bytes(shape.v_dim));
+  if (shape.v_dim > 0) std::memset(cache.v_memory(), 0xff, rows * Kv::row_bytes(shape.v_dim));
   return {cache.block_size(), [transformer](const Batch& b) { return transformer->forward(b); }};
 }
 
