@@ -32,7 +32,7 @@ constexpr int round_up(int n, int to) {
 // ---------------------------------------------------------------------------------------------------
 
 // The rows of one layer and KV head of one sequence. `run` is how many tokens from `token` on lie one after the other,
-// so that a block's address is computed once a block.
+// so that a block's address is computed once a block; `end` how far there are rows of a context of n tokens.
 template <class Kv, int Block>
 struct CacheRows {
   using Codec = Kv;
@@ -41,6 +41,7 @@ struct CacheRows {
   const int* blocks;  // the sequence's row of block_table
 
   static int run(int token) { return Block ? Block - slot(token) : INT_MAX - token; }
+  static int end(int n) { return n; }
   const std::byte* k(int token) const { return cache.k_row(layer, block(token), kv_head, slot(token)); }
   const std::byte* v(int token) const { return cache.v_row(layer, block(token), kv_head, slot(token)); }
   size_t k_stride() const { return Kv::row_bytes(cache.shape().k_dim); }
@@ -59,6 +60,7 @@ struct PlainHead {
   int kv_head;
 
   static int run(int token) { return INT_MAX - token; }
+  int end(int n) const { return std::min(n, rows.first + rows.n); }
   const std::byte* k(int token) const { return at(rows.k, k_stride(), shape.k_dim, token); }
   const std::byte* v(int token) const { return at(rows.v, v_stride(), shape.v_dim, token); }
   size_t k_stride() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.k_dim); }
@@ -207,11 +209,34 @@ struct Layout {
 
 constexpr int MAX_ROWS = 6, MAX_REGISTERS = LANES == 16 ? 4 : 2;  // what the register file holds, with a column of b
 
-// c = rescale * c + a b, or a b where rescale is null: a [M, k], b [k, N registers], c [M, N registers]. An element is
-// one chain of fma in order of k: how many rows and columns are computed at a time does not show in the result.
-template <int M, int N>
-void product_block(const float* a, size_t a_stride, const float* b, size_t b_stride, int k, const float* rescale,
-                   float* c, size_t c_stride) {
+// Into the second cache: there are too few places for lines on their way to the first. Worth it a few at a time between
+// other work; many at once stall.
+inline void prefetch(const std::byte* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// Where a product's second factor comes from: row p's j-th register.
+struct TileColumns {  // float32
+  const float* b;
+  size_t stride;
+  F32 operator()(size_t p, int j) const { return simd::load(b + p * stride + j * LANES); }
+};
+template <class Kv>
+struct RowColumns {                           // the cache's rows, as they are
+  const std::byte *const *row, *const *next;  // next: prefetched
+  int dim;
+  F32 operator()(size_t p, int j) const {
+    prefetch(next[p] + Kv::row_bytes(j * LANES));
+    return Kv::lanes(row[p], dim, j * LANES);
+  }
+};
+
+// c = rescale * c + a b, or a b where rescale is null: a [M, k], b [k, N registers from register `first`], c [M, N
+// registers]. An element is one chain of fma in order of k: how many rows and columns are computed at a time does not
+// show.
+template <class Columns, int M, int N>
+void product_block(const float* a, size_t a_stride, const Columns& b, int first, int k, const float* rescale, float* c,
+                   size_t c_stride) {
   F32 sum[M][N];
 #pragma GCC unroll 8
   for (size_t i = 0; i < M; i++) {
@@ -223,7 +248,7 @@ void product_block(const float* a, size_t a_stride, const float* b, size_t b_str
   for (size_t p = 0; p < to_size(k); p++) {
     F32 column[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) column[j] = simd::in_register(simd::load(b + p * b_stride + j * LANES));
+    for (int j = 0; j < N; j++) column[j] = simd::in_register(b(p, first + j));
 #pragma GCC unroll 8
     for (size_t i = 0; i < M; i++) {
       const F32 x = simd::set(a[i * a_stride + p]);
@@ -237,26 +262,24 @@ void product_block(const float* a, size_t a_stride, const float* b, size_t b_str
     for (int j = 0; j < N; j++) simd::store(c + i * c_stride + j * LANES, sum[i][j]);
 }
 
-using ProductBlock = decltype(&product_block<1, 1>);
-
-template <int... I>
+template <class Columns, int... I>
 constexpr auto product_blocks(std::integer_sequence<int, I...>) {
-  return std::array<ProductBlock, sizeof...(I)>{product_block<I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
+  return std::array{&product_block<Columns, I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
 }
 
 // The same for any number of rows and registers.
-void small_product(const float* a, size_t a_stride, int rows, const float* b, size_t b_stride, int registers, int k,
+template <class Columns>
+void small_product(const float* a, size_t a_stride, int rows, const Columns& b, int registers, int k,
                    const float* rescale, float* c, size_t c_stride) {
-  static constexpr auto BLOCKS = product_blocks(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
+  static constexpr auto BLOCKS = product_blocks<Columns>(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
   const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int j = 0; j < registers; j += MAX_REGISTERS) {
     const int n = std::min(MAX_REGISTERS, registers - j);
     for (int block = 0; block < blocks; block++) {  // of nearly equal heights
       const int first = rows * block / blocks, m = rows * (block + 1) / blocks - first;
       const size_t i = to_size(first);
-      BLOCKS[to_size((m - 1) * MAX_REGISTERS + n - 1)](a + i * a_stride, a_stride, b + j * LANES, b_stride, k,
-                                                       rescale ? rescale + i : nullptr, c + i * c_stride + j * LANES,
-                                                       c_stride);
+      BLOCKS[to_size((m - 1) * MAX_REGISTERS + n - 1)](
+          a + i * a_stride, a_stride, b, j, k, rescale ? rescale + i : nullptr, c + i * c_stride + j * LANES, c_stride);
     }
   }
 }
@@ -264,34 +287,51 @@ void small_product(const float* a, size_t a_stride, int rows, const float* b, si
 // --- flash: one split
 // -------------------------------------------------------------------------------------------------
 
-// Reads K and V of tokens first .. last - 1, which lie in the tile, into k_t and v; other tokens are never read. k_t's
-// other columns get something, v's other rows stay as they were: neither may be used.
+// Where a tile's tokens lie. Only tokens first .. last - 1 may be read: the entries around them repeat the nearest of
+// them.
+struct TileRows {
+  const std::byte *k[TILE], *v[TILE];
+};
+
 template <class Rows>
-void load_tile(const Rows& rows, const AttentionShape& shape, int tile, int first, int last, const Scratch& s) {
-  using Kv = typename Rows::Codec;
-  const Widths w(shape);
-  for (int group = tile + (first - tile) / 8 * 8; group < last; group += 8) {
-    const int begin = std::max(first, group), end = std::min(last, group + 8);
-    const std::byte *k_row[8], *v_row[8];
-    for (int token = begin, n; token < end; token += n) {
-      n = std::min(Rows::run(token), end - token);
-      k_row[token - group] = rows.k(token), v_row[token - group] = shape.v_is_k ? nullptr : rows.v(token);
-      for (int i = token - group + 1; i < token - group + n; i++)
-        k_row[i] = k_row[i - 1] + rows.k_stride(), v_row[i] = v_row[i - 1] + rows.v_stride();
+TileRows find_rows(const Rows& rows, const AttentionShape& shape, int tile, int first, int last) {
+  TileRows found;
+  for (int token = first, n; token < last; token += n) {
+    n = std::min(Rows::run(token), last - token);
+    const std::byte *k = rows.k(token), *v = shape.v_is_k ? k : rows.v(token);
+    const size_t k_stride = rows.k_stride(), v_stride = shape.v_is_k ? k_stride : rows.v_stride();
+    for (int i = token - tile; i < token - tile + n; i++, k += k_stride, v += v_stride) found.k[i] = k, found.v[i] = v;
+  }
+  for (int i = 0; i < TILE; i++) {
+    const int nearest = std::clamp(i, first - tile, last - tile - 1);
+    found.k[i] = found.k[nearest], found.v[i] = found.v[nearest];
+  }
+  return found;
+}
+
+// Elements d .. d + 7 of eight rows, transposed, to k_t [8, TILE].
+template <class Kv>
+inline void transpose_eight(const std::byte* const* row, int dim, int d, float* k_t) {
+  simd::F8 square[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) square[i] = Kv::eight(row[i], dim, d);
+  simd::transpose(square);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) simd::store_eight(k_t + i * TILE, square[i]);
+}
+
+// K of columns first .. last - 1 of the tile, transposed. Columns around them get something that may not be used.
+template <class Kv>
+void transpose_keys(const TileRows& rows, const TileRows& next, int k_dim, int first, int last, float* k_t) {
+  constexpr int LINE = 8 * 64 / static_cast<int>(Kv::row_bytes(8));  // elements of a cache line, about
+  for (int group = first / 8 * 8; group < last; group += 8) {
+    for (int d = 0; d + 8 <= k_dim; d += 8) {
+      transpose_eight<Kv>(rows.k + group, k_dim, d, k_t + d * TILE + group);
+      if (d % LINE == 0)
+        for (int i = 0; i < 8; i++) prefetch(next.k[group + i] + Kv::row_bytes(d));
     }
-    for (int i = 0; i < begin - group; i++) k_row[i] = k_row[begin - group];
-    for (int i = end - group; i < 8; i++) k_row[i] = k_row[end - group - 1];
-    float* v = s.v + to_size(group - tile) * w.v_pad;
-    for (int d = 0; d < shape.k_dim; d += 8) {
-      simd::F8 square[8];
-      for (int i = 0; i < 8; i++) square[i] = Kv::eight(k_row[i], shape.k_dim, d);
-      if (shape.v_is_k && d < shape.v_dim)
-        for (int i = 0; i < 8; i++) simd::store_eight(v + to_size(i) * w.v_pad + d, square[i]);
-      simd::transpose(square);
-      for (int i = 0; i < 8; i++) simd::store_eight(s.k_t + to_size(d + i) * to_size(TILE) + (group - tile), square[i]);
-    }
-    if (shape.v_is_k) continue;
-    for (int i = begin - group; i < end - group; i++) load_row<Kv>(v_row[i], shape.v_dim, v + to_size(i) * w.v_pad);
+    const int d = k_dim / 8 * 8;
+    if (d < k_dim) transpose_eight<Kv>(rows.k + group, k_dim, d, k_t + d * TILE + group);
   }
 }
 
@@ -350,25 +390,50 @@ void load_queries(const float* q, const AttentionShape& shape, const Item& item,
   }
 }
 
+// acc = rescale * acc + weights V. V goes straight from the cache into the product where each element is needed once.
+template <class Kv>
+void add_values(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int n_rows, int first,
+                int last, const Scratch& s, const Partial& out) {
+  const Widths w(shape);
+  const int dim = shape.v_is_k ? shape.k_dim : shape.v_dim, registers = static_cast<int>(w.v_pad) / LANES;
+  const float* weights = s.scores + first;
+  if (n_rows <= MAX_ROWS && shape.v_dim % LANES == 0) {
+    const RowColumns<Kv> v{rows.v + first, next.v + first, dim};
+    small_product(weights, TILE, n_rows, v, registers, last - first, s.rescale, out.acc, w.v_pad);
+    return;
+  }
+  for (int i = first; i < last; i++) {
+    for (size_t line = 0; line < Kv::row_bytes(shape.v_dim); line += 64) prefetch(next.v[i] + line);
+    load_row<Kv>(rows.v[i], dim, shape.v_dim, s.v + to_size(i - first) * w.v_pad);
+  }
+  small_product(weights, TILE, n_rows, TileColumns{s.v, w.v_pad}, registers, last - first, s.rescale, out.acc, w.v_pad);
+}
+
 // The item's rows over split `split`, from nothing.
 template <class Rows>
 void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& shape, const Item& item, int split,
                   const Scratch& s, const Partial& out) {
+  using Kv = typename Rows::Codec;
   const Widths w(shape);
   const int n_rows = item.n_tokens * group_size(shape);
   const Range range = range_of(batch, shape, item);
   std::fill_n(out.max, n_rows, NONE);
   std::fill_n(s.sums, n_rows * LANES, 0.0f);
   std::fill_n(out.acc, to_size(n_rows) * w.v_pad, 0.0f);
+  const auto tile_rows = [&](int tile) {
+    return find_rows(rows, shape, tile, std::max(range.first, tile), std::min(rows.end(range.last), tile + TILE));
+  };
   const int end = std::min(range.last, (split + 1) * SPLIT);
-  for (int tile = std::max(split * SPLIT, range.first / TILE * TILE); tile < end; tile += TILE) {
-    const int last = std::min(end, tile + TILE), registers = (last - tile + LANES - 1) / LANES;
-    const int first = std::max(range.first, tile);
-    load_tile(rows, shape, tile, first, last, s);
-    small_product(s.q, to_size(shape.k_dim), n_rows, s.k_t, TILE, registers, shape.k_dim, nullptr, s.scores, TILE);
+  int tile = std::max(split * SPLIT, range.first / TILE * TILE);
+  for (TileRows now = tile_rows(tile), next; tile < end; tile += TILE, now = next) {
+    const int first = std::max(range.first - tile, 0), last = std::min(end - tile, TILE);
+    const int registers = (last + LANES - 1) / LANES;
+    next = tile + TILE < rows.end(range.last) ? tile_rows(tile + TILE) : now;
+    transpose_keys<Kv>(now, next, shape.k_dim, first, last, s.k_t);
+    small_product(s.q, to_size(shape.k_dim), n_rows, TileColumns{s.k_t, TILE}, registers, shape.k_dim, nullptr,
+                  s.scores, TILE);
     softmax_tile(batch, shape, item, tile, registers, s, out);
-    small_product(s.scores + (first - tile), TILE, n_rows, s.v + to_size(first - tile) * w.v_pad, w.v_pad,
-                  static_cast<int>(w.v_pad) / LANES, last - first, s.rescale, out.acc, w.v_pad);
+    add_values<Kv>(now, next, shape, n_rows, first, last, s, out);
   }
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }
@@ -483,7 +548,8 @@ void attend_items(const float* q, const KVCache<Kv, Block>& cache, int layer, co
   }
 }
 
-// Every item's splits in rounds: first each split on its own, then each row's merge.
+// Every item's splits in rounds: first each split on its own (guided: neighbours go to the same thread, which
+// prefetches from one to the next), then each row's merge.
 template <class Kv, int Block>
 void attend_splits(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Layout& layout, const Plan& plan) {
@@ -491,7 +557,7 @@ void attend_splits(const float* q, const KVCache<Kv, Block>& cache, int layer, c
   const Widths w(shape);
   const int at_once = plan.splits_at_once, rows = rows_per_item(shape);
   for (int round = 0; round < plan.rounds; round++) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided)
     for (int index = 0; index < plan.items * at_once; index++) {
       const Item item = item_of_batch(batch, shape, index / at_once);
       const Range range = range_of(batch, shape, item);
@@ -590,7 +656,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   const int first = first_seen(shape, position);
   float largest = NONE, sum = 0;
   for (int t = first; t <= position; t++) {
-    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, row);
+    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, shape.k_dim, row);
     float s = dot(q, row, shape.k_dim) * shape.scale;
     if (shape.softcap > 0) s = shape.softcap * std::tanh(s / shape.softcap);
     scores[t] = s;
@@ -599,7 +665,8 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   for (int t = first; t <= position; t++) sum += scores[t] = std::exp(scores[t] - largest);
   std::fill_n(out, shape.v_dim, 0.0f);
   for (int t = first; t <= position; t++) {
-    load_row<typename Rows::Codec>(shape.v_is_k ? rows.k(t) : rows.v(t), shape.v_is_k ? shape.k_dim : shape.v_dim, row);
+    const std::byte* v = shape.v_is_k ? rows.k(t) : rows.v(t);
+    load_row<typename Rows::Codec>(v, shape.v_is_k ? shape.k_dim : shape.v_dim, shape.v_dim, row);
     for (int i = 0; i < shape.v_dim; i++) out[i] += scores[t] / sum * row[i];
   }
 }

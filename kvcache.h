@@ -37,9 +37,10 @@ struct Batch {
   const int* copy_to = nullptr;     // [n_copies] block
 };
 
-// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and `eight`:
-// elements i .. i + 7 as floats, i a multiple of 8, zeros past the end. Infinities and NaN come back as infinities or
-// NaN (q8: as NaN, with their group), never as a plausible number.
+// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and two ways to
+// read: `lanes` is elements i .. i + LANES - 1 as floats, all within the row, i a multiple of LANES; `eight` elements i
+// .. i + 7, i a multiple of 8, zeros past the end. Infinities and NaN come back as infinities or NaN (q8: as NaN, with
+// their group), never as a plausible number.
 
 // row + i, or where fewer than eight elements are left, those and zeros in `padded`.
 template <class T>
@@ -51,8 +52,11 @@ const T* eight_or_padded(const T* row, int dim, int i, T (&padded)[8]) {
 
 struct KvF32 {  // float32
   static constexpr const char* name = "f32";
-  static size_t row_bytes(int dim) { return 4 * static_cast<size_t>(dim); }
+  static constexpr size_t row_bytes(int dim) { return 4 * static_cast<size_t>(dim); }
   static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
+  static simd::F32 lanes(const std::byte* row, int, int i) {
+    return simd::load(reinterpret_cast<const float*>(row) + i);
+  }
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     float padded[8];
     return simd::eight_f32(eight_or_padded(reinterpret_cast<const float*>(row), dim, i, padded));
@@ -61,12 +65,15 @@ struct KvF32 {  // float32
 
 struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity
   static constexpr const char* name = "f16";
-  static size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static constexpr size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
   static void store(const float* x, int dim, std::byte* row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     int i = 0;
     for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
     for (; i < dim; i++) to[i] = float_to_f16(x[i]);
+  }
+  static simd::F32 lanes(const std::byte* row, int, int i) {
+    return simd::load_f16(reinterpret_cast<const uint16_t*>(row) + i);
   }
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     uint16_t padded[8];
@@ -76,10 +83,13 @@ struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element,
 
 struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
   static constexpr const char* name = "bf16";
-  static size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static constexpr size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
   static void store(const float* x, int dim, std::byte* row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
+  }
+  static simd::F32 lanes(const std::byte* row, int, int i) {
+    return simd::load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
   }
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     uint16_t padded[8];
@@ -93,9 +103,14 @@ struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
 struct KvQ8 {
   static constexpr const char* name = "q8";
   static constexpr int GROUP_SIZE = 32;
-  static int groups(int dim) { return (dim + GROUP_SIZE - 1) / GROUP_SIZE; }
-  static size_t row_bytes(int dim) { return static_cast<size_t>(2 * groups(dim) + dim + dim % 2); }
+  static constexpr int groups(int dim) { return (dim + GROUP_SIZE - 1) / GROUP_SIZE; }
+  static constexpr size_t row_bytes(int dim) { return static_cast<size_t>(2 * groups(dim) + dim + dim % 2); }
   static void store(const float* x, int dim, std::byte* row);
+  static simd::F32 lanes(const std::byte* row, int dim, int i) {
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
+    const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
+    return simd::mul(simd::load_i8(q + i), simd::set(f16_to_float(scales[i / GROUP_SIZE])));
+  }
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
     const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
@@ -104,15 +119,15 @@ struct KvQ8 {
   }
 };
 
-// The whole row, x [dim].
+// The first n elements of a row of dim.
 template <class Kv>
-void load_row(const std::byte* row, int dim, float* x) {
+void load_row(const std::byte* row, int dim, int n, float* x) {
   int i = 0;
-  for (; i + 8 <= dim; i += 8) simd::store_eight(x + i, Kv::eight(row, dim, i));
-  if (i == dim) return;
+  for (; i + 8 <= n; i += 8) simd::store_eight(x + i, Kv::eight(row, dim, i));
+  if (i == n) return;
   float last[8];
   simd::store_eight(last, Kv::eight(row, dim, i));
-  std::copy_n(last, dim - i, x + i);
+  std::copy_n(last, n - i, x + i);
 }
 
 struct CacheShape {
