@@ -46,8 +46,8 @@ DEFINES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL
 
 # ---- One folder for each combination; the stages that no choice changes are compiled once, for all of them.
 
-CHOSEN_STAGES := kvcache attention transformer engine
-COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard *.cpp)))
+CHOSEN_STAGES := kvcache attention transformer
+COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard *.cpp cli/*.cpp)))
 
 sanitize_suffix_1 := -sanitize
 LEVEL := $(ARCH)$(sanitize_suffix_$(SANITIZE))
@@ -60,13 +60,13 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 # g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
 # -O1 where the compiler's time goes into templates for JSON and flags and no loop runs per token: 8 of 61 s saved.
 OPTIMIZE := -O3
-$(addprefix $(COMMON)/,model.o requests.o options.o): private OPTIMIZE := -O1
+$(addprefix $(COMMON)/,model.o cli/requests.o cli/options.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
 LDLIBS := -lpcre2-8 -lutf8proc -lnettle
 sanitize_flags_1 := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-COMPILE = $(CXX) $(CXXFLAGS) -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
+COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
 
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += --no-print-directory -j$(shell nproc)
@@ -100,7 +100,7 @@ $(COMMON)/flags: FORCE | packages
 	@mkdir -p $(@D)
 	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@
 
--include $(wildcard build/*/*.d build/test/*/*.d)
+-include $(wildcard build/*/*.d build/*/*/*.d)
 
 # ---- What is missing on this machine. One that has it all stays untouched and offline.
 
@@ -183,19 +183,19 @@ $(TEST)/%: $(TEST)/%.o $(TEST_OBJECTS)
 $(TEST)/%.o: %.cpp $(COMMON)/flags
 	$(call compile,-DBUILD_EVERY_COMBINATION)
 $(TEST)/%.o: tests/%.cpp $(COMMON)/flags
-	$(call compile,-DBUILD_EVERY_COMBINATION -I.)
+	$(call compile,-DBUILD_EVERY_COMBINATION)
 $(TEST)/%.o: bench/%.cpp $(COMMON)/flags
-	$(call compile,-DBUILD_EVERY_COMBINATION -I.)
+	$(call compile,-DBUILD_EVERY_COMBINATION)
 
 lint: .venv/installed
-	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp tests/*.h tests/*.cpp bench/*.cpp)
+	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp cli/*.h cli/*.cpp tests/*.h tests/*.cpp bench/*.cpp)
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
 FUZZ_SOURCES := tests/fuzz_loader.cpp device.cpp model.cpp matmul.cpp
 build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h) | packages
 	@mkdir -p $(@D)
-	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -I. -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -o $@ $(FUZZ_SOURCES)
 fuzz: build/fuzz/fuzz_loader
 	@mkdir -p build/fuzz/corpus

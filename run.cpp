@@ -9,7 +9,7 @@
 #include <limits>
 #include <optional>
 
-#include "session.h"
+#include "cli/session.h"
 #include "transformer.h"
 #include "variants.h"
 

@@ -1,5 +1,5 @@
 // report.cpp: what a run tells of itself.
-#include "report.h"
+#include "cli/report.h"
 
 #include <algorithm>
 #include <bit>

@@ -1,5 +1,5 @@
 // session.cpp: what every mode of run works with.
-#include "session.h"
+#include "cli/session.h"
 
 #include <signal.h>
 #include <sys/stat.h>

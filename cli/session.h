@@ -6,9 +6,9 @@
 #include <string_view>
 #include <vector>
 
+#include "cli/options.h"
+#include "cli/report.h"
 #include "engine.h"
-#include "options.h"
-#include "report.h"
 #include "tokenizer.h"
 
 struct Session {
@@ -35,7 +35,7 @@ struct WantedContext {
 };
 WantedContext wanted_context(const Session& session);
 
-// The modes: talk.cpp, requests.cpp, measure.cpp.
+// The modes: cli/talk.cpp, cli/requests.cpp, cli/measure.cpp.
 void continue_text(Session& session);
 void chat(Session& session);
 void answer_requests(Session& session);

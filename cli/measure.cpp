@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
-#include "session.h"
+#include "cli/session.h"
 #include "simd.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <optional>
 
-#include "session.h"
+#include "cli/session.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
-#include "session.h"
+#include "cli/session.h"
 
 namespace {
 

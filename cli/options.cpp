@@ -5,7 +5,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("O0")
 #endif
-#include "options.h"
+#include "cli/options.h"
 
 #include <sched.h>
 
