@@ -267,19 +267,21 @@ constexpr auto product_blocks(std::integer_sequence<int, I...>) {
   return std::array{&product_block<Columns, I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
 }
 
-// The same for any number of rows and registers.
-template <class Columns>
-void small_product(const float* a, size_t a_stride, int rows, const Columns& b, int registers, int k,
+// The same for any number of rows. A block of rows that ends with row r needs registers(r) of columns, k(r) of the sum.
+template <class Columns, class Registers, class Depth>
+void small_product(const float* a, size_t a_stride, int rows, const Columns& b, Registers registers, Depth k,
                    const float* rescale, float* c, size_t c_stride) {
   static constexpr auto BLOCKS = product_blocks<Columns>(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
   const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  for (int j = 0; j < registers; j += MAX_REGISTERS) {
-    const int n = std::min(MAX_REGISTERS, registers - j);
+  for (int j = 0; j < registers(rows - 1); j += MAX_REGISTERS) {
     for (int block = 0; block < blocks; block++) {  // of nearly equal heights
-      const int first = rows * block / blocks, m = rows * (block + 1) / blocks - first;
+      const int first = rows * block / blocks, end = rows * (block + 1) / blocks;
+      const int n = std::min(MAX_REGISTERS, registers(end - 1) - j);
+      if (n <= 0) continue;
       const size_t i = to_size(first);
-      BLOCKS[to_size((m - 1) * MAX_REGISTERS + n - 1)](
-          a + i * a_stride, a_stride, b, j, k, rescale ? rescale + i : nullptr, c + i * c_stride + j * LANES, c_stride);
+      BLOCKS[to_size((end - first - 1) * MAX_REGISTERS + n - 1)](a + i * a_stride, a_stride, b, j, k(end - 1),
+                                                                 rescale ? rescale + i : nullptr,
+                                                                 c + i * c_stride + j * LANES, c_stride);
     }
   }
 }
@@ -309,32 +311,6 @@ TileRows find_rows(const Rows& rows, const AttentionShape& shape, int tile, int 
   return found;
 }
 
-// Elements d .. d + 7 of eight rows, transposed, to k_t [8, TILE].
-template <class Kv>
-inline void transpose_eight(const std::byte* const* row, int dim, int d, float* k_t) {
-  simd::F8 square[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) square[i] = Kv::eight(row[i], dim, d);
-  simd::transpose(square);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) simd::store_eight(k_t + i * TILE, square[i]);
-}
-
-// K of columns first .. last - 1 of the tile, transposed. Columns around them get something that may not be used.
-template <class Kv>
-void transpose_keys(const TileRows& rows, const TileRows& next, int k_dim, int first, int last, float* k_t) {
-  constexpr int LINE = 8 * 64 / static_cast<int>(Kv::row_bytes(8));  // elements of a cache line, about
-  for (int group = first / 8 * 8; group < last; group += 8) {
-    for (int d = 0; d + 8 <= k_dim; d += 8) {
-      transpose_eight<Kv>(rows.k + group, k_dim, d, k_t + d * TILE + group);
-      if (d % LINE == 0)
-        for (int i = 0; i < 8; i++) prefetch(next.k[group + i] + Kv::row_bytes(d));
-    }
-    const int d = k_dim / 8 * 8;
-    if (d < k_dim) transpose_eight<Kv>(rows.k + group, k_dim, d, k_t + d * TILE + group);
-  }
-}
-
 // s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
 void cap_scores(float* s, int n, float cap) {
   const F32 factor = simd::set(2 / cap), most = simd::set(80);
@@ -343,24 +319,33 @@ void cap_scores(float* s, int n, float cap) {
   for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
 }
 
-// Scores of `registers` registers of tokens from `tile` on become e^(score - maximum), 0 for the tokens that the row
-// does not see; maxima and sums move on; rescale is the factor of what was summed before. A row that sees nothing of
-// the tile keeps its state: its factor is 1.
-void softmax_tile(const Batch& batch, const AttentionShape& shape, const Item& item, int tile, int registers,
-                  const Scratch& s, const Partial& out) {
-  const int group = group_size(shape), n_rows = item.n_tokens * group, n = registers * LANES;
-  const auto seen = [&](int row) {  // columns from .. to - 1
-    const int position = batch.positions[item.first_token + row / group];
-    return std::pair(std::clamp(first_seen(shape, position) - tile, 0, n), std::clamp(position + 1 - tile, 0, n));
-  };
+// The columns of a tile that a row of the item sees: from .. to - 1.
+struct Seen {
+  const Batch& batch;
+  const AttentionShape& shape;
+  const Item& item;
+  int tile;
+  int n_rows() const { return item.n_tokens * group_size(shape); }
+  int position(int row) const { return batch.positions[item.first_token + row / group_size(shape)]; }
+  int from(int row) const { return std::clamp(first_seen(shape, position(row)) - tile, 0, to(row)); }
+  int to(int row) const { return std::clamp(position(row) + 1 - tile, 0, TILE); }
+  int registers(int row) const { return (to(row) + LANES - 1) / LANES; }
+};
+
+// The rows' scores become e^(score - maximum), 0 in the columns that the row does not see; maxima and sums move on;
+// rescale is the factor of what was summed before. A row that sees nothing of the tile keeps its state: its factor
+// is 1.
+void softmax_tile(const Seen& seen, const Scratch& s, const Partial& out) {
+  const float cap = seen.shape.softcap;
+  const int n_rows = seen.n_rows();
   for (int row = 0; row < n_rows; row++) {
     float* score = s.scores + row * TILE;
-    if (shape.softcap > 0) cap_scores(score, n, shape.softcap);
-    const auto [from, to] = seen(row);
-    std::fill(score, score + from, NONE);
-    std::fill(score + std::max(from, to), score + n, NONE);
-    F32 m = simd::load(score);
-    for (int i = LANES; i < n; i += LANES) m = simd::max(m, simd::load(score + i));
+    const int n = seen.registers(row) * LANES;
+    if (cap > 0) cap_scores(score, n, cap);
+    std::fill(score, score + seen.from(row), NONE);
+    std::fill(score + seen.to(row), score + n, NONE);
+    F32 m = simd::set(NONE);
+    for (int i = 0; i < n; i += LANES) m = simd::max(m, simd::load(score + i));
     s.rescale[row] = out.max[row];
     out.max[row] = std::max(out.max[row], simd::largest(m));
   }
@@ -368,11 +353,11 @@ void softmax_tile(const Batch& batch, const AttentionShape& shape, const Item& i
     simd::store(s.rescale + row, simd::exp(simd::sub(simd::load(s.rescale + row), simd::load(out.max + row))));
   for (int row = 0; row < n_rows; row++) {
     float *score = s.scores + row * TILE, *sums = s.sums + row * LANES;
+    const int n = seen.registers(row) * LANES;
     const F32 m = simd::set(out.max[row]);
     for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::sub(simd::load(score + i), m)));
-    const auto [from, to] = seen(row);
-    std::fill(score, score + from, 0.0f);
-    std::fill(score + std::max(from, to), score + n, 0.0f);
+    std::fill(score, score + seen.from(row), 0.0f);
+    std::fill(score + seen.to(row), score + TILE, 0.0f);
     F32 sum = simd::mul(simd::load(sums), simd::set(s.rescale[row]));
     for (int i = 0; i < n; i += LANES) sum = simd::add(sum, simd::load(score + i));
     simd::store(sums, sum);
@@ -390,23 +375,107 @@ void load_queries(const float* q, const AttentionShape& shape, const Item& item,
   }
 }
 
+// Elements d .. d + 7 of the tile's tokens from `column` on, a register each; the next tile's are asked for.
+template <class Kv>
+inline void key_columns(const TileRows& rows, const TileRows& next, int column, int k_dim, int d, F32 (&out)[8]) {
+  constexpr int LINE = 8 * 64 / static_cast<int>(Kv::row_bytes(8));  // elements of a cache line, about
+  Kv::columns(rows.k + column, k_dim, d, out);
+  if (d % LINE == 0)
+    for (int i = column; i < column + LANES; i++) prefetch(next.k[i] + Kv::row_bytes(d));
+}
+
+// sum [M rows, N registers of tokens] += elements d .. d + n - 1 of q times those of K, in their order.
+template <class Kv, int M, int N>
+inline void add_elements(const TileRows& rows, const TileRows& next, const float* q, int k_dim, int column, int d,
+                         int n, F32 (&sum)[M][N]) {
+  F32 k[N][8];
+#pragma GCC unroll 8
+  for (int j = 0; j < N; j++) key_columns<Kv>(rows, next, column + j * LANES, k_dim, d, k[j]);
+#pragma GCC unroll 8
+  for (int p = 0; p < n; p++)
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      const F32 x = simd::set(q[i * k_dim + d + p]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, k[j][p], sum[i][j]);
+    }
+}
+
+// Few rows: K is used as it comes, N registers of tokens at a time. The arithmetic is product_block's.
+template <class Kv, int M, int N>
+void score_block(const TileRows& rows, const TileRows& next, int k_dim, int column, const Scratch& s) {
+  F32 sum[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) sum[i][j] = simd::zero();
+  int d = 0;
+  for (; d + 8 <= k_dim; d += 8) add_elements<Kv>(rows, next, s.q, k_dim, column, d, 8, sum);
+  if (d < k_dim) add_elements<Kv>(rows, next, s.q, k_dim, column, d, k_dim - d, sum);
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) simd::store(s.scores + i * TILE + column + j * LANES, sum[i][j]);
+}
+
+template <class Kv, int M = MAX_ROWS>
+void score_few(const TileRows& rows, const TileRows& next, int k_dim, int n_rows, int first, int last,
+               const Scratch& s) {
+  if constexpr (M > 1)
+    if (n_rows < M) return score_few<Kv, M - 1>(rows, next, k_dim, n_rows, first, last, s);
+  constexpr int N = MAX_REGISTERS / 2;  // beside the columns of K
+  int column = first / LANES * LANES;
+  for (; column + (N - 1) * LANES < last; column += N * LANES) score_block<Kv, M, N>(rows, next, k_dim, column, s);
+  for (; column < last; column += LANES) score_block<Kv, M, 1>(rows, next, k_dim, column, s);
+}
+
+// Many rows: K is transposed first, and then used by all of them.
+template <class Kv>
+void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
+  const int k_dim = seen.shape.k_dim;
+  for (int column = first / LANES * LANES; column < last; column += LANES) {
+    for (int d = 0; d < k_dim; d += 8) {
+      F32 k[8];
+      key_columns<Kv>(rows, next, column, k_dim, d, k);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) simd::store(s.k_t + (d + i) * TILE + column, k[i]);
+    }
+  }
+  const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
+  small_product(
+      s.q, to_size(k_dim), seen.n_rows(), TileColumns{s.k_t, TILE}, registers, [&](int) { return k_dim; }, nullptr,
+      s.scores, TILE);
+}
+
+// Scores of the tile's columns first .. last - 1. Those around them get something that may not be used.
+template <class Kv>
+void score_keys(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
+  if (seen.n_rows() <= MAX_ROWS)
+    score_few<Kv>(rows, next, seen.shape.k_dim, seen.n_rows(), first, last, s);
+  else
+    score_many<Kv>(rows, next, seen, first, last, s);
+}
+
 // acc = rescale * acc + weights V. V goes straight from the cache into the product where each element is needed once.
 template <class Kv>
-void add_values(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int n_rows, int first,
-                int last, const Scratch& s, const Partial& out) {
+void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const float* rescale,
+                const Scratch& s, const Partial& out) {
+  const AttentionShape& shape = seen.shape;
   const Widths w(shape);
-  const int dim = shape.v_is_k ? shape.k_dim : shape.v_dim, registers = static_cast<int>(w.v_pad) / LANES;
+  const int n_rows = seen.n_rows(), dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
+  const auto registers = [&](int) { return static_cast<int>(w.v_pad) / LANES; };
+  const auto depth = [&](int row) { return std::max(0, seen.to(row) - first); };
   const float* weights = s.scores + first;
   if (n_rows <= MAX_ROWS && shape.v_dim % LANES == 0) {
     const RowColumns<Kv> v{rows.v + first, next.v + first, dim};
-    small_product(weights, TILE, n_rows, v, registers, last - first, s.rescale, out.acc, w.v_pad);
+    small_product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, w.v_pad);
     return;
   }
   for (int i = first; i < last; i++) {
     for (size_t line = 0; line < Kv::row_bytes(shape.v_dim); line += 64) prefetch(next.v[i] + line);
     load_row<Kv>(rows.v[i], dim, shape.v_dim, s.v + to_size(i - first) * w.v_pad);
   }
-  small_product(weights, TILE, n_rows, TileColumns{s.v, w.v_pad}, registers, last - first, s.rescale, out.acc, w.v_pad);
+  small_product(weights, TILE, n_rows, TileColumns{s.v, w.v_pad}, registers, depth, rescale, out.acc, w.v_pad);
 }
 
 // The item's rows over split `split`, from nothing.
@@ -414,26 +483,25 @@ template <class Rows>
 void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& shape, const Item& item, int split,
                   const Scratch& s, const Partial& out) {
   using Kv = typename Rows::Codec;
-  const Widths w(shape);
   const int n_rows = item.n_tokens * group_size(shape);
   const Range range = range_of(batch, shape, item);
+  const int end = std::min(range.last, (split + 1) * SPLIT), rows_end = rows.end(range.last);
+  const auto tile_rows = [&](int tile) {
+    return find_rows(rows, shape, tile, std::max(range.first, tile), std::min(rows_end, tile + TILE));
+  };
   std::fill_n(out.max, n_rows, NONE);
   std::fill_n(s.sums, n_rows * LANES, 0.0f);
-  std::fill_n(out.acc, to_size(n_rows) * w.v_pad, 0.0f);
-  const auto tile_rows = [&](int tile) {
-    return find_rows(rows, shape, tile, std::max(range.first, tile), std::min(rows.end(range.last), tile + TILE));
-  };
-  const int end = std::min(range.last, (split + 1) * SPLIT);
   int tile = std::max(split * SPLIT, range.first / TILE * TILE);
-  for (TileRows now = tile_rows(tile), next; tile < end; tile += TILE, now = next) {
+  TileRows found[2] = {tile_rows(tile), {}};
+  for (bool odd = false, begun = false; tile < end; tile += TILE, odd = !odd, begun = true) {
     const int first = std::max(range.first - tile, 0), last = std::min(end - tile, TILE);
-    const int registers = (last + LANES - 1) / LANES;
-    next = tile + TILE < rows.end(range.last) ? tile_rows(tile + TILE) : now;
-    transpose_keys<Kv>(now, next, shape.k_dim, first, last, s.k_t);
-    small_product(s.q, to_size(shape.k_dim), n_rows, TileColumns{s.k_t, TILE}, registers, shape.k_dim, nullptr,
-                  s.scores, TILE);
-    softmax_tile(batch, shape, item, tile, registers, s, out);
-    add_values<Kv>(now, next, shape, n_rows, first, last, s, out);
+    const Seen seen{batch, shape, item, tile};
+    const bool more = tile + TILE < rows_end;
+    if (more) found[!odd] = tile_rows(tile + TILE);
+    const TileRows &now = found[odd], &next = found[more ? !odd : odd];
+    score_keys<Kv>(now, next, seen, first, last, s);
+    softmax_tile(seen, s, out);
+    add_values<Kv>(now, next, seen, first, last, begun ? s.rescale : nullptr, s, out);
   }
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }

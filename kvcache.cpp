@@ -86,13 +86,17 @@ void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first,
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::copy_blocks(const Batch& batch) {
-  const size_t k_bytes = row_index(0, 1, 0, 0) * k_row_bytes_, v_bytes = row_index(0, 1, 0, 0) * v_row_bytes_;
-#pragma omp for collapse(2) schedule(static)
+  const size_t k_bytes = static_cast<size_t>(block_size()) * k_row_bytes_;
+  const size_t v_bytes = static_cast<size_t>(block_size()) * v_row_bytes_;
+#pragma omp for collapse(3) schedule(static)
   for (int layer = 0; layer < shape_.n_layers; layer++) {
-    for (int i = 0; i < batch.n_copies; i++) {
-      const size_t from = row_index(layer, batch.copy_from[i], 0, 0), to = row_index(layer, batch.copy_to[i], 0, 0);
-      std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, k_bytes);
-      if (v_bytes > 0) std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, v_bytes);
+    for (int head = 0; head < shape_.n_kv_heads; head++) {
+      for (int i = 0; i < batch.n_copies; i++) {
+        const size_t from = row_index(layer, batch.copy_from[i], head, 0);
+        const size_t to = row_index(layer, batch.copy_to[i], head, 0);
+        std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, k_bytes);
+        if (v_bytes > 0) std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, v_bytes);
+      }
     }
   }
 }

@@ -37,10 +37,11 @@ struct Batch {
   const int* copy_to = nullptr;     // [n_copies] block
 };
 
-// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and two ways to
-// read: `lanes` is elements i .. i + LANES - 1 as floats, all within the row, i a multiple of LANES; `eight` elements i
-// .. i + 7, i a multiple of 8, zeros past the end. Infinities and NaN come back as infinities or NaN (q8: as NaN, with
-// their group), never as a plausible number.
+// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and three ways to
+// read as floats: `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `eight` elements i
+// .. i + 7, i a multiple of 8, zeros past the end; `columns` those eight of LANES rows, transposed: out[j] is element
+// i + j of each. Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible
+// number.
 
 // row + i, or where fewer than eight elements are left, those and zeros in `padded`.
 template <class T>
@@ -49,6 +50,18 @@ const T* eight_or_padded(const T* row, int dim, int i, T (&padded)[8]) {
   std::fill_n(padded, 8, T(0));
   return std::copy(row + i, row + dim, padded) - (dim - i);
 }
+
+// The same of LANES rows, whose elements begin at byte `at`.
+template <class T>
+struct PaddedRows {
+  T padded[simd::LANES][8];
+  const std::byte* row[simd::LANES];
+  PaddedRows(const std::byte* const* rows, size_t at, int dim, int i) {
+    for (int j = 0; j < simd::LANES; j++)
+      row[j] = reinterpret_cast<const std::byte*>(
+          eight_or_padded(reinterpret_cast<const T*>(rows[j] + at), dim, i, padded[j]));
+  }
+};
 
 struct KvF32 {  // float32
   static constexpr const char* name = "f32";
@@ -60,6 +73,10 @@ struct KvF32 {  // float32
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     float padded[8];
     return simd::eight_f32(eight_or_padded(reinterpret_cast<const float*>(row), dim, i, padded));
+  }
+  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
+    if (i + 8 <= dim) return simd::columns_f32(rows, row_bytes(i), out);
+    simd::columns_f32(PaddedRows<float>(rows, 0, dim, i).row, 0, out);
   }
 };
 
@@ -79,6 +96,10 @@ struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element,
     uint16_t padded[8];
     return simd::eight_f16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
   }
+  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
+    if (i + 8 <= dim) return simd::columns_f16(rows, row_bytes(i), out);
+    simd::columns_f16(PaddedRows<uint16_t>(rows, 0, dim, i).row, 0, out);
+  }
 };
 
 struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
@@ -94,6 +115,10 @@ struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
   static simd::F8 eight(const std::byte* row, int dim, int i) {
     uint16_t padded[8];
     return simd::eight_bf16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
+  }
+  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
+    if (i + 8 <= dim) return simd::columns_bf16(rows, row_bytes(i), out);
+    simd::columns_bf16(PaddedRows<uint16_t>(rows, 0, dim, i).row, 0, out);
   }
 };
 
@@ -117,6 +142,14 @@ struct KvQ8 {
     int8_t padded[8];
     return simd::eight_i8(eight_or_padded(q, dim, i, padded), f16_to_float(scales[i / GROUP_SIZE]));
   }
+  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
+    float scale[simd::LANES];
+    for (int j = 0; j < simd::LANES; j++)
+      scale[j] = f16_to_float(reinterpret_cast<const uint16_t*>(rows[j])[i / GROUP_SIZE]);
+    const size_t at = sizeof(uint16_t) * static_cast<size_t>(groups(dim));
+    if (i + 8 <= dim) return simd::columns_i8(rows, at + static_cast<size_t>(i), simd::load(scale), out);
+    simd::columns_i8(PaddedRows<int8_t>(rows, at, dim, i).row, 0, simd::load(scale), out);
+  }
 };
 
 // The first n elements of a row of dim.
@@ -138,7 +171,8 @@ struct CacheShape {
   int block_size;  // tokens a block; a paged cache's equals its Block
 };
 
-// K: [n_layers, n_blocks, n_kv_heads, block_size] rows of k_dim; V likewise of v_dim.
+// K: [n_layers, n_kv_heads, n_blocks, block_size] rows of k_dim; V likewise of v_dim. Blocks that follow each other are
+// one stream of bytes for a head: a sequence that has the machine to itself reads its blocks as if they were one.
 template <class Kv, int Block>
 class KVCache {
  public:
@@ -174,11 +208,9 @@ class KVCache {
 
  private:
   size_t row_index(int layer, int block, int kv_head, int slot) const {
-    return ((static_cast<size_t>(layer) * static_cast<size_t>(shape_.n_blocks) + static_cast<size_t>(block)) *
-                static_cast<size_t>(shape_.n_kv_heads) +
-            static_cast<size_t>(kv_head)) *
-               static_cast<size_t>(block_size()) +
-           static_cast<size_t>(slot);
+    const auto size = [](int n) { return static_cast<size_t>(n); };
+    const size_t head = size(layer) * size(shape_.n_kv_heads) + size(kv_head);
+    return (head * size(shape_.n_blocks) + size(block)) * size(block_size()) + size(slot);
   }
 
   CacheShape shape_{};
