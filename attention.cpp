@@ -19,7 +19,8 @@ constexpr int SPLIT = ATTENTION_SPLIT;
 constexpr int TILE = 64;          // tokens whose rows are expanded to float32 at a time
 constexpr int ITEM_ROWS = 64;     // query rows (tokens x heads of a group) that share an expanded tile
 constexpr float NONE = -FLT_MAX;  // the maximum of no scores: finite, so that NONE - NONE is 0
-static_assert(SPLIT % TILE == 0 && TILE % LANES == 0);
+constexpr int STRIP = 64;         // elements of rows that are expanded at a time: 16 KB stay in the first cache
+static_assert(SPLIT % TILE == 0 && TILE % LANES == 0 && STRIP % LANES == 0);
 
 constexpr size_t to_size(int n) {
   return static_cast<size_t>(n);
@@ -151,14 +152,14 @@ struct Scratch {
   float* scores;   // [rows, TILE]
   float* rescale;  // [rows]
   float* sums;     // [rows, LANES] the denominators, a lane each LANES-th token
-  float* k_t;      // [k_pad, TILE] the tile's K, transposed: a register holds LANES tokens
-  float* v;        // [TILE, v_pad]
+  float* k_t;      // [STRIP, TILE] a strip of the tile's K, transposed: a register holds LANES tokens
+  float* v;        // [TILE, STRIP] a strip of its V
   Partial partial;
 
   static size_t floats(const AttentionShape& shape) {
     const Widths w(shape);
     return w.rows * (w.k_pad + to_size(TILE) + to_size(LANES)) + to_size(round_up(static_cast<int>(w.rows), LANES)) +
-           to_size(TILE) * (w.k_pad + w.v_pad) + w.partial();
+           to_size(2 * TILE * STRIP) + w.partial();
   }
 };
 
@@ -170,8 +171,8 @@ Scratch scratch_at(float* memory, const AttentionShape& shape) {
   s.scores = take(w.rows * to_size(TILE));
   s.sums = take(w.rows * to_size(LANES));
   s.rescale = take(to_size(round_up(static_cast<int>(w.rows), LANES)));
-  s.k_t = take(to_size(TILE) * w.k_pad);
-  s.v = take(to_size(TILE) * w.v_pad);
+  s.k_t = take(to_size(STRIP * TILE));
+  s.v = take(to_size(TILE * STRIP));
   s.partial = partial_at(take(w.partial()), w);
   return s;
 }
@@ -429,22 +430,26 @@ void score_few(const TileRows& rows, const TileRows& next, int k_dim, int n_rows
   for (; column < last; column += LANES) score_block<Kv, M, 1>(rows, next, k_dim, column, s);
 }
 
-// Many rows: K is transposed first, and then used by all of them.
+// Many rows: a strip of K is transposed first, and then used by all of them.
 template <class Kv>
 void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
   const int k_dim = seen.shape.k_dim;
-  for (int column = first / LANES * LANES; column < last; column += LANES) {
-    for (int d = 0; d < k_dim; d += 8) {
-      F32 k[8];
-      key_columns<Kv>(rows, next, column, k_dim, d, k);
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) simd::store(s.k_t + (d + i) * TILE + column, k[i]);
-    }
-  }
   const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
-  small_product(
-      s.q, to_size(k_dim), seen.n_rows(), TileColumns{s.k_t, TILE}, registers, [&](int) { return k_dim; }, nullptr,
-      s.scores, TILE);
+  std::fill_n(s.rescale, seen.n_rows(), 1.0f);  // from strip to strip the sums go on
+  for (int strip = 0; strip < k_dim; strip += STRIP) {
+    const int end = std::min(k_dim, strip + STRIP);
+    for (int column = first / LANES * LANES; column < last; column += LANES) {
+      for (int d = strip; d < end; d += 8) {
+        F32 k[8];
+        key_columns<Kv>(rows, next, column, k_dim, d, k);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) simd::store(s.k_t + (d - strip + i) * TILE + column, k[i]);
+      }
+    }
+    small_product(
+        s.q + strip, to_size(k_dim), seen.n_rows(), TileColumns{s.k_t, TILE}, registers,
+        [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr, s.scores, TILE);
+  }
 }
 
 // Scores of the tile's columns first .. last - 1. Those around them get something that may not be used.
@@ -471,11 +476,17 @@ void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, in
     small_product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, w.v_pad);
     return;
   }
-  for (int i = first; i < last; i++) {
-    for (size_t line = 0; line < Kv::row_bytes(shape.v_dim); line += 64) prefetch(next.v[i] + line);
-    load_row<Kv>(rows.v[i], dim, shape.v_dim, s.v + to_size(i - first) * w.v_pad);
+  for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
+    const int end = std::min(shape.v_dim, strip + STRIP);
+    for (int i = first; i < last; i++) {
+      for (size_t line = Kv::row_bytes(strip); line < Kv::row_bytes(end) && !shape.v_is_k; line += 64)
+        prefetch(next.v[i] + line);
+      load_row<Kv>(rows.v[i], dim, strip, end, s.v + (i - first) * STRIP);
+    }
+    small_product(
+        weights, TILE, n_rows, TileColumns{s.v, STRIP}, [&](int) { return (end - strip + LANES - 1) / LANES; }, depth,
+        rescale, out.acc + strip, w.v_pad);
   }
-  small_product(weights, TILE, n_rows, TileColumns{s.v, w.v_pad}, registers, depth, rescale, out.acc, w.v_pad);
 }
 
 // The item's rows over split `split`, from nothing.
@@ -724,7 +735,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   const int first = first_seen(shape, position);
   float largest = NONE, sum = 0;
   for (int t = first; t <= position; t++) {
-    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, shape.k_dim, row);
+    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, 0, shape.k_dim, row);
     float s = dot(q, row, shape.k_dim) * shape.scale;
     if (shape.softcap > 0) s = shape.softcap * std::tanh(s / shape.softcap);
     scores[t] = s;
@@ -734,7 +745,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   std::fill_n(out, shape.v_dim, 0.0f);
   for (int t = first; t <= position; t++) {
     const std::byte* v = shape.v_is_k ? rows.k(t) : rows.v(t);
-    load_row<typename Rows::Codec>(v, shape.v_is_k ? shape.k_dim : shape.v_dim, shape.v_dim, row);
+    load_row<typename Rows::Codec>(v, shape.v_is_k ? shape.k_dim : shape.v_dim, 0, shape.v_dim, row);
     for (int i = 0; i < shape.v_dim; i++) out[i] += scores[t] / sum * row[i];
   }
 }

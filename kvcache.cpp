@@ -79,7 +79,7 @@ void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first,
 #pragma omp for schedule(static)
   for (int i = 0; i < n; i++) {
     const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
-    load_row<Kv>(k_row(layer, block, 0, slot), shape_.k_dim, shape_.k_dim,
+    load_row<Kv>(k_row(layer, block, 0, slot), shape_.k_dim, 0, shape_.k_dim,
                  out + static_cast<size_t>(i) * static_cast<size_t>(shape_.k_dim));
   }
 }

@@ -152,15 +152,14 @@ struct KvQ8 {
   }
 };
 
-// The first n elements of a row of dim.
+// Elements first .. last - 1 of a row of dim; first is a multiple of 8.
 template <class Kv>
-void load_row(const std::byte* row, int dim, int n, float* x) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) simd::store_eight(x + i, Kv::eight(row, dim, i));
-  if (i == n) return;
-  float last[8];
-  simd::store_eight(last, Kv::eight(row, dim, i));
-  std::copy_n(last, n - i, x + i);
+void load_row(const std::byte* row, int dim, int first, int last, float* x) {
+  for (; first + 8 <= last; first += 8, x += 8) simd::store_eight(x, Kv::eight(row, dim, first));
+  if (first == last) return;
+  float rest[8];
+  simd::store_eight(rest, Kv::eight(row, dim, first));
+  std::copy_n(rest, last - first, x);
 }
 
 struct CacheShape {

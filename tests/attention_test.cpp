@@ -56,7 +56,7 @@ std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim)
   std::vector<std::byte> bytes(Kv::row_bytes(dim));
   std::vector<float> x(at(dim));
   Kv::store(rows.data() + row * dim, dim, bytes.data());
-  load_row<Kv>(bytes.data(), dim, dim, x.data());
+  load_row<Kv>(bytes.data(), dim, 0, dim, x.data());
   return {x.begin(), x.end()};
 }
 

@@ -25,7 +25,7 @@ std::vector<float> round_trip(const std::vector<float>& x) {
   std::vector<std::byte> row(Kv::row_bytes(dim));
   std::vector<float> y(x.size() + 1, -7);
   Kv::store(x.data(), dim, row.data());
-  load_row<Kv>(row.data(), dim, dim, y.data());
+  load_row<Kv>(row.data(), dim, 0, dim, y.data());
   EXPECT_EQ(y.back(), -7);
   y.pop_back();
   return y;
@@ -162,10 +162,10 @@ class CacheModel {
     for (int layer = 0; layer < LAYERS; layer++)
       for (int g = 0; g < HEADS; g++) {
         float k[K_DIM], v[K_DIM];
-        load_row<Kv>(cache.k_row(layer, block, g, slot), K_DIM, K_DIM, k);
+        load_row<Kv>(cache.k_row(layer, block, g, slot), K_DIM, 0, K_DIM, k);
         for (int i = 0; i < K_DIM; i++) ASSERT_NEAR(k[i], name_of(layer, t, g, false), 0.49);
         if (v_dim == 0) continue;
-        load_row<Kv>(cache.v_row(layer, block, g, slot), v_dim, v_dim, v);
+        load_row<Kv>(cache.v_row(layer, block, g, slot), v_dim, 0, v_dim, v);
         for (int i = 0; i < v_dim; i++) ASSERT_NEAR(v[i], name_of(layer, t, g, true), 0.49);
       }
   }
