@@ -309,6 +309,16 @@ def test_a_megabyte_without_a_space(tmp_path):
             assert b"".join(tokens[id] for id in ours.encode(text)) == text.encode()
 
 
+def test_a_megabyte_of_marks(tmp_path):
+    """Normal form C sorts those of one character: in n log n steps, each kind in its own order."""
+    trained = train(*PRE_TOKENIZERS["Qwen2"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    ours = export(tmp_path)
+    tokens = [token for _, token, _ in ours.tokens(trained.get_vocab_size())]
+    above, below = "\u0301\u0302" * (1 << 17), "\u0323\u0331" * (1 << 17)
+    assert b"".join(tokens[id] for id in ours.encode(above + below)) == (below + above).encode()
+
+
 # SentencePiece ------------------------------------------------------------------------------------------------------
 
 
