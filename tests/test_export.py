@@ -5,7 +5,10 @@ import copy
 import itertools
 import json
 import math
+import signal
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -587,6 +590,29 @@ def test_nothing_half_written(tmp_path, capsys, monkeypatch):
         assert "layers.1.down_proj.weight" in line and words in line
         assert sorted(tmp_path.iterdir()) == before and (tmp_path / "m.safetensors").read_bytes() == b"older"
     assert "No such file" in refused(capsys, source, "-o", tmp_path / "nowhere/m.safetensors")
+
+
+STOPPED_HALF_WAY = """
+import os, runpy, sys
+from exporter import writer
+
+def write(model, type, path, *rest):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), number)
+
+script, number = sys.argv.pop(1), int(sys.argv.pop())
+writer.write = write
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted(number, tmp_path):
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source")
+    argv = [ROOT / "export.py", source, "-o", tmp_path / "m.safetensors", str(int(number))]
+    done = subprocess.run([sys.executable, "-c", STOPPED_HALF_WAY, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "export.py: interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_summary(tmp_path, capsys):
