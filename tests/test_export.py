@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 import export
 from exporter import rope, writer
+from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
 from exporter.model import Model, build
@@ -461,16 +462,28 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
         ("llama_gqa", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ("llama_gqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama_gqa", {"sliding_window": 8}, "sliding_window is 8: this key is not known"),
+        ("llama_gqa", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: this key is not known"),
+        ("llama_gqa", {"multi_query": True}, "multi_query is True: this key is not known"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma3", {"layer_types": ["chunked_attention"]}, "layer_types is ['chunked_attention']"),
         ("mixtral", {"num_experts_per_tok": 99}, "num_experts_per_tok is 99"),
         ("mixtral", {"num_local_experts": 3}, "experts.3"),
-        ("mixtral", {"num_local_experts": 99}, "of 99"),
+        ("mixtral", {"num_local_experts": 99}, "not for expert 5 of the 99"),
         ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
         ("deepseek_v3", {"topk_method": "random"}, "topk_method is 'random'"),
         ("deepseek_v3", {"n_group": 5}, "n_group is 5"),
-        ("deepseek_v3", {"kv_lora_rank": 31}, "kv_b_proj.weight"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("deepseek_v3", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7: more than the 6"),
+        ("deepseek_v3", {"n_routed_experts": 8}, "the config has 8 experts"),
+        ("deepseek_v3", {"n_shared_experts": 2}, "[96, 80] (n_shared_experts, moe_intermediate_size)"),
+        ("deepseek_v3", {"kv_lora_rank": 31}, "says [264, 31] (kv_lora_rank,"),
+        ("deepseek_v3", {"q_lora_rank": 16}, "says [16] (q_lora_rank)"),
+        ("deepseek_v3", {"qk_rope_head_dim": 16}, "qk_rope_head_dim)"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
     ],
 )
@@ -479,6 +492,13 @@ def test_refused_configs(name, config, words, tmp_path, capsys):
     line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
     assert words in line and str(source) in line, line
     assert not list(tmp_path.glob("*m.*"))
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"llama2c"}))
+def test_no_architecture_drops_a_key(architecture, tmp_path, capsys):
+    name = next(name for name in checkpoints.names() if checkpoints.load(name)["config"]["model_type"] == architecture)
+    source = checkpoints.build(changed(name, attention_sinks=4), tmp_path / "source")
+    assert "attention_sinks is 4" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
