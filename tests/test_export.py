@@ -30,8 +30,6 @@ from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.weights import Tensor, Weight, quantize
 
-STORIES = ROOT.parent / "shared/models/stories260K.bin"
-
 
 @pytest.fixture(autouse=True)
 def plain_tokenizer(monkeypatch):
@@ -362,22 +360,6 @@ def test_llama2c(version, shared, tmp_path):
         assert np.allclose(value, want, rtol=1e-6, atol=0), name
 
 
-@pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")
-def test_llama2c_tells_its_story(tmp_path):
-    run(STORIES, tmp_path / "m.safetensors")
-    data, at, texts = STORIES.with_name("tok512.bin").read_bytes(), 4, []
-    while at < len(data):
-        length = struct.unpack_from("<i", data, at + 4)[0]
-        texts.append(data[at + 8 : at + 8 + length])
-        at += 8 + length
-    model = NumpyModel(tmp_path / "m.safetensors")
-    ids = [1, 403, 407, 261, 378]  # Once upon a time
-    for _ in range(24):
-        ids.append(int(model.logits(np.array(ids))[-1].argmax()))
-    text = b"".join(texts[id] for id in ids[1:]).decode()
-    assert text.startswith(" Once upon a time, there was a little girl named Lily. She loved to play outside"), text
-
-
 # ---- RoPE
 
 
@@ -566,7 +548,7 @@ def test_refused_sources(tmp_path, capsys):
     assert "no such file" in line(folder, "--tokenizer", tmp_path / "none")
     (folder / "config.json").write_text("{")
     assert "not JSON" in line(folder)
-    assert "No such file or directory" in refused(capsys, STORIES.parent / "x", "-o", out)
+    assert "No such file or directory" in refused(capsys, folder / "x", "-o", out)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
