@@ -615,6 +615,26 @@ def test_unknown_parts_are_refused_by_name(change, line, tmp_path):
         export(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("tokenizer_config.json", {"bos_token": []}),
+        ("tokenizer_config.json", {"eos_token": {}}),
+        ("tokenizer_config.json", {"chat_template": [1]}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("generation_config.json", {"eos_token_id": [-1]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 10**30, "content": "far away"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": -1, "content": "before all"}]}),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(file, values, tmp_path):
+    data = json.loads(train(*PRE_TOKENIZERS["GPT-2"]).to_str())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / file).write_text(json.dumps(data | values if file == "tokenizer.json" else values))
+    with pytest.raises(ExportError, match="fetch"):
+        export(tmp_path)
+
+
 def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ExportError, match=r"no tokenizer\.json"):
         export(tmp_path)
