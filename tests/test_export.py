@@ -442,6 +442,12 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"num_hidden_layers": 1}, "layers.1."),
         ("llama_gqa", {"attention_bias": True}, "q_proj.bias"),
         ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
+        ("llama_gqa", {"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
+        (
+            "deepseek_v3_fp8",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+            "weight_block_size",
+        ),
         ("llama_gqa", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ("llama_gqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama_gqa", {"sliding_window": 8}, "sliding_window is 8: this key is not known"),
@@ -481,6 +487,18 @@ def test_no_architecture_drops_a_key(architecture, tmp_path, capsys):
     name = next(name for name in checkpoints.names() if checkpoints.load(name)["config"]["model_type"] == architecture)
     source = checkpoints.build(changed(name, attention_sinks=4), tmp_path / "source")
     assert "attention_sinks is 4" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+
+
+def test_refused_folders(tmp_path, capsys):
+    """What config.json cannot be wrong about: the index of the files, and a header that is JSON but no sense."""
+    source = checkpoints.build(checkpoints.load("deepseek_v2"), tmp_path / "shards")
+    for files in (3, {"lm_head.weight": 1}):
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        assert "weight_map" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "huge")
+    header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}).encode()
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "model.safetensors" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
