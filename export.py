@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -81,18 +82,28 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
     return "\n".join(lines)
 
 
+def stop(number: int, frame):
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
+    code = 1
     try:
         export(arguments(argv))
     except ExportError as error:
         line = str(error)
+    except KeyboardInterrupt:
+        line, code = "interrupted: nothing was written", 130
     except OSError as error:
         line = f"{error.filename or 'the output'}: {error.strerror}: give a folder that can be written and has room"
     else:
         return 0
     print(f"export.py: {line}", file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they would leave unfinished files
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     sys.exit(main())

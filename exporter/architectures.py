@@ -22,11 +22,11 @@ class Architecture:
     windows: str = "none"  # 'none', 'all', 'upper' (from max_window_layers), 'pattern'
     mla: bool = False
     needs: str = "$"  # names of tensors, beyond those of every model, that must be there
-    experts: dict = field(default_factory=dict)  # the experts' fields of our config that do not follow from the file's
+    experts: dict = field(default_factory=dict)  # how experts are chosen, where the file has no say
 
 
 LLAMA = dict(hidden_act="silu", tie_word_embeddings=False, rope_theta=10000.0, norm_eps=1e-6)
-QWEN = LLAMA | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+QWEN = LLAMA | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 GEMMA3 = dict(
     hidden_act="gelu_pytorch_tanh",
     tie_word_embeddings=True,
@@ -36,11 +36,20 @@ GEMMA3 = dict(
     query_pre_attn_scalar=256,
     sliding_window=4096,
     sliding_window_pattern=6,
+    layer_types=None,
     head_dim=256,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
 )
 GPT2 = dict(tie_word_embeddings=True, scale_attn_weights=True, norm_eps=1e-5)
 DEEPSEEK = LLAMA | dict(
-    kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, rope_interleave=True
+    num_experts=None,
+    kv_lora_rank=512,
+    q_lora_rank=1536,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    rope_interleave=True,
 )
 MIXTRAL_MODULES = {"block_sparse_moe.gate": "router"}
 QK_NORMS = r"[qk]_norm\.weight"
@@ -50,7 +59,7 @@ GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 ARCHITECTURES = {
     "llama": Architecture(LLAMA),
     "llama2c": Architecture(LLAMA | dict(norm_eps=1e-5), interleaved=True),
-    "mistral": Architecture(LLAMA | dict(sliding_window=None), windows="all"),
+    "mistral": Architecture(LLAMA | dict(sliding_window=None, layer_types=None), windows="all"),
     "qwen2": Architecture(QWEN, windows="upper", needs=r"[qkv]_proj\.bias"),
     "qwen3": Architecture(QWEN | dict(head_dim=128), windows="upper", needs=QK_NORMS),
     "gemma3_text": Architecture(
@@ -72,38 +81,36 @@ ARCHITECTURES = {
         needs=GPT2_NEEDS,
     ),
     "mixtral": Architecture(
-        LLAMA | dict(norm_eps=1e-5, rope_theta=1e6, sliding_window=None),
+        LLAMA | dict(norm_eps=1e-5, rope_theta=1e6, sliding_window=None, layer_types=None, num_experts=None),
         windows="all",
         modules=MIXTRAL_MODULES,
         experts=dict(norm_topk_prob=True),
     ),
     "qwen3_moe": Architecture(
-        QWEN | dict(norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]), windows="all", needs=QK_NORMS
+        QWEN | dict(num_experts=None, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]),
+        windows="all",
+        needs=QK_NORMS,
     ),
     "deepseek_v2": Architecture(
         DEEPSEEK
         | dict(
             n_shared_experts=2,
-            topk_method="greedy",
             norm_topk_prob=False,
             first_k_dense_replace=0,
             routed_scaling_factor=1.0,
-            scoring_func="softmax",
         ),
         mla=True,
         interleaved=True,
         needs=r"_a_norm\.weight",
-        experts=dict(group_score="max"),
+        experts=dict(group_score="max", scoring_func="softmax", topk_methods=("greedy", "group_limited_greedy")),
     ),
     "deepseek_v3": Architecture(
         DEEPSEEK
         | dict(
             n_shared_experts=1,
-            topk_method="noaux_tc",
             norm_topk_prob=True,
             first_k_dense_replace=3,
             routed_scaling_factor=2.5,
-            scoring_func="sigmoid",
             n_group=8,
             num_nextn_predict_layers=1,
             topk_group=4,
@@ -111,7 +118,7 @@ ARCHITECTURES = {
         mla=True,
         interleaved=True,
         needs=r"_a_norm\.weight",
-        experts=dict(group_score="top2_sum"),
+        experts=dict(group_score="top2_sum", scoring_func="sigmoid", topk_methods=("noaux_tc",)),
     ),
 }
 

@@ -85,6 +85,22 @@ NO_EFFECT = {
     "scale_attention_softmax_in_fp32",
 }
 
+# Keys that mean something in the architectures that have a default for them, and are unknown elsewhere.
+OF_SOME = {
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "scale_attn_weights",
+    "multi_query",
+    "num_experts",
+    "num_nextn_predict_layers",
+}
+
 # Keys that do, of which this project has one value; null stands for "not set".
 FIXED = {
     "is_encoder_decoder": (False,),
@@ -120,7 +136,7 @@ class Keys:
         self.defaults = defaults
         for key, allowed in FIXED.items():
             if self.get(key, allowed[0]) not in allowed:
-                self.refuse(key, f"only {allowed[0]!r} is supported")
+                self.refuse(key, f"only {allowed[0]!r} is supported: export another model")
 
     def refuse(self, key: str, expected: str):
         value = self.values.get(key, self.defaults.get(key))
@@ -128,6 +144,8 @@ class Keys:
 
     def get(self, key: str, default=None):
         """The file's value, else the architecture's; `default` where that is null."""
+        if key in OF_SOME and key not in self.defaults:
+            return default
         self.read.add(key)
         value = self.values.get(key) if key in self.values else self.defaults.get(key)
         return default if value is None else value

@@ -39,8 +39,8 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict):
-            raise ExportError(f'{index}: no "weight_map": fetch it again')
+        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            raise ExportError(f'{index}: "weight_map" does not name a file for each tensor: fetch it again')
         files = sorted(set(listed.values()))
     else:
         files = sorted(file.name for file in path.glob("*.safetensors"))
@@ -76,7 +76,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                     f"{len(data) - start}: the file is truncated: fetch it again"
                 )
             tensors[name] = array_tensor(data[start + begin : start + end], dtype, type, shape)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
     return tensors
 
@@ -84,17 +84,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def dequantize_fp8(source: Source) -> None:
     """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
     settings = source.config.pop("quantization_config", None)
+    if settings is not None and not isinstance(settings, dict):
+        raise ExportError(f"{source.where}: quantization_config is {settings!r}: must be an object: fetch it again")
     if settings and (settings.get("quant_method"), settings.get("fmt", "e4m3")) != ("fp8", "e4m3"):
         raise ExportError(
             f"{source.where}: quantization_config.quant_method is {settings.get('quant_method')!r}, only fp8 "
             "(e4m3) is known: export the checkpoint that it was made from"
         )
+    block = (settings or {}).get("weight_block_size")
+    known = isinstance(block, list) and len(block) == 2 and all(type(length) is int and length > 0 for length in block)
     for name, tensor in list(source.tensors.items()):
         if tensor.type != "fp8":
             continue
         scale = source.tensors.pop(name + "_scale_inv", None)
-        block = (settings or {}).get("weight_block_size")
-        if scale is None or not block or scale.shape != (-(-tensor.n // block[0]), -(-tensor.k // block[1])):
+        if scale is None or not known or scale.shape != (-(-tensor.n // block[0]), -(-tensor.k // block[1])):
             raise ExportError(
                 f"{source.path}: tensor {name} is fp8, and {name}_scale_inv with one scale for each "
                 "weight_block_size of quantization_config is not there: export another checkpoint"

@@ -78,10 +78,12 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
     on = keys.flag("use_sliding_window", True) and window is not None
     if given is not None:
         if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, SLIDING}:
-            keys.refuse("layer_types", f"must be one of {FULL}, {SLIDING} for each of the {n_layers} layers")
+            keys.refuse(
+                "layer_types", f"must be one of {FULL}, {SLIDING} for each of the {n_layers} layers: fetch it again"
+            )
         return given
     if architecture.windows == "pattern" and (not isinstance(pattern, int) or pattern <= 0):
-        keys.refuse("sliding_window_pattern", "must be a positive integer")
+        keys.refuse("sliding_window_pattern", "must be a positive integer: fetch the file again")
     slides = {
         "none": lambda layer: False,
         "all": lambda layer: on,
@@ -130,27 +132,33 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
     n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
     if chosen > n:
         keys.refuse("num_experts_per_tok", f"more than the {n} experts: fetch the file again")
-    grouped = keys.choice(
-        "topk_method", {"greedy": False, "group_limited_greedy": True, "noaux_tc": True}, default="greedy"
-    )
-    norm = architecture.experts.get("norm_topk_prob", keys.flag("norm_topk_prob"))
-    if norm and architecture.experts.get("group_score") == "max":
+    rules = architecture.experts
+    scoring, methods = rules.get("scoring_func", "softmax"), rules.get("topk_methods", ("greedy",))
+    keys.choice("scoring_func", {scoring: True}, default=scoring)
+    grouped = keys.choice("topk_method", {method: method != "greedy" for method in methods}, default=methods[0])
+    norm = rules.get("norm_topk_prob", keys.flag("norm_topk_prob"))
+    if norm and rules.get("group_score") == "max":
         keys.refuse("norm_topk_prob", "implementations of this architecture differ on what it means: it must be false")
     groups, best = keys.positive("n_group", 1), keys.positive("topk_group", 1)
     if n % groups or best > groups:
-        keys.refuse("n_group", f"does not divide the {n} experts, or is less than topk_group, {best}")
+        keys.refuse("n_group", f"does not divide the {n} experts, or is less than topk_group, {best}: fetch it again")
+    if grouped and chosen > n // groups * best:
+        keys.refuse(
+            "num_experts_per_tok",
+            f"more than the {n // groups * best} experts of topk_group {best} of the {groups} groups: fetch it again",
+        )
     return dict(
         n_routed_experts=n,
         num_experts_per_tok=chosen,
         n_shared_experts=keys.count("n_shared_experts"),
         moe_intermediate_size=keys.positive("moe_intermediate_size", sizes["hidden_dim"]),
         moe_layers=moe_layers(keys, sizes["n_layers"]),
-        scoring_func=keys.choice("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"}, default="softmax"),
+        scoring_func=scoring,
         norm_topk_prob=norm,
         routed_scaling_factor=keys.number("routed_scaling_factor", 1.0),
         n_group=groups if grouped else 1,
         topk_group=best if grouped else 1,
-        group_score=architecture.experts.get("group_score", "max"),
+        group_score=rules.get("group_score", "max"),
     )
 
 

@@ -10,6 +10,27 @@ from exporter.errors import ExportError
 from exporter.source import Source
 from exporter.weights import Tensor, apply, concat, select
 
+FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
+    "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
+    "k_proj": "num_key_value_heads, head_dim",
+    "v_proj": "num_key_value_heads, head_dim",
+    "o_proj": "num_attention_heads, head_dim or v_head_dim",
+    "q_a_proj": "q_lora_rank",
+    "q_a_norm": "q_lora_rank",
+    "q_b_proj": "q_lora_rank, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim",
+    "kv_a_proj": "kv_lora_rank, qk_rope_head_dim",
+    "kv_a_norm": "kv_lora_rank",
+    "kv_b_proj": "kv_lora_rank, num_attention_heads, qk_nope_head_dim, v_head_dim",
+    "w_uk": "kv_lora_rank, num_attention_heads, qk_nope_head_dim",
+    "w_uv": "kv_lora_rank, num_attention_heads, v_head_dim",
+    "gate_proj": "intermediate_size",
+    "up_proj": "intermediate_size",
+    "down_proj": "intermediate_size",
+    "experts": "num_experts, num_local_experts or n_routed_experts; moe_intermediate_size",
+    "shared_experts": "n_shared_experts, moe_intermediate_size",
+    "router": "num_experts, num_local_experts or n_routed_experts",
+}
+
 
 def arrange(
     source: Source, architecture: Architecture, config: dict, interleaved: bool, tensors: dict[str, Tensor]
@@ -47,7 +68,8 @@ def split_qkv(where: Path, rows: dict[str, np.ndarray], tensors: dict[str, Tenso
         fused = tensors.pop(name)
         if fused.n != sum(map(len, rows.values())):
             raise ExportError(
-                f"{where}: tensor {name} has {fused.n} rows, not {sum(map(len, rows.values()))} for q, k and v"
+                f"{where}: tensor {name} has {fused.n} rows, not {sum(map(len, rows.values()))} for q, k and v "
+                "(num_attention_heads, multi_query, hidden_size): fetch the checkpoint again"
             )
         for part, index in rows.items():
             tensors[name.replace("qkv_proj", part)] = select(fused, index)
@@ -70,7 +92,10 @@ def split_kv_b(where: Path, config: dict, tensors: dict[str, Tensor]) -> None:
         if name.endswith("kv_b_proj.weight"):
             whole = tensors.pop(name)
             if whole.shape != (rows.size, rank):
-                raise ExportError(f"{where}: tensor {name} is {list(whole.shape)}, the config says {[rows.size, rank]}")
+                raise ExportError(
+                    f"{where}: tensor {name} is {list(whole.shape)}, the config says {[rows.size, rank]} "
+                    f"({FIELDS['kv_b_proj']}): fetch both again"
+                )
             tensors[stem + "w_uk.weight"] = select(whole, rows[:, :nope].reshape(-1), (heads, nope, rank))
             tensors[stem + "w_uv.weight"] = select(whole, rows[:, nope:].reshape(-1), (heads, v, rank))
         elif name.endswith("k_b_proj.weight"):  # GGUF: already split, w_uk turned for the absorbed form
@@ -86,9 +111,16 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
         parts = [tensors.pop(name.replace(".experts.0.", f".experts.{i}."), None) for i in range(n)]
         if None in parts:
             raise ExportError(
-                f"{where}: tensor {name} is there for expert 0 but not for expert {parts.index(None)} of {n}"
+                f"{where}: tensor {name} is there for expert 0 but not for expert {parts.index(None)} of the {n} that "
+                f"the config has ({FIELDS['experts']}): fetch both again"
             )
         tensors[name.replace(".experts.0.", ".experts.")] = concat(parts, (n, *parts[0].shape))
+    for name in tensors:
+        if re.search(r"\.experts\.\d+\.", name):
+            raise ExportError(
+                f"{where}: tensor {name} is there, but the config has {n} experts ({FIELDS['experts']}): "
+                "fetch both again"
+            )
     for name in [name for name in tensors if name.endswith("experts.gate_up_proj.weight")]:
         both = tensors.pop(name)
         hidden = both.shape[1] // 2
@@ -182,9 +214,10 @@ def check_shapes(source: Source, config: dict, tensors: dict[str, Tensor], needs
                 "export another checkpoint"
             )
         if tensor.shape != expected[name][0]:
+            fields = next((FIELDS[part] for part in name.split(".") if part in FIELDS), "")
             raise ExportError(
                 f"{source.path}: tensor {name} is {list(tensor.shape)}, {source.where.name} says "
-                f"{list(expected[name][0])}: fetch both again"
+                f"{list(expected[name][0])}{fields and f' ({fields})'}: fetch both again"
             )
     for name, (shape, required) in expected.items():
         if required and name not in tensors:

