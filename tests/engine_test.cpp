@@ -650,21 +650,23 @@ TEST(Engine, FirstComeFirstServed) {
   EXPECT_EQ(world.engine.stats().peak_sequences, 3);
 }
 
-// More sequences generate than a step has tokens: the oldest go first, and each comes to its end.
+// A fork leaves more sequences that generate than a step has tokens: the oldest go first, and each comes to its end.
 TEST(Engine, TokenBudgetHoldsForDecoding) {
   Limits limits = kRoomy;
   limits.max_tokens = 3;
   World world(limits, 4);
-  std::mt19937 random(19);
-  for (int i = 0; i < 8; ++i) world.submit(request_of(random_ids(random, 2), 5));
+  Request request = request_of({1, 2}, 5);
+  request.samples = 8;
+  world.submit(request);
   std::vector<int> finished;
   while (world.engine.step()) {
     EXPECT_LE(world.fake.step_positions.back().size(), 3u);
     for (int i = 0; i < 8; ++i) {
-      if (world.results.count({i, 0}) && std::count(finished.begin(), finished.end(), i) == 0) finished.push_back(i);
+      if (world.results.count({0, i}) && std::count(finished.begin(), finished.end(), i) == 0) finished.push_back(i);
     }
   }
   EXPECT_EQ(finished, (std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_EQ(world.engine.stats().peak_sequences, 8);
 }
 
 // The next turn of a chat computes only what is new: paged by its blocks, contiguous by its slot.
