@@ -61,7 +61,7 @@ int BlockPool::find(Prefix* prefix, const int* tokens) {
   int block = lookup(*prefix, hash_(prefix->hash, tokens, block_size_), tokens);
   if (block < 0) return -1;
   share(block);
-  *prefix = {at(block).key, at(block).id};
+  *prefix = {at(block).entry->first, at(block).id};
   return block;
 }
 
@@ -100,17 +100,14 @@ void BlockPool::keep_part(int block, const Prefix& prefix, const int* tokens, in
 void BlockPool::insert(Index* index, uint64_t key, int block, const Prefix& prefix, const int* tokens, int n) {
   Block& b = at(block);
   b.index = index;
-  b.key = key;
+  b.entry = index->emplace(key, block);
   b.before = prefix.id;
   b.id = next_id_++;
   b.tokens.assign(tokens, tokens + n);
-  index->emplace(key, block);
 }
 
 void BlockPool::forget(int block) {
-  Index* index = at(block).index;
-  if (!index) return;
-  auto [begin, end] = index->equal_range(at(block).key);
-  index->erase(std::find_if(begin, end, [&](const auto& entry) { return entry.second == block; }));
-  at(block).index = nullptr;
+  Block& b = at(block);
+  if (b.index) b.index->erase(b.entry);
+  b.index = nullptr;
 }

@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <list>
-#include <unordered_map>
+#include <map>
 #include <vector>
 
 // All tokens up to the end of a full block. `id` is unique to the contents (never given to other contents,
@@ -58,11 +58,11 @@ class BlockPool {
   int references(int block) const { return blocks_[static_cast<size_t>(block)].references; }
 
  private:
-  using Index = std::unordered_multimap<uint64_t, int>;  // hash -> block
+  using Index = std::multimap<uint64_t, int>;  // hash -> block
   struct Block {
     int references = 0;
     Index* index = nullptr;          // the one that finds it; null: its contents are nobody's or its owner's alone
-    uint64_t key = 0;                // ... under this hash
+    Index::iterator entry;           // ... there
     int64_t before = 0;              // id of the prefix that its tokens follow
     int64_t id = 0;                  // of the prefix that a full block ends
     std::vector<int> tokens;         // while an index finds it

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 namespace {
 
@@ -58,6 +59,12 @@ void route_token(const Config& c, const float* bias, float* scores, int* chosen,
   std::vector<float> choice(scores, scores + E);
   if (bias)
     for (int e = 0; e < E; e++) choice[static_cast<size_t>(e)] += bias[e];
+  // Compared, NaN is never the largest: its expert would be passed over in silence instead of reaching the logits.
+  if (std::any_of(choice.begin(), choice.end(), [](float score) { return std::isnan(score); })) {
+    std::iota(chosen, chosen + k, 0);
+    std::fill_n(weights, k, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
   if (c.topk_group < c.n_group) limit_groups(c, choice.data());
   take_largest(choice.data(), E, k, chosen);
   float total = 0;

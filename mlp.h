@@ -39,5 +39,6 @@ class MlpBlock {
 // Chooses experts for T tokens: scores [T, n_routed_experts] hold the router's logits and are overwritten;
 // chosen and weights [T, num_experts_per_tok]. Softmax or sigmoid scores; bias (may be null) counts for the
 // choice alone; groups as in DeepSeek V2 (arXiv 2405.04434, 2.1.2: best expert) and V3 (arXiv
-// 2412.19437, 2.1.2: sum of the two best). Ties go to the lower index. Called by every thread of the team.
+// 2412.19437, 2.1.2: sum of the two best). Ties go to the lower index; a NaN score makes all weights NaN. Called by
+// every thread of the team.
 void route(const Config& config, const float* bias, int T, float* scores, int* chosen, float* weights);

@@ -9,7 +9,8 @@ int ceil_div(int a, int b) {
 }
 
 void insert_by_age(std::vector<Sequence*>* line, Sequence* s) {
-  line->insert(std::find_if(line->begin(), line->end(), [&](const Sequence* other) { return s->older(*other); }), s);
+  auto older = [](const Sequence* a, const Sequence* b) { return a->older(*b); };
+  line->insert(std::upper_bound(line->begin(), line->end(), s, older), s);
 }
 
 }  // namespace
@@ -191,9 +192,10 @@ bool Scheduler::should_wait(const Sequence& s) const {
   for (const Sequence* r : running_) {
     if (r->generates()) continue;
     if (r->request == s.request && !r->begun && !s.begun) return true;
-    auto end = s.tokens.begin() + s.next_logits;
-    auto differs = std::mismatch(s.tokens.begin(), end, r->tokens.begin(), r->tokens.end()).first;
-    if (static_cast<int>(differs - s.tokens.begin()) / block_size_ > r->published) return true;
+    int n = (r->published + 1) * block_size_;  // to the end of the block that r fills now
+    if (n <= std::min(s.next_logits, r->size()) &&
+        std::equal(s.tokens.begin(), s.tokens.begin() + n, r->tokens.begin()))
+      return true;
   }
   return false;
 }

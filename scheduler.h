@@ -42,7 +42,7 @@ struct CacheStats {
   int peak_sequences = 0;                   // at once in the cache
   int blocks = 0, used = 0, peak_used = 0;  // of the pool; referenced now, at most
   int peak_shared = 0;                      // referenced more than once
-  double waste = 0;                         // part of the referenced blocks' slots that hold no token; mean of steps
+  double waste = 0;                         // part of the slots of the blocks in use that holds no token; mean of steps
 };
 
 class Scheduler {

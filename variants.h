@@ -94,12 +94,12 @@ class Mqa : public Gqa {
 // The cache holds one row a token: the latent c [kv_lora_rank], normed, and a rotated key [qk_rope_head_dim] that all
 // heads share (arXiv 2405.04434, section 2.1). Two forms of one attention read it:
 //   absorbed  q_nope . (W_UK c) = (W_UK^T q_nope) . c: W_UK carries the query into the latent space, and attention runs
-//   on the
-//             latent rows themselves, as one KV head of width r + p whose V is the first r elements of K's row; W_UV is
-//             applied to the result. Decode: no row is ever expanded.
+//             on the latent rows themselves, as one KV head of width r + p whose V is the first r elements of K's row;
+//             W_UV is applied to the result. Decode: no row is ever expanded.
 //   expanded  K = W_UK c and V = W_UV c are rebuilt for every head, a split of the context at a time, and attention
-//   runs on
-//             H heads of width nope + p. Long prompts: a row is expanded once for all the prompt's queries.
+//             runs on H heads of width nope + p. Long prompts: a row is expanded once for all the prompt's queries.
+//             The rows of the whole context never exist together, which the naive kernel would need: this form runs
+//             on flash attention, also where the build's kernel, which the absorbed form takes, is naive.
 class Mla {
  public:
   static constexpr Variant variant = Variant::mla;

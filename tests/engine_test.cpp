@@ -341,6 +341,33 @@ TEST(Engine, PromptsThatDifferInOneTokenOfOneBlock) {
   }
 }
 
+// Fresh, found in the cache, and forked; with hashes that collide.
+TEST(Engine, LengthsAroundABlock) {
+  for (int block_size : {1, 4, 16}) {
+    for (BlockHash hash : {block_hash, one_bit_hash}) {
+      World world(kRoomy, block_size, 0, hash);
+      std::mt19937 random(17);
+      std::vector<int> ids = random_ids(random, 2 * block_size + 1);
+      std::vector<Request> requests;
+      for (int n : {1, block_size - 1, block_size, block_size + 1, 2 * block_size, 2 * block_size + 1}) {
+        if (n == 0) continue;  // refused: RefusesWhatNeverFits
+        for (int samples : {1, 1, 3}) {
+          requests.push_back(request_of({ids.begin(), ids.begin() + n}, block_size + 1));
+          requests.back().samples = samples;
+          requests.back().sampler.temperature = 1;
+        }
+      }
+      for (const Request& r : requests) world.submit(r);
+      world.engine.run();
+      for (size_t i = 0; i < requests.size(); ++i) {
+        for (int k = 0; k < requests[i].samples; ++k) {
+          EXPECT_EQ(world.result(static_cast<int>(i), k).ids, alone(requests[i], k, 0).ids) << block_size << " " << i;
+        }
+      }
+    }
+  }
+}
+
 TEST(Engine, PoolOfOneBlock) {
   Limits limits = kRoomy;
   limits.n_blocks = 1;
@@ -371,6 +398,50 @@ TEST(Engine, CommonPrefixIsComputedOnce) {
   EXPECT_EQ(world.engine.stats().peak_shared, 32);
   EXPECT_EQ(world.results.size(), 256u);
   EXPECT_EQ(world.result(255).ids, alone(request_of(joined(prefix, {255 % kVocab, 255 / kVocab, 3}), 4), 0, 0).ids);
+}
+
+// What bench/requests.py runs: 512 shared + 192 + 64 tokens. The contiguous cache reserves 4096 for each.
+TEST(Engine, PagingFitsMoreSequencesInAGigabyte) {
+  const int tokens = 1000000000 / 23040;  // SmolLM2-135M, float16
+  int at_once[2];
+  for (bool paged : {false, true}) {
+    int block_size = paged ? 16 : 4096;
+    Limits limits{
+        .max_tokens = 512, .max_sequences = 256, .max_logits = 256, .context = 4096, .n_blocks = tokens / block_size};
+    World world(limits, block_size);
+    std::mt19937 random(18);
+    std::vector<int> prefix = random_ids(random, 512);
+    for (int i = 0; i < 256; ++i) world.submit(request_of(joined(prefix, random_ids(random, 192)), 64));
+    for (int i = 0; i < 100; ++i) world.engine.step();
+    at_once[paged] = world.engine.stats().peak_sequences;
+    if (paged) {
+      EXPECT_LT(world.engine.stats().waste, 0.04);
+    }
+  }
+  EXPECT_GE(at_once[true], 8 * at_once[false]);
+}
+
+// A block that several sequences hold counts once.
+TEST(Engine, WasteIsWhatIsEmptyOfTheBlocksInUse) {
+  Request request = request_of({1, 2, 3, 4, 5, 6}, 3);
+  request.samples = 3;
+  // 6 tokens in 2 blocks of 4; then one full block is shared and each sample has a second, of 3 and of 4 tokens.
+  const std::vector<double> together = {2 / 8.0, 3 / 16.0, 0};
+  // A token a step: the prompt, then one sample after the other, while those behind it share the prompt's last block.
+  const std::vector<double> one_by_one = {3 / 4.0,  2 / 4.0,  1 / 4.0,  0,        3 / 8.0, 2 / 8.0,
+                                          3 / 12.0, 2 / 12.0, 3 / 12.0, 2 / 12.0, 1 / 8.0, 0};
+  for (const auto& [max_tokens, expected] : {std::pair(64, together), std::pair(1, one_by_one)}) {
+    Limits limits = kRoomy;
+    limits.max_tokens = max_tokens;
+    World world(limits, 4);
+    world.submit(request);
+    double sum = 0;
+    for (size_t step = 0; world.engine.step(); ++step) {
+      ASSERT_LT(step, expected.size());
+      sum += expected[step];
+      EXPECT_DOUBLE_EQ(world.engine.stats().waste, sum / static_cast<double>(step + 1)) << "step " << step;
+    }
+  }
 }
 
 TEST(Engine, SamplesForkOverSharedBlocks) {
@@ -577,6 +648,25 @@ TEST(Engine, FirstComeFirstServed) {
   EXPECT_TRUE(std::is_sorted(begun.begin(), begun.end()));
   EXPECT_EQ(begun.size(), 12u);
   EXPECT_EQ(world.engine.stats().peak_sequences, 3);
+}
+
+// A fork leaves more sequences that generate than a step has tokens: the oldest go first, and each comes to its end.
+TEST(Engine, TokenBudgetHoldsForDecoding) {
+  Limits limits = kRoomy;
+  limits.max_tokens = 3;
+  World world(limits, 4);
+  Request request = request_of({1, 2}, 5);
+  request.samples = 8;
+  world.submit(request);
+  std::vector<int> finished;
+  while (world.engine.step()) {
+    EXPECT_LE(world.fake.step_positions.back().size(), 3u);
+    for (int i = 0; i < 8; ++i) {
+      if (world.results.count({0, i}) && std::count(finished.begin(), finished.end(), i) == 0) finished.push_back(i);
+    }
+  }
+  EXPECT_EQ(finished, (std::vector<int>{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_EQ(world.engine.stats().peak_sequences, 8);
 }
 
 // The next turn of a chat computes only what is new: paged by its blocks, contiguous by its slot.

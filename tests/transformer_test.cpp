@@ -382,6 +382,45 @@ TEST(Transformer, MlaFormsShareABatch) {
   }
 }
 
+// The tiny MLA model with latents of r + p elements, each about `size` large; W_UK and W_UV undo the size.
+TinyModel mla_model(int r, int p, float size) {
+  TinyModel m = tiny_model("mla", false, 13);
+  const int dim = m.config["dim"], heads = m.config["n_heads"], nope = m.config["qk_nope_head_dim"],
+            v = m.config["v_head_dim"];
+  m.config.update({{"kv_lora_rank", r}, {"qk_rope_head_dim", p}});
+  const auto deviation = [](int k) { return 1 / std::sqrt(static_cast<float>(k)); };
+  m.add("rope.0.inv_freq", {p / 2}, 0.2f, 0.5f);
+  for (const std::string at : {"layers.0.", "layers.1."}) {
+    m.add(at + "q_b_proj.weight", {heads * (nope + p), 12}, deviation(12));
+    m.add(at + "kv_a_proj.weight", {r + p, dim}, deviation(dim));
+    m.add(at + "kv_a_norm.weight", {r}, 0.2f * size, size);
+    m.add(at + "w_uk.weight", {heads, nope, r}, deviation(r) / size);
+    m.add(at + "w_uv.weight", {heads, v, r}, deviation(r) / size);
+  }
+  return m;
+}
+
+// Sums of 512 products round sqrt(512 / 40) times as much as those of the tiny model's 40.
+constexpr double WIDE = 3.6;
+
+TEST(Transformer, MlaOfAnyWidth) {
+  for (const auto& [r, p] : {std::pair(256, 64), {512, 64}, {128, 32}, {37, 6}}) {
+    SCOPED_TRACE(testing::Message() << r << " + " << p);
+    const Case c(mla_model(r, p, 1));
+    check(c, run<Transformer<Mla, Flash, KvF32, 16>, 16>, WIDE * tolerance<KvF32>());
+    check(c, run<Transformer<Mla, Naive, KvF16, 3>, 3>, tolerance<KvF16>());
+  }
+}
+
+// As DeepSeek has them: sums of 512 elements of 1e4 overflow half precision, float32 sums do not even lose bits.
+TEST(Transformer, MlaWithLatentsOfTenThousand) {
+  const Case c(mla_model(512, 64, 1e4f));
+  check(c, run<Transformer<Mla, Flash, KvF32, 16>, 16>, WIDE * tolerance<KvF32>());
+  check(c, run<Transformer<Mla, Naive, KvF32, 16>, 16>, WIDE * tolerance<KvF32>());
+  check(c, run<Transformer<Mla, Flash, KvF16, 16>, 16>, tolerance<KvF16>());
+  check(c, run<Transformer<Mla, Flash, KvQ8, 16>, 16>, tolerance<KvQ8>());
+}
+
 TEST(Transformer, RefusesAnotherVariant) {
   const Case& c = the_case<Gqa>();
   const Limits limits{8, 1, 1, 8, 1, MlaForm::automatic};
