@@ -649,9 +649,13 @@ size_t source_row_bytes(const TensorView& v) {
   return v.type == DType::f32 ? 4 * k : v.type == DType::q8 ? k : v.type == DType::q4 ? k / 2 : 2 * k;
 }
 
+size_t packed_bytes(const PackJob& j) {
+  return packed_bytes(j.source.type, j.source.n, j.source.k);
+}
+
 void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m) {
   size_t total = 0;
-  for (const PackJob& j : jobs) total += packed_bytes(j.source.type, j.source.n, j.source.k);
+  for (const PackJob& j : jobs) total += packed_bytes(j);
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
@@ -669,7 +673,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
       file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
     }
     *j.out = {s.type, s.n, s.k, at};
-    at += packed_bytes(s.type, s.n, s.k);
+    at += packed_bytes(j);
   }
 }
 
@@ -687,33 +691,38 @@ void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vec
 
 // What the report says of the weights. A transposed matrix is a second copy of parameters that are counted
 // already.
-void count(const std::vector<PackJob>& jobs, Model& m) {
+void count(const Collector& tensors, Model& m) {
   const Config& c = m.config;
   std::map<std::string, double> by_type;
-  std::set<const Matrix*> routed, not_read;
+  std::set<const Matrix*> routed, not_read = {&m.embed_tokens};
   for (const Layer& l : m.layers) {
     for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
     for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
   }
-  if (m.lm_head.weight.data != m.embed_tokens.data) not_read.insert(&m.embed_tokens);
+  const auto is_classifier = [&](const PackJob& j) { return j.out == &m.lm_head.weight; };
+  if (std::none_of(tensors.jobs.begin(), tensors.jobs.end(), is_classifier)) not_read.erase(&m.embed_tokens);  // it is
   double read = 0;
-  for (const PackJob& j : jobs) {
-    const auto bytes = static_cast<double>(packed_bytes(j.source.type, j.source.n, j.source.k));
+  for (const PackJob& j : tensors.jobs) {
+    const auto bytes = static_cast<double>(packed_bytes(j));
     const double parameters = static_cast<double>(j.source.n) * j.source.k;
-    if (!j.transposed) m.n_parameters += parameters, by_type[name(j.source.type)] += parameters;
+    m.weight_bytes += packed_bytes(j);
+    if (!j.transposed) by_type[name(j.source.type)] += parameters;
     if (routed.count(j.out))
       read += bytes * c.num_experts_per_tok / c.n_routed_experts;
     else if (!not_read.count(j.out))
       read += bytes;
   }
-  by_type["f32"] += static_cast<double>(m.vectors.size());
-  m.n_parameters += static_cast<double>(m.vectors.size());
-  m.weight_bytes = m.packed.size() + m.vectors.size() * sizeof(float);
-  m.weight_bytes_per_token = static_cast<size_t>(read) + m.vectors.size() * sizeof(float);
+  for (const auto& [entry, out] : tensors.vectors) {
+    m.weight_bytes += entry->bytes;
+    read += static_cast<double>(entry->bytes);
+    by_type["f32"] += static_cast<double>(entry->bytes / sizeof(float));
+  }
+  m.weight_bytes_per_token = static_cast<size_t>(read);
   for (const auto& [type, parameters] : by_type) {
     char text[64];
     std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(), parameters / 1e6);
     m.types += text;
+    m.n_parameters += parameters;
   }
 }
 
@@ -731,24 +740,33 @@ const char* name(Variant v) {
   return names[static_cast<int>(v)];
 }
 
-Variant read_variant(const std::string& path) {
-  const MappedFile file(path);
-  return read_checked_config(path, Header(path, file)).attention;
+struct ModelFile::Contents {
+  explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
+  MappedFile file;
+  Header header;
+  Collector tensors;
+};
+
+ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
+  model.path = path;
+  model.config = read_checked_config(path, contents_->header);
+  model.tokenizer_sha256 = contents_->header.metadata("tokenizer_sha256");
+  collect(contents_->tensors, model);
+  contents_->header.refuse_unused();
+  count(contents_->tensors, model);
+}
+
+ModelFile::~ModelFile() = default;
+
+void ModelFile::pack() {
+  pack_matrices(contents_->file, contents_->tensors.jobs, model);
+  copy_vectors(contents_->tensors.vectors, model);
+  if (!model.lm_head) model.lm_head.weight = model.embed_tokens;
+  contents_.reset();
 }
 
 Model load_model(const std::string& path) {
-  const MappedFile file(path);
-  Header header(path, file);
-  Model m;
-  m.path = path;
-  m.config = read_checked_config(path, header);
-  m.tokenizer_sha256 = header.metadata("tokenizer_sha256");
-  Collector tensors(path, header);
-  collect(tensors, m);
-  header.refuse_unused();
-  pack_matrices(file, tensors.jobs, m);
-  copy_vectors(tensors.vectors, m);
-  if (!m.lm_head) m.lm_head.weight = m.embed_tokens;
-  count(tensors.jobs, m);
-  return m;
+  ModelFile file(path);
+  file.pack();
+  return std::move(file.model);
 }

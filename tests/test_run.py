@@ -436,6 +436,32 @@ def test_wrong_model_files(model, model_without_chat, tmp_path):
     assert "m.safetensors" in complaint()
 
 
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, tmp_path):
+    """A sparse file of 1 TB."""
+    with open(model, "rb") as f:
+        tokenizer_sha256 = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]["tokenizer_sha256"]
+    shutil.copy(model.with_suffix(".tokenizer.bin"), tmp_path / "m.tokenizer.bin")
+    vocab, dim, layer = 1 << 24, 1 << 14, "layers.0."
+    config = {"attention": "gqa", "dim": dim, "hidden_dim": 1, "n_layers": 1, "vocab_size": vocab, "seq_len": 256}
+    config |= {"n_heads": 1, "n_kv_heads": 1, "head_dim": 1, "norm": "rms", "norm_eps": 1e-5, "activation": "silu"}
+    config |= {"attention_scale": 1, "window": [0], "rope": [-1], "rope_scale": []}
+    shapes = {"embed_tokens": [vocab, dim], layer + "o_proj": [dim, 1], layer + "down_proj": [dim, 1]}
+    shapes |= {layer + name: [1, dim] for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
+    header = {"__metadata__": {"format": "attn.cu 1", "config": json.dumps(config)}}
+    header["__metadata__"]["tokenizer_sha256"] = tokenizer_sha256
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape[0] * shape[1]
+        header[name + ".weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "m.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+    complaint = run(tmp_path / "m.safetensors", "-i", "x", code=1).stderr
+    assert b"m.safetensors: its weights take 10995" in complaint and complaint.count(b"\n") == 1, complaint
+
+
 def test_another_variant(tmp_path):
     weights = export_tiny("llama_mqa", tmp_path / "mqa")
     assert b"make ATTENTION=mqa" in run(weights, "-i", "x", code=1).stderr
