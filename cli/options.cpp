@@ -1,10 +1,6 @@
 // options.cpp: the command line, with CLI11.
 //
-// Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp; and without optimisation, which halves
-// that and changes nothing for the user.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O0")
-#endif
+// Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp.
 #include "cli/options.h"
 
 #include <sched.h>

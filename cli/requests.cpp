@@ -6,46 +6,69 @@
 #include <cstdio>
 #include <limits>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "cli/session.h"
+#include "json.h"
 
 namespace {
 
-using Json = nlohmann::ordered_json;
-
+// The value of a key, as `convert` takes it (null: it is something else); `otherwise` where there is no such key.
 template <class T>
-T get(const Json& object, const char* key, T otherwise, bool (Json::*is)() const noexcept, const char* kind) {
-  const auto found = object.find(key);
-  if (found == object.end()) return otherwise;
-  if (!((*found).*is)()) fail("\"%s\" must be %s, not %s", key, kind, found->dump().c_str());
-  return found->get<T>();
+T get(const Json& object, const char* key, const T& otherwise, const char* kind, auto convert) {
+  const Json* value = object.find(key);
+  if (!value) return otherwise;
+  const auto x = convert(*value);
+  if (!x) fail("\"%s\" must be %s, not %s", key, kind, value->text().c_str());
+  return static_cast<T>(*x);
+}
+
+std::string get_text(const Json& object, const char* key) {
+  return get(object, key, std::string(), "a text", [](const Json& v) { return v.string(); });
+}
+
+float get_real(const Json& object, const char* key, float otherwise) {
+  return get(object, key, otherwise, "a number", [](const Json& v) { return v.number(); });
 }
 
 int get_count(const Json& object, const char* key, int otherwise) {
-  const auto n = get<int64_t>(object, key, otherwise, &Json::is_number_integer, "a whole number");
-  if (n < 0 || n > std::numeric_limits<int>::max())
-    fail("\"%s\" must be >= 0, not %lld", key, static_cast<long long>(n));
-  return static_cast<int>(n);
+  return get(object, key, otherwise, "a whole number from 0 to 2147483647", [](const Json& v) {
+    const auto n = v.integer<int>();
+    return n && *n >= 0 ? n : std::nullopt;
+  });
 }
 
-std::vector<Message> get_messages(const Json& array) {
+uint64_t get_seed(const Json& object, uint64_t otherwise) {
+  return get(object, "seed", otherwise, "a whole number from 0 to 2^64 - 1",
+             [](const Json& v) { return v.integer<uint64_t>(); });
+}
+
+std::vector<Message> get_messages(const Json& list) {
   std::vector<Message> messages;
-  if (!array.is_array()) fail("\"messages\" must be a list of {\"role\": ..., \"content\": ...}");
-  for (const Json& m : array) {
-    if (!m.is_object() || m.size() != 2)
-      fail("a message must be {\"role\": ..., \"content\": ...}, not %s", m.dump().c_str());
-    const auto role = get<std::string>(m, "role", "", &Json::is_string, "a text");
+  if (!list.array()) fail("\"messages\" must be a list of {\"role\": ..., \"content\": ...}");
+  for (const Json& m : *list.array()) {
+    if (!m.find("role") || !m.find("content") || m.object()->size() != 2)
+      fail("a message must be {\"role\": ..., \"content\": ...}, not %s", m.text().c_str());
+    const std::string role = get_text(m, "role");
     if (role != "system" && role != "user" && role != "assistant")
       fail("a message's role must be system, user or assistant, not \"%s\"", role.c_str());
     const auto which = role == "system" ? Message::system : role == "user" ? Message::user : Message::assistant;
-    messages.push_back({which, get<std::string>(m, "content", "", &Json::is_string, "a text")});
+    messages.push_back({which, get_text(m, "content")});
   }
   return messages;
 }
 
-// What one line asks for. Throws Error, nlohmann's exceptions for what is no JSON.
+std::vector<std::string> get_stops(const Json& stop) {
+  std::vector<std::string> stops;
+  for (const Json& text : stop.array() ? *stop.array() : Json::Array{stop}) {
+    if (!text.string() || text.string()->empty())
+      fail("\"stop\" must be a text or a list of texts, none of them empty, not %s", stop.text().c_str());
+    stops.push_back(*text.string());
+  }
+  return stops;
+}
+
+// What one line asks for. Throws Error.
 struct Asked {
   std::vector<int> prompt;
   int n = 0;
@@ -54,43 +77,31 @@ struct Asked {
 };
 
 Asked parse_request(const Session& s, const std::string& line) {
-  const Json j = Json::parse(line);
-  if (!j.is_object()) fail("a request must be a JSON object, not %s", line.c_str());
+  const Json j = parse_json(line, "the line");
+  if (!j.object()) fail("a request must be a JSON object, not %s", line.c_str());
   static const std::set<std::string> keys = {"prompt", "messages",       "n",    "temperature", "top_k", "top_p",
                                              "min_p",  "repeat_penalty", "seed", "stop"};
-  for (const auto& [key, value] : j.items())
+  for (const auto& [key, value] : *j.object())
     if (!keys.count(key))
       fail("unknown key \"%s\": %s", key.c_str(),
            "a request has prompt or messages, n, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop");
-  if (j.contains("prompt") == j.contains("messages")) fail("a request needs either \"prompt\" or \"messages\"");
+  const Json* messages = j.find("messages");
+  if ((messages != nullptr) == (j.find("prompt") != nullptr)) fail("a request needs either \"prompt\" or \"messages\"");
   Asked a;
-  if (j.contains("messages"))
-    a.prompt = s.tokenizer.encode_chat(get_messages(j["messages"]));
-  else
-    a.prompt = s.tokenizer.encode(get<std::string>(j, "prompt", "", &Json::is_string, "a text"), false, true);
+  a.prompt = messages ? s.tokenizer.encode_chat(get_messages(*messages))
+                      : s.tokenizer.encode(get_text(j, "prompt"), false, true);
   if (a.prompt.empty()) fail("the prompt is empty, and this model has no token to begin a text with");
   const SamplerOptions& o = s.options.sampler;
-  const auto real = [&](const char* key, float otherwise) {
-    return static_cast<float>(get<double>(j, key, static_cast<double>(otherwise), &Json::is_number, "a number"));
-  };
-  a.sampler = {.temperature = real("temperature", o.temperature),
+  a.sampler = {.temperature = get_real(j, "temperature", o.temperature),
                .top_k = get_count(j, "top_k", o.top_k),
-               .top_p = real("top_p", o.top_p),
-               .min_p = real("min_p", o.min_p),
-               .repeat_penalty = real("repeat_penalty", o.repeat_penalty),
-               .seed = get<uint64_t>(j, "seed", o.seed, &Json::is_number_unsigned, "a whole number >= 0")};
+               .top_p = get_real(j, "top_p", o.top_p),
+               .min_p = get_real(j, "min_p", o.min_p),
+               .repeat_penalty = get_real(j, "repeat_penalty", o.repeat_penalty),
+               .seed = get_seed(j, o.seed)};
   if (const std::string wrong = problem(a.sampler); !wrong.empty()) fail("%s", wrong.c_str());
-  const bool has_n = j.contains("n") || s.options.has_n;
-  a.n = tokens_to_generate(s, a.prompt.size(), has_n, get_count(j, "n", s.options.n));
-  a.stop = s.options.stop;
-  if (const auto stop = j.find("stop"); stop != j.end()) {
-    a.stop.clear();
-    for (const Json& text : stop->is_array() ? *stop : Json::array({*stop})) {
-      if (!text.is_string() || text.get<std::string>().empty())
-        fail("\"stop\" must be a text or a list of texts, not %s", stop->dump().c_str());
-      a.stop.push_back(text);
-    }
-  }
+  a.n = tokens_to_generate(s, a.prompt.size(), j.find("n") || s.options.has_n, get_count(j, "n", s.options.n));
+  const Json* stop = j.find("stop");
+  a.stop = stop ? get_stops(*stop) : s.options.stop;
   return a;
 }
 
@@ -98,8 +109,8 @@ Asked parse_request(const Session& s, const std::string& line) {
 class Answers {
  public:
   explicit Answers(size_t n) : answers_(n) {}
-  void set(size_t i, const Json& answer) {
-    answers_[i] = answer.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+  void set(size_t i, const Json::Object& answer) {
+    answers_[i] = Json(answer).text() + "\n";
     for (; next_ < answers_.size() && !answers_[next_].empty(); next_++) print(answers_[next_]);
     done_++;
   }
@@ -158,8 +169,6 @@ void answer_requests(Session& s) {
       submit_line(s, answers, i, lines[i].first, lines[i].second);
     } catch (const Error& e) {
       answers.set(i, {{"line", lines[i].first}, {"error", e.what()}});
-    } catch (const Json::exception& e) {
-      answers.set(i, {{"line", lines[i].first}, {"error", std::string("not JSON: ") + e.what()}});
     }
   }
   work(s, [&, shown = size_t{0}]() mutable {
