@@ -142,7 +142,7 @@ int run(const Options& o) {
   if (!o.mla.empty() && model.config.attention != Variant::mla)
     fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}};
+  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}, {}};
   read_input(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);

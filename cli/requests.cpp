@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cinttypes>
 #include <cstdio>
-#include <limits>
+#include <map>
 #include <memory>
 #include <set>
 
@@ -12,6 +12,8 @@
 #include "json.h"
 
 namespace {
+
+constexpr const char* INTERRUPTED = "interrupted";
 
 // The value of a key, as `convert` takes it (null: it is something else); `otherwise` where there is no such key.
 template <class T>
@@ -105,33 +107,35 @@ Asked parse_request(const Session& s, const std::string& line) {
   return a;
 }
 
-// Answers in the order of the lines, each as soon as it and all before it are there.
+// Answers in the order of the requests, each as soon as it and all before it are there.
 class Answers {
  public:
-  explicit Answers(size_t n) : answers_(n) {}
-  void set(size_t i, const Json::Object& answer) {
-    answers_[i] = Json(answer).text() + "\n";
-    for (; next_ < answers_.size() && !answers_[next_].empty(); next_++) print(answers_[next_]);
-    done_++;
+  void set(size_t request, const Json::Object& answer) {
+    waiting_[request] = Json(answer).text() + "\n";
+    for (auto next = waiting_.find(printed_); next != waiting_.end(); next = waiting_.find(++printed_)) {
+      print(next->second);
+      waiting_.erase(next);
+    }
   }
-  size_t done() const { return done_; }
+  size_t done() const { return printed_ + waiting_.size(); }
 
  private:
-  std::vector<std::string> answers_;
-  size_t next_ = 0, done_ = 0;
+  std::map<size_t, std::string> waiting_;
+  size_t printed_ = 0;
 };
 
-void show_progress(const Session& s, size_t done, size_t all) {
-  if (s.options.quiet || !isatty(STDERR_FILENO)) return;
+void show_progress(const Session& s, size_t done, const char* end) {
+  // Answers that go by on the same terminal tell as much.
+  if (s.options.quiet || !isatty(STDERR_FILENO) || isatty(STDOUT_FILENO)) return;
   const Stats stats = s.engine->stats();
-  const double seconds = stats.prompt_seconds + stats.decode_seconds;
-  const int width = 30, filled = static_cast<int>(done * static_cast<size_t>(width) / all);
-  std::fprintf(stderr, "\r[%-*s] %zu of %zu, %.1f tokens/s%s", width,
-               std::string(static_cast<size_t>(filled), '#').c_str(), done, all,
-               static_cast<double>(stats.generated_tokens) / std::max(seconds, 1e-9), done == all ? "\n" : "");
+  const double seconds = stats.prompt_seconds + stats.decode_seconds, part = s.lines.progress();
+  constexpr int WIDTH = 30;
+  if (part >= 0) std::fprintf(stderr, "\r[%-*s] ", WIDTH, std::string(static_cast<size_t>(part * WIDTH), '#').c_str());
+  std::fprintf(stderr, "%s%zu done, %.1f tokens/s%s", part >= 0 ? "" : "\r", done,
+               static_cast<double>(stats.generated_tokens) / std::max(seconds, 1e-9), end);
 }
 
-void submit_line(Session& s, Answers& answers, size_t i, int line_number, const std::string& line) {
+void submit(Session& s, Answers& answers, size_t i, const std::string& line) {
   Asked asked = parse_request(s, line);
   Request r = make_request(s, std::move(asked.prompt), asked.n, i);
   r.sampler = asked.sampler;
@@ -142,12 +146,12 @@ void submit_line(Session& s, Answers& answers, size_t i, int line_number, const 
     note_first_token(s);
     return stream->push(id);
   };
-  r.on_finish = [&s, &answers, i, line_number, text, stream](const Result& result) {
-    if (result.finish == Finish::cancelled) return answers.set(i, {{"line", line_number}, {"error", "interrupted"}});
+  r.on_finish = [&s, &answers, i, number = s.lines.number(), text, stream](const Result& result) {
+    if (result.finish == Finish::cancelled) return answers.set(i, {{"line", number}, {"error", INTERRUPTED}});
     stream->finish();
     char hash[17];
-    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(s.measured.hashes[i].value()));
-    answers.set(i, {{"line", line_number},
+    std::snprintf(hash, sizeof hash, "%016" PRIx64, s.measured.hashes[i].value());
+    answers.set(i, {{"line", number},
                     {"text", *text},
                     {"finish", stream->stopped() ? "stop" : name(result.finish)},
                     {"prompt_tokens", result.n_prompt},
@@ -159,19 +163,38 @@ void submit_line(Session& s, Answers& answers, size_t i, int line_number, const 
   s.engine->submit(std::move(r));
 }
 
+// A request each line that is not empty.
+LineReader::Got next_request(Session& s, std::string& line, bool wait) {
+  for (;;) {
+    const auto got = s.lines.next(line, wait);
+    if (got != LineReader::Got::line || line.find_first_not_of(" \t") != std::string::npos) return got;
+  }
+}
+
 }  // namespace
 
+// A line is read once there is room to compute it, and waited for only where nothing else is to do.
 void answer_requests(Session& s) {
-  const auto lines = request_lines(s.text);
-  Answers answers(lines.size());
-  for (size_t i = 0; i < lines.size(); i++) {
-    try {
-      submit_line(s, answers, i, lines[i].first, lines[i].second);
-    } catch (const Error& e) {
-      answers.set(i, {{"line", lines[i].first}, {"error", e.what()}});
+  Answers answers;
+  size_t n = 0, shown = 0;  // requests
+  std::string line;
+  for (bool more = true; more || s.engine->unfinished() > 0;) {
+    while (more && s.engine->unfinished() < s.sequences) {
+      const auto got = next_request(s, line, s.engine->unfinished() == 0);
+      more = got != LineReader::Got::end;
+      if (got != LineReader::Got::line) break;
+      const size_t i = n++;
+      try {
+        submit(s, answers, i, line);
+      } catch (const Error& e) {
+        answers.set(i, {{"line", s.lines.number()}, {"error", e.what()}});
+      }
     }
+    s.engine->step();
+    if (answers.done() > shown) show_progress(s, shown = answers.done(), "");
+    if (interrupted()) s.engine->cancel_all(), more = false;
   }
-  work(s, [&, shown = size_t{0}]() mutable {
-    if (answers.done() > shown) show_progress(s, shown = answers.done(), lines.size());
-  });
+  show_progress(s, shown, "\n");
+  while (interrupted() && next_request(s, line, false) == LineReader::Got::line)
+    answers.set(n++, {{"line", s.lines.number()}, {"error", INTERRUPTED}});
 }

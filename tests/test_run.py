@@ -287,6 +287,21 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "temperature": "hot"}': "temperature",
         '{"prompt": "a", "stop": [""]}': "stop",
         '{"prompt": "a", "seed": -1}': "seed",
+        '{"prompt": "a", "seed": 18446744073709551616}': "seed",
+        '{"prompt": "a", "n": 4294967297}': '"n"',
+        '{"prompt": "a", "n": 1e400}': "too large",
+        '{"prompt": "a", "n": null}': "null",
+        '{"prompt": null}': "null",
+        '{"prompt": "a", "temperature": NaN}': "not JSON",
+        '{"prompt": "a", "temperature": 1e300}': "temperature inf",
+        '{"prompt": "a", "top_k": true}': "true",
+        '{"prompt": "a", "stop": {}}': "stop",
+        '{"prompt": "a", "prompt": "b"}': "twice",
+        '{"messages": {}}': "list",
+        '{"messages": [3]}': "role",
+        '{"messages": [{"role": "user", "content": null}]}': "null",
+        '{"messages": []}': "",
+        "null": "JSON object",
         '{"messages": [{"role": "wizard", "content": "x"}]}': "role",
         '{"messages": [{"role": "assistant", "content": "x"}]}': "",
         '{"prompt": "' + "x" * 400 + '"}': "256",
@@ -299,6 +314,48 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         assert names in result[2 * i + 1]["error"], (line, result[2 * i + 1])
         assert result[2 * i + 1]["line"] == 2 * i + 2
     assert result[-1]["line"] == 2 * len(wrong) + 2 and "text" in result[-1]
+
+
+def test_requests_are_answered_while_others_are_still_to_come(model):
+    process = start(model, "--prompts", "-", "--parallel", 4)
+
+    def send(line):
+        process.stdin.write(line)
+        process.stdin.flush()
+
+    send(b'{"prompt": "a", "n": 3}\n')
+    assert json.loads(process.stdout.readline())["line"] == 1
+    send(b'\r\n{"prompt": "a", "n": 5, "seed": 1}\r\n{"prompt": ')
+    assert json.loads(process.stdout.readline())["line"] == 3
+    send(b'"b", "n": 0}\nnonsense\n{"prompt": "c", "n": 2}')  # no newline at the end
+    process.stdin.close()
+    rest = [json.loads(line) for line in process.stdout]
+    assert [a["line"] for a in rest] == [4, 5, 6] and "not JSON" in rest[1]["error"]
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_parallel_bounds_what_runs_at_once(model, tmp_path):
+    lines = "".join(json.dumps({"prompt": PROMPT[: 1 + i], "n": 20, "seed": i}) + "\n" for i in range(12))
+    (tmp_path / "requests").write_text(lines)
+    for parallel in (1, 5):
+        flags = ("--prompts", tmp_path / "requests", "--parallel", parallel, "--ignore-eos")
+        assert stats(tmp_path, model, *flags)["peak_sequences"] == parallel
+
+
+def test_requests_as_a_stranger_writes_them(model):
+    good = '{"prompt": "a", "n": 1}'
+    long = '{"prompt": "' + "x" * 10_000_000 + '"}'
+    lines = ["\ufeff" + good, "", " \t", good + "\r", long, "[" * 100_000, "\0", '"', good]
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines))
+    assert [(a["line"], "text" in a) for a in result] == [
+        *((1, True), (4, True), (5, False), (6, False), (7, False), (8, False), (9, True))
+    ]
+    assert "10000000 tokens" in result[2]["error"] and "nested" in result[3]["error"]
+    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
+    assert b"not UTF-8" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
+    assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
 
 
 # ---- Talk
@@ -374,6 +431,7 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "-f", "nothing"], 1, "nothing"),
         (["MODEL", "-f", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--prompts", "nothing"], 1, "nothing"),
+        (["MODEL", "--prompts", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--perplexity", "nothing"], 1, "nothing"),
         (["MODEL", "--perplexity", "SHORT"], 1, "at least 512"),
         (["MODEL", "-i", ""], 1, "the prompt is empty"),
@@ -510,6 +568,18 @@ def test_interrupted_requests_say_what_is_not_finished(model):
     assert [a["line"] for a in lines] == list(range(1, 3001))
     assert "text" in lines[0] and lines[-1]["error"] == "interrupted"
     process.stderr.close()
+
+
+def test_interrupt_while_waiting_for_a_request(model):
+    process = start(model, "--prompts", "-")
+    process.stdin.write(b'{"prompt": "a", "n": 2}\n')
+    process.stdin.flush()
+    assert b"text" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert b"logits   hash" in process.stderr.read() and process.stdout.read() == b""
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        pipe.close()
 
 
 def test_interrupt_while_waiting_for_a_turn(model):
