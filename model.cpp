@@ -30,7 +30,7 @@ constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
     if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
     struct stat info {};
     const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);

@@ -105,11 +105,13 @@ Setup plan(const Session& session) {
     const int largest = largest_context_that_fits(session, context, available);
     if (o.context || largest < wanted.least)
       fail(
-          "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %.1f MB are free beside "
-          "the weights%s: "
-          "the largest context that fits is -c %d",
-          context, static_cast<double>(setup.kv_bytes) / 1e6, static_cast<double>(setup.activation_bytes) / 1e6,
-          static_cast<double>(available) / 1e6, o.kv_memory ? " and --kv-memory is set" : "", largest);
+          "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
+          "beside "
+          "the weights: %s",
+          context, static_cast<double>(setup.kv_bytes_per_token) * context / 1e6,
+          static_cast<double>(setup.activation_bytes) / 1e6, o.kv_memory ? "--kv-memory is set, " : "",
+          static_cast<double>(available) / 1e6,
+          largest > 0 ? ("the largest context that fits is -c " + std::to_string(largest)).c_str() : "none fits");
     context = largest;
     setup = setup_for(session, context, available);
   }

@@ -134,17 +134,19 @@ void read_input(Session& s) {
     s.sequences = o.parallel;
     return;
   }
+  std::string source = "the prompt";
   if (o.has_prompt) {
     s.text = o.prompt;
-    require_utf8(s.text, "the prompt");
+    require_utf8(s.text, source);
   } else {
     const std::string path = !o.perplexity.empty() ? o.perplexity : !o.prompt_file.empty() ? o.prompt_file : "-";
     if (path == "-" && isatty(STDIN_FILENO)) std::fputs("the prompt, ended by Ctrl-D:\n", stderr);
     s.text = read_text(path);
+    source = path == "-" ? "standard input" : path;
   }
   s.prompt = s.tokenizer.encode(s.text, false, true);
   if (s.prompt.empty())
-    fail("the prompt is empty, and this model has no token to begin a text with: give it some text with -i");
+    fail("%s is empty, and this model has no token to begin a text with: give it some text", source.c_str());
 }
 
 WantedContext wanted_context(const Session& s) {

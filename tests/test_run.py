@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -411,6 +412,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--min-p", "2"], 2, "min-p 2"),
         (["MODEL", "--repeat-penalty", "0"], 2, "repeat-penalty 0"),
         (["MODEL", "--seed", "-1"], 2, "-1"),
+        (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
+        (["MODEL", "--seed", "1.5"], 2, "1.5"),
+        *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
+        (["MODEL", "--perplexity", ""], 2, "--perplexity"),
         (["MODEL", "-c", "-1"], 2, "-1"),
         (["MODEL", "-b", "0"], 2, "--batch 0"),
         (["MODEL", "--samples", "0"], 2, "--samples 0"),
@@ -428,6 +433,8 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "-i", "x", "-i", "y"], 2, "--prompt"),
         (["nothing.safetensors"], 1, "nothing.safetensors"),
         (["FOLDER"], 1, "FOLDER"),
+        (["PIPE"], 1, "PIPE"),
+        (["/dev/zero"], 1, "/dev/zero"),
         (["MODEL", "-f", "nothing"], 1, "nothing"),
         (["MODEL", "-f", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--prompts", "nothing"], 1, "nothing"),
@@ -435,6 +442,9 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--perplexity", "nothing"], 1, "nothing"),
         (["MODEL", "--perplexity", "SHORT"], 1, "at least 512"),
         (["MODEL", "-i", ""], 1, "the prompt is empty"),
+        (["MODEL"], 1, "standard input is empty"),
+        (["MODEL", "--perplexity", "EMPTY"], 1, "EMPTY"),
+        (["MODEL", "-i", "x", "--kv-memory", "1"], 1, "none fits"),
         (["MODEL", "-i", "x" * 300], 1, "300 tokens"),
         (["MODEL", "-i", "x" * 256], 1, "256 tokens"),
         (["MODEL", "-i", "x" * 20, "-c", "10"], 1, "-c"),
@@ -451,7 +461,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
 )
 def test_wrong_input(model, tmp_path, arguments, code, names):
     (tmp_path / "SHORT").write_text("short")
-    places = {"MODEL": str(model), "FOLDER": str(tmp_path), "SHORT": str(tmp_path / "SHORT")}
+    (tmp_path / "EMPTY").touch()
+    os.mkfifo(tmp_path / "PIPE")
+    places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
+    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE")}
     done = run(*[places.get(a, a) for a in arguments], "-q", code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
