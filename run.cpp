@@ -115,7 +115,9 @@ Setup plan(const Session& session) {
     context = largest;
     setup = setup_for(session, context, available);
   }
-  if (wanted.least > context && o.perplexity.empty())
+  if (!o.perplexity.empty())
+    check_perplexity(session, context);
+  else if (wanted.least > context)
     fail("the prompt has %zu tokens and %d are to be generated: more than the context of %d tokens (%s)",
          session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
   setup.free_bytes = free_bytes;

@@ -94,6 +94,13 @@ Json bench_decode(Session& s, int context, double bandwidth) {
 
 }  // namespace
 
+void check_perplexity(const Session& s, int context) {
+  if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
+  if (static_cast<int>(s.prompt.size()) < 2 * context)
+    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
+         s.prompt.size(), 2 * context, context);
+}
+
 // As llama-perplexity scores: chunks of the context's size, the first token of each replaced by BOS where the model
 // begins its texts with it, the second half of a chunk scored, so that each token has at least half a context before
 // it.
@@ -101,10 +108,6 @@ void perplexity(Session& s) {
   const int context = s.setup.limits.context, first = context / 2;
   const std::vector<int> begin = s.tokenizer.encode("", false, true);
   int chunks = static_cast<int>(s.prompt.size()) / context;
-  if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
-  if (chunks < 2)
-    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
-         s.prompt.size(), 2 * context, context);
   if (s.options.chunks > 0) chunks = std::min(chunks, s.options.chunks);
   double sum = 0, squares = 0;
   int count = 0;

@@ -71,6 +71,9 @@ void perplexity(Session& session);
 void write_logits(Session& session);
 void bench(Session& session);
 
+// Throws Error where the text is too short for this context.
+void check_perplexity(const Session& session, int context);
+
 constexpr int BENCH_CONTEXTS[] = {128, 1024, 4096}, BENCH_DECODE = 128;
 
 // The first Ctrl-C makes interrupted() true, and what runs ends cleanly; the second one kills.

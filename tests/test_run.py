@@ -441,6 +441,7 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--prompts", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--perplexity", "nothing"], 1, "nothing"),
         (["MODEL", "--perplexity", "SHORT"], 1, "at least 512"),
+        (["MODEL", "--perplexity", "SHORT", "-c", "2"], 1, "-c 2"),
         (["MODEL", "-i", ""], 1, "the prompt is empty"),
         (["MODEL"], 1, "standard input is empty"),
         (["MODEL", "--perplexity", "EMPTY"], 1, "EMPTY"),
@@ -465,7 +466,8 @@ def test_wrong_input(model, tmp_path, arguments, code, names):
     os.mkfifo(tmp_path / "PIPE")
     places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
     places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE")}
-    done = run(*[places.get(a, a) for a in arguments], "-q", code=code)
+    quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
+    done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
     assert places.get(names, names) in complaint
