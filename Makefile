@@ -109,7 +109,7 @@ packages_run := python3-venv
 packages_test := python3-venv libgtest-dev nlohmann-json3-dev
 packages_lint := python3-venv
 packages_bench := python3-venv
-packages_fuzz := clang libclang-rt-dev libomp-dev
+packages_fuzz := clang libclang-rt-dev libomp-dev nlohmann-json3-dev
 PACKAGES := g++ libcli11-dev libpcre2-dev libutf8proc-dev nettle-dev \
   $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
@@ -194,7 +194,7 @@ lint: .venv/installed
 	@.venv/bin/ruff format --check
 
 FUZZ_SOURCES := tests/fuzz_loader.cpp device.cpp json.cpp model.cpp matmul.cpp
-build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h) | packages
+build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h tests/*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -o $@ $(FUZZ_SOURCES)
