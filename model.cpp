@@ -15,10 +15,9 @@
 #include <cstring>
 #include <initializer_list>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <set>
 
-using Json = nlohmann::json;
+#include "json.h"
 
 namespace {
 
@@ -31,7 +30,7 @@ constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
     if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
     struct stat info {};
     const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
@@ -97,11 +96,11 @@ class Header {
       fail("%s: header length %" PRIu64 " does not fit the file's %zu bytes; truncated or not a safetensors file",
            path.c_str(), length, file.size());
     const char* text = reinterpret_cast<const char*>(file.data()) + 8;
-    const Json json = parse(text, text + length);
-    if (!json.is_object()) fail("%s: the header is not a JSON object", path.c_str());
+    const Json json = parse_json({text, length}, path + ": the header");
+    if (!json.object()) fail("%s: the header is not a JSON object", path.c_str());
     const std::byte* data = file.data() + 8 + length;
     const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
-    for (const auto& [name, value] : json.items()) {
+    for (const auto& [name, value] : *json.object()) {
       if (name == "__metadata__")
         read_metadata(value);
       else
@@ -130,29 +129,13 @@ class Header {
   }
 
  private:
-  Json parse(const char* first, const char* last) const {
-    std::vector<std::set<std::string>> keys;  // of the objects that are open
-    const auto watch = [&](int, Json::parse_event_t event, Json& value) {
-      if (event == Json::parse_event_t::object_start) keys.emplace_back();
-      if (event == Json::parse_event_t::object_end) keys.pop_back();
-      if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
-        fail("%s: the header names \"%s\" twice", path_.c_str(), value.get<std::string>().c_str());
-      return true;
-    };
-    try {
-      return Json::parse(first, last, watch);
-    } catch (const Json::exception& e) {
-      fail("%s: the header is not JSON (%s)", path_.c_str(), e.what());
-    }
-  }
-
   void read_metadata(const Json& value) {
-    if (!value.is_object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
-    for (const auto& [key, text] : value.items()) {
-      if (!text.is_string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
+    if (!value.object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
+    for (const auto& [key, text] : *value.object()) {
+      if (!text.string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
       if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source")
         fail("%s: __metadata__ has an unknown key \"%s\"", path_.c_str(), key.c_str());
-      metadata_[key] = text.get<std::string>();
+      metadata_[key] = *text.string();
     }
   }
 
@@ -160,27 +143,29 @@ class Header {
     const auto bad = [&](const char* field, const char* why) {
       fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
     };
-    if (!value.is_object() || value.size() != 3 || !value.contains("dtype") || !value.contains("shape") ||
-        !value.contains("data_offsets"))
+    const Json *dtype = value.find("dtype"), *shape = value.find("shape"), *offsets = value.find("data_offsets");
+    if (!dtype || !shape || !offsets || value.object()->size() != 3)
       bad("entry", "must hold dtype, shape and data_offsets and nothing else");
     Entry entry;
-    if (!value["dtype"].is_string()) bad("dtype", "is not a string");
-    entry.dtype = value["dtype"].get<std::string>();
+    if (!dtype->string()) bad("dtype", "is not a string");
+    entry.dtype = *dtype->string();
     const size_t element = element_bytes(entry.dtype);
     if (!element) bad("dtype", ("is " + entry.dtype + ", not one of F32, BF16, F16, I8, U8").c_str());
-    if (!value["shape"].is_array() || value["shape"].size() > 3) bad("shape", "is not an array of at most 3 integers");
+    if (!shape->array() || shape->array()->size() > 3) bad("shape", "is not an array of at most 3 integers");
     size_t bytes = element;
-    for (const Json& d : value["shape"]) {
-      if (!d.is_number_unsigned() || d.get<uint64_t>() > INT32_MAX)
-        bad("shape", "has a size that is not 0 .. 2^31 - 1");
-      entry.shape.push_back(d.get<int64_t>());
-      if (__builtin_mul_overflow(bytes, d.get<size_t>(), &bytes)) bad("shape", "overflows");
+    for (const Json& d : *shape->array()) {
+      const int n = d.integer<int>().value_or(-1);
+      if (n < 0) bad("shape", "has a size that is not 0 .. 2^31 - 1");
+      entry.shape.push_back(n);
+      if (__builtin_mul_overflow(bytes, static_cast<size_t>(n), &bytes)) bad("shape", "overflows");
     }
-    const Json& offsets = value["data_offsets"];
-    if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
-        !offsets[1].is_number_unsigned())
-      bad("data_offsets", "is not two integers");
-    const auto begin = offsets[0].get<uint64_t>(), end = offsets[1].get<uint64_t>();
+    const auto offset = [&](size_t i) {
+      const auto x =
+          offsets->array() && offsets->array()->size() == 2 ? (*offsets->array())[i].integer<uint64_t>() : std::nullopt;
+      if (!x) bad("data_offsets", "is not two integers");
+      return *x;
+    };
+    const uint64_t begin = offset(0), end = offset(1);
     if (begin > end || end > data_bytes)
       fail("%s: tensor %s: data_offsets [%" PRIu64 ", %" PRIu64
            "] lie outside the file's %zu bytes of data; truncated?",
@@ -223,13 +208,9 @@ class Header {
 // The fields of "config": each is taken once, checked for type and range; what is left over is refused.
 class Fields {
  public:
-  Fields(const std::string& path, const std::string& text) : path_(path) {
-    try {
-      json_ = Json::parse(text);
-    } catch (const Json::exception& e) {
-      fail("%s: __metadata__ \"config\" is not JSON (%s)", path.c_str(), e.what());
-    }
-    if (!json_.is_object()) fail("%s: __metadata__ \"config\" is not a JSON object", path.c_str());
+  Fields(const std::string& path, const std::string& text)
+      : path_(path), json_(parse_json(text, path + ": __metadata__ \"config\"")) {
+    if (!json_.object()) fail("%s: __metadata__ \"config\" is not a JSON object", path.c_str());
   }
 
   void integer(const char* key, int& out, int low, int high, bool required = true) {
@@ -245,8 +226,8 @@ class Fields {
   void boolean(const char* key, bool& out) {
     const Json* value = take(key, false);
     if (!value) return;
-    if (!value->is_boolean()) refuse(key, *value, "true or false");
-    out = value->get<bool>();
+    if (!value->boolean()) refuse(key, *value, "true or false");
+    out = *value->boolean();
   }
 
   void integers(const char* key, std::vector<int>& out, int length, int low, int high) {
@@ -263,7 +244,7 @@ class Fields {
     if (!value) return;
     std::string right;
     for (const auto& [text, choice] : choices) {
-      if (*value == text) {
+      if (value->string() && *value->string() == text) {
         out = choice;
         return;
       }
@@ -272,10 +253,10 @@ class Fields {
     refuse(key, *value, right.c_str());
   }
 
-  bool has(const char* key) const { return json_.contains(key); }
+  bool has(const char* key) const { return json_.find(key) != nullptr; }
 
   void refuse_unused() const {
-    for (const auto& [key, value] : json_.items())
+    for (const auto& [key, value] : *json_.object())
       if (!used_.count(key))
         fail("%s: config \"%s\" = %s is not known to this build", path_.c_str(), key.c_str(), text(value).c_str());
   }
@@ -286,37 +267,36 @@ class Fields {
 
  private:
   static std::string text(const Json& value) {
-    std::string t = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+    const std::string t = value.text();
     return t.size() > 60 ? t.substr(0, 60) + "..." : t;
   }
 
   const Json* take(const char* key, bool required) {
     used_.insert(key);
-    const auto found = json_.find(key);
-    if (found != json_.end()) return &*found;
-    if (required) fail("%s: config has no \"%s\"; make the file with export.py", path_.c_str(), key);
-    return nullptr;
+    const Json* found = json_.find(key);
+    if (!found && required) fail("%s: config has no \"%s\"; make the file with export.py", path_.c_str(), key);
+    return found;
   }
 
-  const Json& array(const char* key, int length) {
+  const Json::Array& array(const char* key, int length) {
     const Json* value = take(key, true);
-    if (!value->is_array()) refuse(key, *value, "an array");
-    if (length >= 0 && value->size() != static_cast<size_t>(length))
+    if (!value->array()) refuse(key, *value, "an array");
+    if (length >= 0 && value->array()->size() != static_cast<size_t>(length))
       refuse(key, *value, ("an array of n_layers = " + std::to_string(length) + " elements").c_str());
-    return *value;
+    return *value->array();
   }
 
   int to_integer(const char* key, const Json& value, int low, int high) const {
-    const bool fits = value.is_number_integer() &&
-                      (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(INT32_MAX)) &&
-                      value.get<int64_t>() >= low && value.get<int64_t>() <= high;
-    if (!fits) refuse(key, value, ("an integer from " + std::to_string(low) + " to " + std::to_string(high)).c_str());
-    return value.get<int>();
+    const auto x = value.integer<int>();
+    if (!x || *x < low || *x > high)
+      refuse(key, value, ("an integer from " + std::to_string(low) + " to " + std::to_string(high)).c_str());
+    return *x;
   }
 
   float to_number(const char* key, const Json& value) const {
-    if (!value.is_number() || !std::isfinite(value.get<float>())) refuse(key, value, "a finite number");
-    return value.get<float>();
+    const auto x = static_cast<float>(value.number().value_or(NAN));
+    if (!std::isfinite(x)) refuse(key, value, "a finite number");
+    return x;
   }
 
   std::string path_;
@@ -649,9 +629,13 @@ size_t source_row_bytes(const TensorView& v) {
   return v.type == DType::f32 ? 4 * k : v.type == DType::q8 ? k : v.type == DType::q4 ? k / 2 : 2 * k;
 }
 
+size_t packed_bytes(const PackJob& j) {
+  return packed_bytes(j.source.type, j.source.n, j.source.k);
+}
+
 void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m) {
   size_t total = 0;
-  for (const PackJob& j : jobs) total += packed_bytes(j.source.type, j.source.n, j.source.k);
+  for (const PackJob& j : jobs) total += packed_bytes(j);
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
@@ -669,7 +653,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
       file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
     }
     *j.out = {s.type, s.n, s.k, at};
-    at += packed_bytes(s.type, s.n, s.k);
+    at += packed_bytes(j);
   }
 }
 
@@ -687,33 +671,38 @@ void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vec
 
 // What the report says of the weights. A transposed matrix is a second copy of parameters that are counted
 // already.
-void count(const std::vector<PackJob>& jobs, Model& m) {
+void count(const Collector& tensors, Model& m) {
   const Config& c = m.config;
   std::map<std::string, double> by_type;
-  std::set<const Matrix*> routed, not_read;
+  std::set<const Matrix*> routed, not_read = {&m.embed_tokens};
   for (const Layer& l : m.layers) {
     for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
     for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
   }
-  if (m.lm_head.weight.data != m.embed_tokens.data) not_read.insert(&m.embed_tokens);
+  const auto is_classifier = [&](const PackJob& j) { return j.out == &m.lm_head.weight; };
+  if (std::none_of(tensors.jobs.begin(), tensors.jobs.end(), is_classifier)) not_read.erase(&m.embed_tokens);  // it is
   double read = 0;
-  for (const PackJob& j : jobs) {
-    const auto bytes = static_cast<double>(packed_bytes(j.source.type, j.source.n, j.source.k));
+  for (const PackJob& j : tensors.jobs) {
+    const auto bytes = static_cast<double>(packed_bytes(j));
     const double parameters = static_cast<double>(j.source.n) * j.source.k;
-    if (!j.transposed) m.n_parameters += parameters, by_type[name(j.source.type)] += parameters;
+    m.weight_bytes += packed_bytes(j);
+    if (!j.transposed) by_type[name(j.source.type)] += parameters;
     if (routed.count(j.out))
       read += bytes * c.num_experts_per_tok / c.n_routed_experts;
     else if (!not_read.count(j.out))
       read += bytes;
   }
-  by_type["f32"] += static_cast<double>(m.vectors.size());
-  m.n_parameters += static_cast<double>(m.vectors.size());
-  m.weight_bytes = m.packed.size() + m.vectors.size() * sizeof(float);
-  m.weight_bytes_per_token = static_cast<size_t>(read) + m.vectors.size() * sizeof(float);
+  for (const auto& [entry, out] : tensors.vectors) {
+    m.weight_bytes += entry->bytes;
+    read += static_cast<double>(entry->bytes);
+    by_type["f32"] += static_cast<double>(entry->bytes / sizeof(float));
+  }
+  m.weight_bytes_per_token = static_cast<size_t>(read);
   for (const auto& [type, parameters] : by_type) {
     char text[64];
     std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(), parameters / 1e6);
     m.types += text;
+    m.n_parameters += parameters;
   }
 }
 
@@ -731,24 +720,33 @@ const char* name(Variant v) {
   return names[static_cast<int>(v)];
 }
 
-Variant read_variant(const std::string& path) {
-  const MappedFile file(path);
-  return read_checked_config(path, Header(path, file)).attention;
+struct ModelFile::Contents {
+  explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
+  MappedFile file;
+  Header header;
+  Collector tensors;
+};
+
+ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
+  model.path = path;
+  model.config = read_checked_config(path, contents_->header);
+  model.tokenizer_sha256 = contents_->header.metadata("tokenizer_sha256");
+  collect(contents_->tensors, model);
+  contents_->header.refuse_unused();
+  count(contents_->tensors, model);
+}
+
+ModelFile::~ModelFile() = default;
+
+void ModelFile::pack() {
+  pack_matrices(contents_->file, contents_->tensors.jobs, model);
+  copy_vectors(contents_->tensors.vectors, model);
+  if (!model.lm_head) model.lm_head.weight = model.embed_tokens;
+  contents_.reset();
 }
 
 Model load_model(const std::string& path) {
-  const MappedFile file(path);
-  Header header(path, file);
-  Model m;
-  m.path = path;
-  m.config = read_checked_config(path, header);
-  m.tokenizer_sha256 = header.metadata("tokenizer_sha256");
-  Collector tensors(path, header);
-  collect(tensors, m);
-  header.refuse_unused();
-  pack_matrices(file, tensors.jobs, m);
-  copy_vectors(tensors.vectors, m);
-  if (!m.lm_head) m.lm_head.weight = m.embed_tokens;
-  count(tensors.jobs, m);
-  return m;
+  ModelFile file(path);
+  file.pack();
+  return std::move(file.model);
 }

@@ -108,7 +108,7 @@ struct Model {
   std::vector<Rope> rope;  // rope.I.inv_freq
   std::vector<Layer> layers;
 
-  // For the report: bytes of packed weights by type, parameters.
+  // For the report: bytes of the packed weights, parameters.
   size_t weight_bytes = 0;
   double n_parameters = 0;
   // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
@@ -120,10 +120,24 @@ struct Model {
   Buffer<float> vectors;     // all norms, biases and tables
 };
 
-// Maps the file, checks every tensor (name, dtype, shape, offsets, overlap, file size) and every
-// hyper-parameter, packs the matrices on all threads. Throws Error with one line naming the file, the field,
-// the value and the fix.
-Model load_model(const std::string& path);
+// A model file, mapped and checked. All but the weights is known, so that what they take can be told, and refused,
+// before it is taken.
+class ModelFile {
+ public:
+  // Checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter. Throws Error with
+  // one line naming the file, the field, the value and the fix.
+  explicit ModelFile(const std::string& path);
+  ~ModelFile();
+  // Brings the weights into memory, once, on all threads. The file's pages leave this process as they are copied: at
+  // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
+  void pack();
 
-// The variant of the file, from its header alone (make run builds the binary for it).
-Variant read_variant(const std::string& path);
+  Model model;  // without weights until pack()
+
+ private:
+  struct Contents;
+  std::unique_ptr<Contents> contents_;  // until pack()
+};
+
+// Both steps.
+Model load_model(const std::string& path);

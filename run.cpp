@@ -19,16 +19,6 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
-Model load(const std::string& path, size_t free_bytes) {
-  if (const Variant variant = read_variant(path); variant != BUILD_ATTENTION::variant)
-    fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", path.c_str(), name(variant),
-         name(BUILD_ATTENTION::variant), name(variant));
-  if (const size_t bytes = std::filesystem::file_size(path); bytes > free_bytes)
-    fail("%s: its weights take %.1f MB, %.1f MB of memory are free", path.c_str(), static_cast<double>(bytes) / 1e6,
-         static_cast<double>(free_bytes) / 1e6);
-  return load_model(path);
-}
-
 Tokenizer load_tokenizer(const Model& model) {
   const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
   Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
@@ -96,10 +86,16 @@ int largest_context_that_fits(const Session& session, int most, size_t available
 }
 
 // The context is -c, or what the mode wants; no more than the model and the free memory allow.
-Setup plan(const Session& session, size_t free_bytes) {
+Setup plan(const Session& session) {
   const Options& o = session.options;
   const Config& config = session.model.config;
-  const size_t available = device_memory_available();
+  const size_t free_bytes = device_memory_available(), weights = session.model.weight_bytes;
+  if (weights > free_bytes)
+    fail(
+        "%s: its weights take %.1f MB, %.1f MB of memory are free: a smaller model, or one of a smaller --type "
+        "(export.py)",
+        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6);
+  const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
   int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
@@ -109,14 +105,19 @@ Setup plan(const Session& session, size_t free_bytes) {
     const int largest = largest_context_that_fits(session, context, available);
     if (o.context || largest < wanted.least)
       fail(
-          "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %.1f MB are free%s: "
-          "the largest context that fits is -c %d",
-          context, static_cast<double>(setup.kv_bytes) / 1e6, static_cast<double>(setup.activation_bytes) / 1e6,
-          static_cast<double>(available) / 1e6, o.kv_memory ? " and --kv-memory is set" : "", largest);
+          "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
+          "beside "
+          "the weights: %s",
+          context, static_cast<double>(setup.kv_bytes_per_token) * context / 1e6,
+          static_cast<double>(setup.activation_bytes) / 1e6, o.kv_memory ? "--kv-memory is set, " : "",
+          static_cast<double>(available) / 1e6,
+          largest > 0 ? ("the largest context that fits is -c " + std::to_string(largest)).c_str() : "none fits");
     context = largest;
     setup = setup_for(session, context, available);
   }
-  if (wanted.least > context && o.perplexity.empty())
+  if (!o.perplexity.empty())
+    check_perplexity(session, context);
+  else if (wanted.least > context)
     fail("the prompt has %zu tokens and %d are to be generated: more than the context of %d tokens (%s)",
          session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
   setup.free_bytes = free_bytes;
@@ -137,16 +138,20 @@ int run(const Options& o) {
   omp_set_num_threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
-  const size_t free_bytes = device_memory_available();
-  const Model model = load(o.model, free_bytes);
+  ModelFile file(o.model);
+  const Model& model = file.model;
+  if (const Variant variant = model.config.attention; variant != BUILD_ATTENTION::variant)
+    fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", o.model.c_str(), name(variant),
+         name(BUILD_ATTENTION::variant), name(variant));
   if (!o.mla.empty() && model.config.attention != Variant::mla)
     fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}};
+  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}, {}};
   read_input(session);
-  session.setup = plan(session, free_bytes);
+  session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
+  file.pack();
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch) { return runtime.forward(batch); }, session.setup.limits,
                 session.setup.block_size, model.config.vocab_size, longest_window(model.config));

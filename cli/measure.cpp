@@ -4,15 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <nlohmann/json.hpp>
 #include <random>
 
 #include "cli/session.h"
+#include "json.h"
 #include "simd.h"
 
 namespace {
-
-using Json = nlohmann::ordered_json;
 
 constexpr int BENCH_PROMPT = 512, BENCH_REPEATS = 5;
 
@@ -86,15 +84,22 @@ Json bench_decode(Session& s, int context, double bandwidth) {
   const double bytes =
       static_cast<double>(s.model.weight_bytes_per_token) + read * static_cast<double>(s.setup.kv_bytes_per_token);
   const double speed = percentile(speeds, 0.5);
-  return {{"test", "tg" + std::to_string(BENCH_DECODE)},
-          {"context", context},
-          {"tokens_per_second", speed},
-          {"bytes_per_token", bytes},
-          {"gb_per_second", bytes * speed / 1e9},
-          {"bandwidth_percent", 100 * bytes * speed / bandwidth}};
+  return Json::Object{{"test", "tg" + std::to_string(BENCH_DECODE)},
+                      {"context", context},
+                      {"tokens_per_second", speed},
+                      {"bytes_per_token", bytes},
+                      {"gb_per_second", bytes * speed / 1e9},
+                      {"bandwidth_percent", 100 * bytes * speed / bandwidth}};
 }
 
 }  // namespace
+
+void check_perplexity(const Session& s, int context) {
+  if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
+  if (static_cast<int>(s.prompt.size()) < 2 * context)
+    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
+         s.prompt.size(), 2 * context, context);
+}
 
 // As llama-perplexity scores: chunks of the context's size, the first token of each replaced by BOS where the model
 // begins its texts with it, the second half of a chunk scored, so that each token has at least half a context before
@@ -103,10 +108,6 @@ void perplexity(Session& s) {
   const int context = s.setup.limits.context, first = context / 2;
   const std::vector<int> begin = s.tokenizer.encode("", false, true);
   int chunks = static_cast<int>(s.prompt.size()) / context;
-  if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
-  if (chunks < 2)
-    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
-         s.prompt.size(), 2 * context, context);
   if (s.options.chunks > 0) chunks = std::min(chunks, s.options.chunks);
   double sum = 0, squares = 0;
   int count = 0;
@@ -165,26 +166,25 @@ void write_logits(Session& s) {
 void bench(Session& s) {
   const int longest = s.engine->max_request_tokens();
   const double bandwidth = read_bandwidth(s.options.threads);
-  Json tests = Json::array();
+  Json::Array tests;
   std::vector<double> speeds;
   const int n_prompt = std::min(BENCH_PROMPT, longest - 1);
   for (unsigned i = 0; i <= BENCH_REPEATS && !interrupted(); i++) {  // the first one warms up
     const Run run = run_random(s, n_prompt, 1, 100 + i);
     if (i > 0) speeds.push_back(run.prompt_tokens / run.prompt_seconds);
   }
-  tests.push_back(
-      {{"test", "pp" + std::to_string(n_prompt)}, {"context", 0}, {"tokens_per_second", percentile(speeds, 0.5)}});
+  tests.push_back(Json::Object{
+      {"test", "pp" + std::to_string(n_prompt)}, {"context", 0}, {"tokens_per_second", percentile(speeds, 0.5)}});
   for (const int context : BENCH_CONTEXTS)
     if (context + BENCH_DECODE <= longest && !interrupted()) tests.push_back(bench_decode(s, context, bandwidth));
-  print(Json{{"model", s.model.path},
-             {"cache", s.setup.cache},
-             {"kernel", s.setup.kernel},
-             {"kv", s.setup.kv},
-             {"kernels", kernel_level()},
-             {"threads", s.setup.threads},
-             {"read_gb_per_second", bandwidth / 1e9},
-             {"repeats", BENCH_REPEATS},
-             {"tests", tests}}
-            .dump(2) +
-        "\n");
+  const Json::Object report = {{"model", s.model.path},
+                               {"cache", s.setup.cache},
+                               {"kernel", s.setup.kernel},
+                               {"kv", s.setup.kv},
+                               {"kernels", kernel_level()},
+                               {"threads", s.setup.threads},
+                               {"read_gb_per_second", bandwidth / 1e9},
+                               {"repeats", BENCH_REPEATS},
+                               {"tests", tests}};
+  print(Json(report).text(true) + "\n");
 }

@@ -1,15 +1,12 @@
 // options.cpp: the command line, with CLI11.
 //
-// Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp; and without optimisation, which halves
-// that and changes nothing for the user.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O0")
-#endif
+// Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp.
 #include "cli/options.h"
 
 #include <sched.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cmath>
 #include <fstream>
 #include <random>
@@ -52,7 +49,6 @@ void check(const Options& o) {
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: chosen to fit the memory)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
-  for (const std::string& stop : o.stop) require(!stop.empty(), "--stop", "''", "an empty text would stop at once");
 }
 
 void add_text_flags(CLI::App& app, Options& o) {
@@ -76,7 +72,12 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
   app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
   app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)")
-      ->check(CLI::NonNegativeNumber);
+      ->check([](const std::string& text) {  // CLI11 takes what is too large for the largest
+        uint64_t seed = 0;
+        const char* end = text.data() + text.size();
+        const auto [last, error] = std::from_chars(text.data(), end, seed);
+        return last == end && error == std::errc() ? "" : text + " is no whole number from 0 to 2^64 - 1";
+      });
 }
 
 void add_mode_flags(CLI::App& app, Options& o) {
@@ -192,6 +193,10 @@ Options parse(int argc, char** argv) {
     for (char& c : line) c = c == '\n' ? ' ' : c;
     throw Usage(line + " (run --help lists the flags)");
   }
+  for (const CLI::Option* option : app.get_options())  // CLI11 takes nothing for 0
+    for (const std::string& value : option->results())
+      if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")
+        throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;

@@ -5,7 +5,8 @@
 #include <bit>
 #include <cinttypes>
 #include <cstdio>
-#include <nlohmann/json.hpp>
+
+#include "json.h"
 
 void LogitsHash::add(const float* row, int n) {
   int i = 0;
@@ -113,52 +114,51 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
   const Stats& s = m.stats;
   char hash[17];
   std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
-  nlohmann::ordered_json j = {
-      {"model", model.path},
-      {"attention", name(model.config.attention)},
-      {"cache", setup.cache},
-      {"kernel", setup.kernel},
-      {"kv", setup.kv},
-      {"device", setup.device},
-      {"kernels", kernel_level()},
-      {"threads", setup.threads},
-      {"seed", setup.seed},
-      {"parameters", model.n_parameters},
-      {"weights", model.types},
-      {"weight_bytes", model.weight_bytes},
-      {"weight_bytes_per_token", model.weight_bytes_per_token},
-      {"context", setup.limits.context},
-      {"kv_bytes_per_token", setup.kv_bytes_per_token},
-      {"kv_bytes", setup.kv_bytes},
-      {"activation_bytes", setup.activation_bytes},
-      {"free_bytes", setup.free_bytes},
-      {"prompt_tokens", s.prompt_tokens},
-      {"prompt_seconds", s.prompt_seconds},
-      {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
-      {"cached_tokens", s.cached_tokens},
-      {"generated_tokens", s.generated_tokens},
-      {"steps", s.steps},
-      {"decode_steps", s.decode_steps},
-      {"decode_seconds", s.decode_seconds},
-      {"decode_steps_per_second", decode_steps_per_second(s)},
-      {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
-      {"total_tokens_per_second", total_tokens_per_second(s)},
-      {"first_token_after_start", m.first_token},
-      {"logits_hash", hash},
-      {"logits_rows", m.logit_rows},
-      {"peak_sequences", s.peak_sequences},
-      {"preemptions", s.preemptions},
-      {"blocks", s.blocks},
-      {"block_size", setup.block_size},
-      {"peak_blocks", s.peak_used},
-      {"peak_shared_blocks", s.peak_shared},
-      {"copied_blocks", s.copies},
-      {"evicted_blocks", s.evicted},
-      {"waste", s.waste},
-      {"first_token_p50", percentile(s.first_token, 0.5)},
-      {"first_token_p99", percentile(s.first_token, 0.99)},
-      {"between_tokens_p50", percentile(s.between_tokens, 0.5)},
-      {"between_tokens_p99", percentile(s.between_tokens, 0.99)}};
-  if (m.perplexity) j["perplexity"] = *m.perplexity;
-  return j.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+  Json::Object j = {{"model", model.path},
+                    {"attention", name(model.config.attention)},
+                    {"cache", setup.cache},
+                    {"kernel", setup.kernel},
+                    {"kv", setup.kv},
+                    {"device", setup.device},
+                    {"kernels", kernel_level()},
+                    {"threads", setup.threads},
+                    {"seed", setup.seed},
+                    {"parameters", model.n_parameters},
+                    {"weights", model.types},
+                    {"weight_bytes", model.weight_bytes},
+                    {"weight_bytes_per_token", model.weight_bytes_per_token},
+                    {"context", setup.limits.context},
+                    {"kv_bytes_per_token", setup.kv_bytes_per_token},
+                    {"kv_bytes", setup.kv_bytes},
+                    {"activation_bytes", setup.activation_bytes},
+                    {"free_bytes", setup.free_bytes},
+                    {"prompt_tokens", s.prompt_tokens},
+                    {"prompt_seconds", s.prompt_seconds},
+                    {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
+                    {"cached_tokens", s.cached_tokens},
+                    {"generated_tokens", s.generated_tokens},
+                    {"steps", s.steps},
+                    {"decode_steps", s.decode_steps},
+                    {"decode_seconds", s.decode_seconds},
+                    {"decode_steps_per_second", decode_steps_per_second(s)},
+                    {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
+                    {"total_tokens_per_second", total_tokens_per_second(s)},
+                    {"first_token_after_start", m.first_token},
+                    {"logits_hash", hash},
+                    {"logits_rows", m.logit_rows},
+                    {"peak_sequences", s.peak_sequences},
+                    {"preemptions", s.preemptions},
+                    {"blocks", s.blocks},
+                    {"block_size", setup.block_size},
+                    {"peak_blocks", s.peak_used},
+                    {"peak_shared_blocks", s.peak_shared},
+                    {"copied_blocks", s.copies},
+                    {"evicted_blocks", s.evicted},
+                    {"waste", s.waste},
+                    {"first_token_p50", percentile(s.first_token, 0.5)},
+                    {"first_token_p99", percentile(s.first_token, 0.99)},
+                    {"between_tokens_p50", percentile(s.between_tokens, 0.5)},
+                    {"between_tokens_p99", percentile(s.between_tokens, 0.99)}};
+  if (m.perplexity) j.emplace_back("perplexity", *m.perplexity);
+  return Json(j).text(true) + "\n";
 }

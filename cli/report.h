@@ -9,7 +9,7 @@
 #include "engine.h"
 #include "model.h"
 
-// What the run is made of: known before the cache and the activations are allocated.
+// What the run is made of: known before the weights, the cache and the activations are allocated.
 struct Setup {
   const char *cache = "", *kernel = "", *kv = "", *device = "";
   int block_size = 0;  // contiguous: the context
@@ -17,7 +17,7 @@ struct Setup {
   uint64_t seed = 0;
   Limits limits;
   size_t kv_bytes_per_token = 0, kv_bytes = 0, activation_bytes = 0;
-  size_t free_bytes = 0;  // before the weights were loaded
+  size_t free_bytes = 0;  // before anything of it is allocated
 };
 
 // 64-bit FNV-1a, a float's bits at a time, over eight interleaved streams (one would be bound by the latency of a

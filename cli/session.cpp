@@ -1,6 +1,8 @@
 // session.cpp: what every mode of run works with.
 #include "cli/session.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -11,7 +13,6 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <sstream>
 
 namespace {
 
@@ -74,13 +75,49 @@ void require_utf8(const std::string& text, const std::string& what) {
 
 // ---- The input.
 
-std::vector<std::pair<int, std::string>> request_lines(const std::string& text) {
-  std::vector<std::pair<int, std::string>> lines;
-  std::istringstream stream(text);
-  std::string line;
-  for (int number = 1; std::getline(stream, line); number++)
-    if (line.find_first_not_of(" \t\r") != std::string::npos) lines.emplace_back(number, line);
-  return lines;
+LineReader::~LineReader() {
+  if (fd_ > 0) close(fd_);
+}
+
+void LineReader::open(const std::string& path) {
+  if (path == "-") return;
+  name_ = path;
+  fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  struct stat info = {};
+  if (fd_ < 0 || fstat(fd_, &info) != 0) fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
+  if (S_ISDIR(info.st_mode)) fail("cannot read %s: it is a directory", path.c_str());
+  if (S_ISREG(info.st_mode)) size_ = static_cast<size_t>(info.st_size);
+}
+
+LineReader::Got LineReader::next(std::string& line, bool wait) {
+  size_t searched = 0;
+  for (;;) {
+    if (const size_t end = held_.find('\n', searched); end != std::string::npos) return hand_out(line, end + 1);
+    if (ended_) return held_.empty() ? Got::end : hand_out(line, held_.size());
+    searched = held_.size();
+    pollfd ready = {fd_, POLLIN, 0};
+    if (poll(&ready, 1, wait ? 50 : 0) <= 0) {  // a Ctrl-C just before it would not end a poll without an end
+      if (!wait) return Got::nothing;
+      if (interrupted()) return Got::end;
+      continue;
+    }
+    char piece[65536];
+    const ssize_t n = read(fd_, piece, sizeof piece);
+    if (n < 0 && errno != EINTR) fail("cannot read %s: %s", name_.c_str(), std::strerror(errno));
+    if (n > 0) held_.append(piece, static_cast<size_t>(n));
+    ended_ = n == 0;
+  }
+}
+
+// The first `end` bytes of held_.
+LineReader::Got LineReader::hand_out(std::string& line, size_t end) {
+  line = held_.substr(0, end);
+  held_.erase(0, end);
+  handed_out_ += end;
+  number_++;
+  if (line.ends_with('\n')) line.pop_back();
+  if (line.ends_with('\r')) line.pop_back();
+  return Got::line;
 }
 
 void read_input(Session& s) {
@@ -93,21 +130,23 @@ void read_input(Session& s) {
   if (o.chat || o.bench) return;
   s.sequences = o.samples;
   if (!o.prompts.empty()) {
-    s.text = read_all(o.prompts);
-    s.sequences = std::clamp(static_cast<int>(request_lines(s.text).size()), 1, o.parallel);
+    s.lines.open(o.prompts);
+    s.sequences = o.parallel;
     return;
   }
+  std::string source = "the prompt";
   if (o.has_prompt) {
     s.text = o.prompt;
-    require_utf8(s.text, "the prompt");
+    require_utf8(s.text, source);
   } else {
     const std::string path = !o.perplexity.empty() ? o.perplexity : !o.prompt_file.empty() ? o.prompt_file : "-";
     if (path == "-" && isatty(STDIN_FILENO)) std::fputs("the prompt, ended by Ctrl-D:\n", stderr);
     s.text = read_text(path);
+    source = path == "-" ? "standard input" : path;
   }
   s.prompt = s.tokenizer.encode(s.text, false, true);
   if (s.prompt.empty())
-    fail("the prompt is empty, and this model has no token to begin a text with: give it some text with -i");
+    fail("%s is empty, and this model has no token to begin a text with: give it some text", source.c_str());
 }
 
 WantedContext wanted_context(const Session& s) {
@@ -143,12 +182,9 @@ void note_first_token(Session& s) {
   if (s.measured.first_token == 0) s.measured.first_token = now.count();
 }
 
-void work(Session& s, const std::function<void()>& after_step) {
-  bool cancelled = false;
-  while (s.engine->step()) {
-    if (after_step) after_step();
-    if (interrupted() && !cancelled) s.engine->cancel_all(), cancelled = true;
-  }
+void work(Session& s) {
+  while (s.engine->step())
+    if (interrupted()) s.engine->cancel_all();
 }
 
 int tokens_to_generate(const Session& s, size_t n_prompt, bool has_n, int n) {

@@ -11,17 +11,45 @@
 #include "engine.h"
 #include "tokenizer.h"
 
+// The lines of a file, or of standard input as they come. They end in \n or \r\n.
+class LineReader {
+ public:
+  enum class Got { line, nothing, end };
+
+  LineReader() = default;
+  LineReader(const LineReader&) = delete;
+  LineReader& operator=(const LineReader&) = delete;
+  ~LineReader();
+  void open(const std::string& path);  // "-", and without it: standard input. Throws Error
+  // nothing: no whole line is there yet; where it may wait, only Ctrl-C ends that: end.
+  Got next(std::string& line, bool wait);
+  int number() const { return number_; }  // of the last line, from 1
+  // Part of the file that was handed out; negative: nobody knows how much will come.
+  double progress() const { return size_ > 0 ? static_cast<double>(handed_out_) / static_cast<double>(size_) : -1; }
+
+ private:
+  Got hand_out(std::string& line, size_t end);
+
+  std::string name_ = "standard input";
+  int fd_ = 0;
+  std::string held_;  // read, and not yet handed out
+  bool ended_ = false;
+  int number_ = 0;
+  size_t size_ = 0, handed_out_ = 0;  // bytes
+};
+
 struct Session {
   const Options& options;
   const Model& model;
   const Tokenizer& tokenizer;
-  std::string text;           // the prompt; of other modes the text to score, the requests
+  std::string text;           // the prompt, or the text to score
   std::vector<int> prompt;    // its ids
   std::vector<int> stop_ids;  // tokens that end a text
   int sequences = 1;          // at once, at most
   Setup setup;
   Engine* engine = nullptr;  // once the memory is planned
   Measured measured;
+  LineReader lines;  // the requests, or the turns of a chat
 
   // Tokens that a request with a prompt of this length may generate.
   int room(size_t n_prompt) const { return engine->max_request_tokens() - static_cast<int>(n_prompt); }
@@ -43,6 +71,9 @@ void perplexity(Session& session);
 void write_logits(Session& session);
 void bench(Session& session);
 
+// Throws Error where the text is too short for this context.
+void check_perplexity(const Session& session, int context);
+
 constexpr int BENCH_CONTEXTS[] = {128, 1024, 4096}, BENCH_DECODE = 128;
 
 // The first Ctrl-C makes interrupted() true, and what runs ends cleanly; the second one kills.
@@ -60,11 +91,8 @@ Request make_request(Session& session, std::vector<int> prompt, int n, size_t fi
 // What -n means for a prompt of this length: 0 is as many as there is room for, without it 256 are enough.
 int tokens_to_generate(const Session& session, size_t n_prompt, bool has_n, int n);
 // Until nothing is left to do; Ctrl-C ends all requests with what they have.
-void work(Session& session, const std::function<void()>& after_step = {});
+void work(Session& session);
 void note_first_token(Session& session);
-
-// Lines of requests that are not empty, and their numbers, from 1.
-std::vector<std::pair<int, std::string>> request_lines(const std::string& text);
 
 // Hands on text as it becomes certain: whole characters, and nothing that may yet turn out to be a stop text.
 class TextStream {

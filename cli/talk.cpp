@@ -75,13 +75,6 @@ class Samples {
   size_t live_ = 0;
 };
 
-// False at the end of the input.
-bool read_line(std::string& line) {
-  line.clear();
-  for (int c; (c = std::getchar()) != EOF && c != '\n';) line += static_cast<char>(c);
-  return !interrupted() && (!line.empty() || !std::feof(stdin));
-}
-
 }  // namespace
 
 void continue_text(Session& s) {
@@ -104,7 +97,7 @@ void chat(Session& s) {
   std::string line;
   for (;;) {
     if (terminal) std::fputs("> ", stderr);
-    if (!read_line(line)) break;
+    if (s.lines.next(line, true) == LineReader::Got::end) break;
     if (line.empty()) continue;
     require_utf8(line, "this line");
     messages.push_back({Message::user, line});

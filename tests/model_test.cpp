@@ -67,10 +67,25 @@ TEST(Model, LoadsWhatTheFileHolds) {
   std::vector<float> row(24);
   unpack_row(m.layers[1].experts[3].up.weight, 15, row.data());
   EXPECT_EQ(row, std::vector<float>(up.row(3 * 16 + 15), up.row(3 * 16 + 15) + 24));
-  double parameters = 0;
-  for (const auto& [name, a] : tiny.tensors) parameters += static_cast<double>(a.data.size());
-  EXPECT_EQ(m.n_parameters, parameters);
-  EXPECT_EQ(read_variant(file.path()), Variant::gqa);
+}
+
+// Before anything is allocated all is known that the plan of the memory and the report need.
+TEST(Model, TellsWhatItTakesBeforeItTakesIt) {
+  for (const char* variant : {"gqa", "mla"}) {
+    const TinyModel tiny = tiny_model(variant, true, 3);
+    const TemporaryFile disk(tiny.bytes());
+    ModelFile file(disk.path());
+    EXPECT_EQ(file.model.packed.size() + file.model.vectors.size(), 0u);
+    EXPECT_EQ(name(file.model.config.attention), std::string(variant));
+    double parameters = 0;
+    for (const auto& [name, a] : tiny.tensors) parameters += static_cast<double>(a.data.size());
+    EXPECT_EQ(file.model.n_parameters, parameters);
+    EXPECT_GT(file.model.weight_bytes, file.model.weight_bytes_per_token);  // half of the experts
+    const size_t planned = file.model.weight_bytes;
+    file.pack();
+    EXPECT_EQ(planned, file.model.packed.size() + file.model.vectors.size() * sizeof(float));
+    EXPECT_EQ(planned, file.model.weight_bytes);
+  }
 }
 
 TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -287,6 +288,21 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "temperature": "hot"}': "temperature",
         '{"prompt": "a", "stop": [""]}': "stop",
         '{"prompt": "a", "seed": -1}': "seed",
+        '{"prompt": "a", "seed": 18446744073709551616}': "seed",
+        '{"prompt": "a", "n": 4294967297}': '"n"',
+        '{"prompt": "a", "n": 1e400}': "too large",
+        '{"prompt": "a", "n": null}': "null",
+        '{"prompt": null}': "null",
+        '{"prompt": "a", "temperature": NaN}': "not JSON",
+        '{"prompt": "a", "temperature": 1e300}': "temperature inf",
+        '{"prompt": "a", "top_k": true}': "true",
+        '{"prompt": "a", "stop": {}}': "stop",
+        '{"prompt": "a", "prompt": "b"}': "twice",
+        '{"messages": {}}': "list",
+        '{"messages": [3]}': "role",
+        '{"messages": [{"role": "user", "content": null}]}': "null",
+        '{"messages": []}': "",
+        "null": "JSON object",
         '{"messages": [{"role": "wizard", "content": "x"}]}': "role",
         '{"messages": [{"role": "assistant", "content": "x"}]}': "",
         '{"prompt": "' + "x" * 400 + '"}': "256",
@@ -299,6 +315,48 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         assert names in result[2 * i + 1]["error"], (line, result[2 * i + 1])
         assert result[2 * i + 1]["line"] == 2 * i + 2
     assert result[-1]["line"] == 2 * len(wrong) + 2 and "text" in result[-1]
+
+
+def test_requests_are_answered_while_others_are_still_to_come(model):
+    process = start(model, "--prompts", "-", "--parallel", 4)
+
+    def send(line):
+        process.stdin.write(line)
+        process.stdin.flush()
+
+    send(b'{"prompt": "a", "n": 3}\n')
+    assert json.loads(process.stdout.readline())["line"] == 1
+    send(b'\r\n{"prompt": "a", "n": 5, "seed": 1}\r\n{"prompt": ')
+    assert json.loads(process.stdout.readline())["line"] == 3
+    send(b'"b", "n": 0}\nnonsense\n{"prompt": "c", "n": 2}')  # no newline at the end
+    process.stdin.close()
+    rest = [json.loads(line) for line in process.stdout]
+    assert [a["line"] for a in rest] == [4, 5, 6] and "not JSON" in rest[1]["error"]
+    assert process.wait(timeout=60) == 0
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_parallel_bounds_what_runs_at_once(model, tmp_path):
+    lines = "".join(json.dumps({"prompt": PROMPT[: 1 + i], "n": 20, "seed": i}) + "\n" for i in range(12))
+    (tmp_path / "requests").write_text(lines)
+    for parallel in (1, 5):
+        flags = ("--prompts", tmp_path / "requests", "--parallel", parallel, "--ignore-eos")
+        assert stats(tmp_path, model, *flags)["peak_sequences"] == parallel
+
+
+def test_requests_as_a_stranger_writes_them(model):
+    good = '{"prompt": "a", "n": 1}'
+    long = '{"prompt": "' + "x" * 10_000_000 + '"}'
+    lines = ["\ufeff" + good, "", " \t", good + "\r", long, "[" * 100_000, "\0", '"', good]
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines))
+    assert [(a["line"], "text" in a) for a in result] == [
+        *((1, True), (4, True), (5, False), (6, False), (7, False), (8, False), (9, True))
+    ]
+    assert "10000000 tokens" in result[2]["error"] and "nested" in result[3]["error"]
+    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
+    assert b"not UTF-8" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
+    assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
 
 
 # ---- Talk
@@ -354,6 +412,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--min-p", "2"], 2, "min-p 2"),
         (["MODEL", "--repeat-penalty", "0"], 2, "repeat-penalty 0"),
         (["MODEL", "--seed", "-1"], 2, "-1"),
+        (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
+        (["MODEL", "--seed", "1.5"], 2, "1.5"),
+        *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
+        (["MODEL", "--perplexity", ""], 2, "--perplexity"),
         (["MODEL", "-c", "-1"], 2, "-1"),
         (["MODEL", "-b", "0"], 2, "--batch 0"),
         (["MODEL", "--samples", "0"], 2, "--samples 0"),
@@ -371,12 +433,19 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "-i", "x", "-i", "y"], 2, "--prompt"),
         (["nothing.safetensors"], 1, "nothing.safetensors"),
         (["FOLDER"], 1, "FOLDER"),
+        (["PIPE"], 1, "PIPE"),
+        (["/dev/zero"], 1, "/dev/zero"),
         (["MODEL", "-f", "nothing"], 1, "nothing"),
         (["MODEL", "-f", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--prompts", "nothing"], 1, "nothing"),
+        (["MODEL", "--prompts", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--perplexity", "nothing"], 1, "nothing"),
         (["MODEL", "--perplexity", "SHORT"], 1, "at least 512"),
+        (["MODEL", "--perplexity", "SHORT", "-c", "2"], 1, "-c 2"),
         (["MODEL", "-i", ""], 1, "the prompt is empty"),
+        (["MODEL"], 1, "standard input is empty"),
+        (["MODEL", "--perplexity", "EMPTY"], 1, "EMPTY"),
+        (["MODEL", "-i", "x", "--kv-memory", "1"], 1, "none fits"),
         (["MODEL", "-i", "x" * 300], 1, "300 tokens"),
         (["MODEL", "-i", "x" * 256], 1, "256 tokens"),
         (["MODEL", "-i", "x" * 20, "-c", "10"], 1, "-c"),
@@ -393,8 +462,12 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
 )
 def test_wrong_input(model, tmp_path, arguments, code, names):
     (tmp_path / "SHORT").write_text("short")
-    places = {"MODEL": str(model), "FOLDER": str(tmp_path), "SHORT": str(tmp_path / "SHORT")}
-    done = run(*[places.get(a, a) for a in arguments], "-q", code=code)
+    (tmp_path / "EMPTY").touch()
+    os.mkfifo(tmp_path / "PIPE")
+    places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
+    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE")}
+    quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
+    done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
     assert places.get(names, names) in complaint
@@ -434,6 +507,32 @@ def test_wrong_model_files(model, model_without_chat, tmp_path):
     assert "m.safetensors" in complaint()
     weights.write_bytes(b"")
     assert "m.safetensors" in complaint()
+
+
+def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, tmp_path):
+    """A sparse file of 1 TB."""
+    with open(model, "rb") as f:
+        tokenizer_sha256 = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]["tokenizer_sha256"]
+    shutil.copy(model.with_suffix(".tokenizer.bin"), tmp_path / "m.tokenizer.bin")
+    vocab, dim, layer = 1 << 24, 1 << 14, "layers.0."
+    config = {"attention": "gqa", "dim": dim, "hidden_dim": 1, "n_layers": 1, "vocab_size": vocab, "seq_len": 256}
+    config |= {"n_heads": 1, "n_kv_heads": 1, "head_dim": 1, "norm": "rms", "norm_eps": 1e-5, "activation": "silu"}
+    config |= {"attention_scale": 1, "window": [0], "rope": [-1], "rope_scale": []}
+    shapes = {"embed_tokens": [vocab, dim], layer + "o_proj": [dim, 1], layer + "down_proj": [dim, 1]}
+    shapes |= {layer + name: [1, dim] for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
+    header = {"__metadata__": {"format": "attn.cu 1", "config": json.dumps(config)}}
+    header["__metadata__"]["tokenizer_sha256"] = tokenizer_sha256
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape[0] * shape[1]
+        header[name + ".weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "m.safetensors", "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + end)
+    complaint = run(tmp_path / "m.safetensors", "-i", "x", code=1).stderr
+    assert b"m.safetensors: its weights take 10995" in complaint and complaint.count(b"\n") == 1, complaint
 
 
 def test_another_variant(tmp_path):
@@ -484,6 +583,18 @@ def test_interrupted_requests_say_what_is_not_finished(model):
     assert [a["line"] for a in lines] == list(range(1, 3001))
     assert "text" in lines[0] and lines[-1]["error"] == "interrupted"
     process.stderr.close()
+
+
+def test_interrupt_while_waiting_for_a_request(model):
+    process = start(model, "--prompts", "-")
+    process.stdin.write(b'{"prompt": "a", "n": 2}\n')
+    process.stdin.flush()
+    assert b"text" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert b"logits   hash" in process.stderr.read() and process.stdout.read() == b""
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        pipe.close()
 
 
 def test_interrupt_while_waiting_for_a_turn(model):
