@@ -206,6 +206,7 @@ fuzz: build/fuzz/fuzz_loader
 # ---- make bench: its parts are files of bench/; what none of those in BENCH needs is not fetched.
 
 BENCHES := $(patsubst bench/%.cpp,%,$(wildcard bench/*_bench.cpp))
+# The binaries are built by makes below Python, which does not pass on the pipe of this one's jobs.
 # Gemma 3 has no package to come from: it is measured where its file lies in models/.
 BENCH_MODELS := models/SmolLM2-135M-Instruct.Q4_1.gguf $(if $(filter speed,$(BENCH)),\
   models/SmolLM2-135M-Instruct.Q8_0.gguf $(wildcard models/gemma-3-270m-q4_k_m.gguf))
@@ -221,7 +222,7 @@ models/SmolLM2-135M-Instruct.Q8_0.gguf: models/SmolLM2-135M-Instruct.Q4_1.gguf |
 weights: $(WEIGHTS)
 bench: .venv/installed $(BENCH_KERNELS) $(BENCH_MODELS) $(if $(filter speed paging,$(BENCH)),build/bench-venv/installed)
 	@for m in $(BENCH_MODELS); do $(MAKE) weights MODEL=$$m || exit 1; done
-	+@$(PYTHON) bench/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
+	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) bench/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
 	  $(if $(BENCH_KERNELS),--kernels $(BENCH_KERNELS))
 
 clean:

@@ -17,12 +17,12 @@ PEER = [ROOT / "build" / "bench-venv" / "bin" / "python", ROOT / "bench" / "llam
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
 
 
-def start(*command, **options) -> subprocess.Popen:
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=ROOT, **options)
+def start(*command) -> subprocess.Popen:
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def output(*command, **options) -> str:
-    with start(*command, **options) as process:
+def output(*command) -> str:
+    with start(*command) as process:
         text = process.stdout.read()
     if process.returncode != 0:
         sys.exit(f"failed: {' '.join(str(c) for c in command)}")
@@ -31,9 +31,8 @@ def output(*command, **options) -> str:
 
 @functools.cache
 def binary(**choices: str) -> Path:
-    """Of this combination, built where it is not there. close_fds: a make above us shares its jobs through pipes."""
-    make = ("make", "-s", "binary", *(f"{name}={value}" for name, value in choices.items()))
-    return ROOT / output(*make, close_fds=False).strip()
+    """Of this combination, built where it is not there."""
+    return ROOT / output("make", "-s", "binary", *(f"{name}={value}" for name, value in choices.items())).strip()
 
 
 def text(n: int, seed: int) -> str:

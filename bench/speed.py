@@ -102,7 +102,10 @@ def print_table(name: str, result: dict) -> None:
         ratio = (min(peers) / value if figure.endswith(", s") else value / max(peers)) if peers else None
         print(f"{figure:44}{cells}" + (f"{ratio:8.2f}" if ratio else ""))
     used, scored = result["memory"], result["perplexity"]
-    bound = used["weights"] + used["KV"] + 64
-    print("{:44}{attn.cu:14.4g}{:14}{llama.cpp:14.4g}{:28}".format("resident, MB", "", "", **used), end="")
-    print(f"{used['llama.cpp'] / used['attn.cu']:8.2f}; at most {bound:.1f}: weights, KV and 64")
-    print("{:44}{attn.cu:14.4g}{:14}{llama.cpp:14.4g}".format("perplexity, GPL-3, 4 x 512", "", **scored))
+    print(pair("resident, MB", used) + f"{'':28}{used['llama.cpp'] / used['attn.cu']:8.2f}", end="")
+    print(f"; at most {used['weights'] + used['KV'] + 64:.1f}: weights {used['weights']:.1f}, KV {used['KV']:.1f}, 64")
+    print(pair("perplexity, GPL-3, 4 x 512", scored))
+
+
+def pair(figure: str, values: dict) -> str:
+    return f"{figure:44}{values['attn.cu']:14.4g}{'':14}{values['llama.cpp']:14.4g}"
