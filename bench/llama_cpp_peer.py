@@ -1,36 +1,42 @@
 """llama.cpp on one model file, timed by its own counters (llama_perf_context): prints JSON.
 
-usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash            what `run --bench` measures, once
-       llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE     N sequences at once, as llama-batched-bench
-       llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS       llama-perplexity's protocol, chunks of 512
-       llama_cpp_peer.py quantize MODEL.gguf OUT.gguf                    to Q8_0
+usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash f16|q8 LONG STATE   what bench/speed.py compares, once
+       llama_cpp_peer.py resident MODEL.gguf THREADS PROMPT DECODE                the most memory it held
+       llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE              N sequences at once
+       llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS                llama-perplexity's protocol, by 512
+       llama_cpp_peer.py quantize MODEL.gguf OUT.gguf                             to Q8_0
 """
 
 import ctypes
 import json
 import os
 import random
+import re
 import sys
 import time
+from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
 import numpy as np
 
-PROMPT, DECODE, CONTEXTS, CHUNK = 512, 128, (128, 1024, 4096), 512  # as `run --bench` and `run --perplexity`
+PROMPT, DECODE, SHORT, CHUNK = 512, 128, 128, 512  # as `run --bench` and `run --perplexity`
 
 
 class Peer:
-    def __init__(self, path: str, threads: int, context: int, flash: bool, sequences: int = 1):
+    def __init__(self, path: str, threads: int, context: int, flash: bool, kv: str = "f16", sequences: int = 1):
         model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
         params = ll.llama_context_default_params()
         params.n_ctx = context
         params.n_seq_max = sequences
-        params.kv_unified = True
+        params.kv_unified = False  # each sequence reads its own keys and values, not everybody's behind a mask
         params.n_batch = params.n_ubatch = PROMPT
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.type_k = params.type_v = {"f16": ll.GGML_TYPE_F16, "q8": ll.GGML_TYPE_Q8_0}[kv]
         params.no_perf = False
         self.context = ll.llama_init_from_model(model, params)
+        if not self.context:
+            sys.exit("llama_init_from_model failed")
         self.vocab = ll.llama_model_get_vocab(model)
         self.n_vocab = ll.llama_vocab_n_tokens(self.vocab)
 
@@ -59,8 +65,10 @@ class Peer:
         return tokens[:n]
 
 
-def speed(path: str, threads: str, attention: str) -> dict:
-    peer = Peer(path, int(threads), CONTEXTS[-1] + DECODE, attention == "flash")
+def speed(path: str, threads: str, attention: str, kv: str, long: str, state: str) -> dict:
+    """STATE: where the cache of LONG tokens is kept from one process to the next."""
+    context = int(long)
+    peer = Peer(path, int(threads), context + DECODE, attention == "flash", kv)
     peer.decode(peer.tokenize(b"Once upon a time"))
     result = {"first token, s": peer.counters().t_load_ms / 1e3}  # from the start of the load to the first logits
     for _ in range(2):  # the first one warms up
@@ -68,45 +76,75 @@ def speed(path: str, threads: str, attention: str) -> dict:
         peer.decode(peer.random(PROMPT))
         data = peer.counters()
     result[f"prompt {PROMPT}, tokens/s"] = 1e3 * data.n_p_eval / data.t_p_eval_ms
-    for context in CONTEXTS:
-        peer.clear()
-        for start in range(0, context, PROMPT):
-            peer.decode(peer.random(min(PROMPT, context - start)))
+
+    def decode(context: int) -> None:
         peer.counters()
         for _ in range(DECODE):
             peer.decode(peer.random(1))
         data = peer.counters()
         result[f"decode {DECODE} at {context}, tokens/s"] = 1e3 * data.n_eval / data.t_eval_ms
+
+    peer.clear()
+    peer.decode(peer.random(SHORT))
+    decode(SHORT)
+    peer.clear()
+    if not os.path.exists(state):
+        for _ in range(0, context, PROMPT):
+            peer.decode(peer.random(PROMPT))
+        if not ll.llama_state_save_file(peer.context, state.encode(), None, 0):
+            sys.exit("llama_state_save_file failed")
+    elif not ll.llama_state_load_file(peer.context, state.encode(), None, 0, ctypes.byref(ctypes.c_size_t())):
+        sys.exit("llama_state_load_file failed")
+    decode(context)
     return result
 
 
+def peak_resident() -> int:
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def resident(path: str, threads: str, n_prompt: str, n_decode: str) -> dict:
+    before = peak_resident()  # Python's own
+    peer = Peer(path, int(threads), int(n_prompt) + int(n_decode), flash=True)
+    peer.decode(peer.random(int(n_prompt)))
+    for _ in range(int(n_decode)):
+        peer.decode(peer.random(1))
+    return {"resident": peak_resident() - before}
+
+
 def requests(path: str, threads: str, n: str, n_prompt: str, n_decode: str) -> dict:
+    """N prompts at once, then the likeliest token of each, again and again."""
     count, prompt, steps = int(n), int(n_prompt), int(n_decode)
     peer = Peer(path, int(threads), count * (prompt + steps), flash=True, sequences=count)
     batch = ll.llama_batch_init(max(PROMPT, count), 0, 1)
 
-    def decode(tokens: list[tuple[int, int]]) -> None:  # (sequence, position)
+    def decode(tokens: list[tuple[int, int, int]]) -> list[int]:  # (sequence, position, token); the likeliest next
+        chosen = []
         for start in range(0, len(tokens), PROMPT):
             part = tokens[start : start + PROMPT]
             batch.n_tokens = len(part)
-            for i, (sequence, position) in enumerate(part):
-                batch.token[i], batch.pos[i] = random.randrange(peer.n_vocab), position
+            for i, (sequence, position, token) in enumerate(part):
+                batch.token[i], batch.pos[i] = token, position
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
                 batch.logits[i] = position >= prompt - 1
             if ll.llama_decode(peer.context, batch) != 0:
                 sys.exit("llama_decode failed")
-            ll.llama_synchronize(peer.context)
+            rows = sum(position >= prompt - 1 for _, position, _ in part)
+            logits = ll.llama_get_logits(peer.context)  # waits until they are there
+            chosen += np.ctypeslib.as_array(logits, (rows, peer.n_vocab)).argmax(axis=1).tolist() if rows else []
+        return chosen
 
-    for _ in range(2):  # the first one warms up
+    for times in (2, steps):  # the first one warms up
         peer.clear()
+        prompts = [(s, p, token) for s in range(count) for p, token in enumerate(peer.random(prompt))]
         began = time.perf_counter()
-        decode([(s, p) for s in range(count) for p in range(prompt)])
+        chosen = decode(prompts)
         prompted = time.perf_counter()
-        for step in range(steps):
-            decode([(s, prompt + step) for s in range(count)])
+        for step in range(times - 1):
+            chosen = decode([(s, prompt + step, token) for s, token in enumerate(chosen)])
         ended = time.perf_counter()
     return {
-        "decode, tokens/s": count * steps / (ended - prompted),
+        "decode, tokens/s": count * (steps - 1) / (ended - prompted),
         "in all, generated tokens/s": count * steps / (ended - began),
     }
 
@@ -147,10 +185,5 @@ def quantize(path: str, out: str) -> dict:
 if __name__ == "__main__":
     quiet = ll.llama_log_callback(lambda level, text, data: None)
     ll.llama_log_set(quiet, ctypes.c_void_p(0))
-    print(
-        json.dumps(
-            {"speed": speed, "requests": requests, "perplexity": perplexity, "quantize": quantize}[sys.argv[1]](
-                *sys.argv[2:]
-            )
-        )
-    )
+    commands = {f.__name__: f for f in (speed, resident, requests, perplexity, quantize)}
+    print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

@@ -1,0 +1,78 @@
+"""What the parts of the benchmark share: building, running, text of a known length, medians."""
+
+import functools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "bench"
+WORK.mkdir(parents=True, exist_ok=True)
+PEER = [ROOT / "build" / "bench-venv" / "bin" / "python", ROOT / "bench" / "llama_cpp_peer.py"]
+# A token each, in the vocabularies of SmolLM2 and Gemma.
+WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
+
+
+def start(*command) -> subprocess.Popen:
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def output(*command) -> str:
+    with start(*command) as process:
+        text = process.stdout.read()
+    if process.returncode != 0:
+        sys.exit(f"failed: {' '.join(str(c) for c in command)}")
+    return text
+
+
+@functools.cache
+def binary(**choices: str) -> Path:
+    """Of this combination, built where it is not there."""
+    return ROOT / output("make", "-s", "binary", *(f"{name}={value}" for name, value in choices.items())).strip()
+
+
+def text(n: int, seed: int) -> str:
+    """n tokens."""
+    rng = random.Random(seed)
+    return "".join(" " + rng.choice(WORDS) for _ in range(n))
+
+
+def stats(run: Path, weights: Path, *flags) -> dict:
+    """The report of a run, and the most memory that was resident, in bytes.
+
+    The kernel lets a process begin with its parent's figure: this one stays small (no numpy here).
+    """
+    report = WORK / "stats.json"
+    process = start(run, weights, *flags, "-q", "--stats", report)
+    process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"failed: {run} {weights} {flags}")
+    return {**json.loads(report.read_text()), "resident": usage.ru_maxrss * 1024}
+
+
+def generate(run: Path, weights: Path, prompt: str, n: int, *flags) -> dict:
+    """n tokens, always the likeliest, the first of which comes out of the prompt: n - 1 steps of decode."""
+    (WORK / "prompt").write_text(prompt)
+    return stats(run, weights, "-f", WORK / "prompt", "-n", n, "--temperature", 0, "--ignore-eos", *flags)
+
+
+def bench(run: Path, weights: Path, *flags) -> dict:
+    return json.loads(output(run, weights, "--bench", "-q", *flags))
+
+
+def peer(*command) -> dict:
+    return json.loads(output(*PEER, *command))
+
+
+def medians(runs: list[dict]) -> dict:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def progress(what: str, number: int, rounds: int) -> None:
+    print(f"{what}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
