@@ -67,7 +67,7 @@ $(COMMON)/cli/options.o: private OPTIMIZE := -O0
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -g1 -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
-LDLIBS := -lpcre2-8 -lutf8proc -lnettle
+LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle
 sanitize_flags_1 := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
 
@@ -112,7 +112,7 @@ packages_test := python3-venv libgtest-dev nlohmann-json3-dev
 packages_lint := python3-venv
 packages_bench := python3-venv
 packages_fuzz := clang libclang-rt-dev libomp-dev nlohmann-json3-dev
-PACKAGES := g++ libcli11-dev libpcre2-dev libutf8proc-dev nettle-dev \
+PACKAGES := g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev \
   $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))
@@ -209,7 +209,7 @@ FUZZ_SOURCES := tests/fuzz_loader.cpp device.cpp json.cpp model.cpp matmul.cpp
 build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h tests/*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-	  -o $@ $(FUZZ_SOURCES)
+	  -o $@ $(FUZZ_SOURCES) -ljansson
 fuzz: build/fuzz/fuzz_loader
 	@mkdir -p build/fuzz/corpus
 	@OMP_NUM_THREADS=1 build/fuzz/fuzz_loader -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus

@@ -1,7 +1,5 @@
-// json.h: JSON (RFC 8259) read to the letter, since it comes from strangers, and written.
-//
-// A file of its own and no library: those at hand cost three seconds of compiler time in each file that uses them, or
-// take "[-]", "01" and half a surrogate for JSON.
+// json.h: a JSON value. Jansson reads and writes it: strictly, since the text comes from strangers, and in no compiler
+// time, of which the C++ libraries want three seconds in each file that includes them.
 #pragma once
 
 #include <concepts>
@@ -21,12 +19,7 @@ class Json {
   Json() = default;  // null
   Json(bool x) : value_(x) {}
   template <std::integral T>
-  Json(T x) {
-    if (std::in_range<int64_t>(x))
-      value_ = static_cast<int64_t>(x);
-    else
-      value_ = static_cast<uint64_t>(x);
-  }
+  Json(T x) : value_(static_cast<int64_t>(x)) {}  // at most 2^63 - 1
   Json(double x) : value_(x) {}
   Json(const char* x) : value_(std::string(x)) {}
   Json(std::string x) : value_(std::move(x)) {}
@@ -43,7 +36,6 @@ class Json {
   template <std::integral T>
   std::optional<T> integer() const {
     if (const auto* x = std::get_if<int64_t>(&value_); x && std::in_range<T>(*x)) return static_cast<T>(*x);
-    if (const auto* x = std::get_if<uint64_t>(&value_); x && std::in_range<T>(*x)) return static_cast<T>(*x);
     return {};
   }
   // Of an object: the value of this key, or null.
@@ -54,11 +46,8 @@ class Json {
   std::string text(bool indented = false) const;
 
  private:
-  void write(std::string& out, const std::string* newline) const;
-
-  // An integer is an int64_t wherever that holds it.
-  std::variant<std::nullptr_t, bool, int64_t, uint64_t, double, std::string, Array, Object> value_ = nullptr;
+  std::variant<std::nullptr_t, bool, int64_t, double, std::string, Array, Object> value_ = nullptr;
 };
 
-// Throws Error with one line: "WHAT is not JSON: at byte 17 ...".
+// Throws Error with one line: "WHAT is not JSON: at byte 17: ...".
 Json parse_json(std::string_view text, const std::string& what);

@@ -73,10 +73,11 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
   app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)")
       ->check([](const std::string& text) {  // CLI11 takes what is too large for the largest
-        uint64_t seed = 0;
+        int64_t seed = 0;
         const char* end = text.data() + text.size();
         const auto [last, error] = std::from_chars(text.data(), end, seed);
-        return last == end && error == std::errc() ? "" : text + " is no whole number from 0 to 2^64 - 1";
+        const bool right = last == end && error == std::errc() && seed >= 0;
+        return right ? "" : text + " is no whole number from 0 to 2^63 - 1";
       });
 }
 

@@ -41,7 +41,7 @@ int get_count(const Json& object, const char* key, int otherwise) {
 }
 
 uint64_t get_seed(const Json& object, uint64_t otherwise) {
-  return get(object, "seed", otherwise, "a whole number from 0 to 2^64 - 1",
+  return get(object, "seed", otherwise, "a whole number from 0 to 2^63 - 1",
              [](const Json& v) { return v.integer<uint64_t>(); });
 }
 

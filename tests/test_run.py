@@ -297,7 +297,7 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "temperature": 1e300}': "temperature inf",
         '{"prompt": "a", "top_k": true}': "true",
         '{"prompt": "a", "stop": {}}': "stop",
-        '{"prompt": "a", "prompt": "b"}': "twice",
+        '{"prompt": "a", "prompt": "b"}': "duplicate",
         '{"messages": {}}': "list",
         '{"messages": [3]}': "role",
         '{"messages": [{"role": "user", "content": null}]}': "null",
