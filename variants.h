@@ -247,15 +247,21 @@ class Mla {
     const Config& c = step.config;
     const int H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim, v = c.v_head_dim;
     const AttentionShape shape = expanded(c, layer);
+    // What lies behind the window of its first query may have been given back.
+    const int first_query = step.batch.positions[step.batch.query_start[s]];
+    const int seen = shape.window > 0 ? std::max(0, first_query - shape.window + 1) : 0;
     attend_begin(step.batch, s, shape, out_.data(), workspace);
-    for (int first = 0; first < step.batch.context_len[s]; first += ATTENTION_SPLIT) {
-      const int n = std::min(ATTENTION_SPLIT, step.batch.context_len[s] - first);
-      cache.read_k(layer, step.batch, s, first, n, rows_.data());
-      per_head(0, w.w_uk, n, rows_.data(), r + p, 0, k_.data(), nope + p);
-      per_head(H, w.w_uv, n, rows_.data(), r + p, 0, v_.data(), v);
+    for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < step.batch.context_len[s];
+         split += ATTENTION_SPLIT) {
+      const int rows = std::min(ATTENTION_SPLIT, step.batch.context_len[s] - split);
+      const int unseen = std::max(0, seen - split), n = rows - unseen;
+      float* k = k_.data() + area(unseen, H * (nope + p));
+      cache.read_k(layer, step.batch, s, split + unseen, n, rows_.data());
+      per_head(0, w.w_uk, n, rows_.data(), r + p, 0, k, nope + p);
+      per_head(H, w.w_uv, n, rows_.data(), r + p, 0, v_.data() + area(unseen, H * v), v);
       matmul(products_.data(), 2 * H, step.workspace);
-      copy_rows(rows_.data() + r, r + p, n, p, H, k_.data() + nope, nope + p);
-      attend_rows(q_.data(), {k_.data(), v_.data(), first, n}, step.batch, s, shape, out_.data(), workspace);
+      copy_rows(rows_.data() + r, r + p, n, p, H, k + nope, nope + p);
+      attend_rows(q_.data(), {k_.data(), v_.data(), split, rows}, step.batch, s, shape, out_.data(), workspace);
     }
     attend_end(step.batch, s, shape, out_.data(), workspace);
   }

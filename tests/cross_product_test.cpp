@@ -119,22 +119,29 @@ Machine make(const Model& model, const Limits& limits) {
   for (int block = 0; block < cache.shape().n_blocks; block++) poison(cache, block, 0);
   return {cache.block_size(), [transformer, &cache](const Batch& b) {
             poison_written(cache, b);
-            return transformer->forward(b);
+            // What is -1 in the tables leads far out of the cache.
+            std::vector<int> table(b.block_table, b.block_table + b.n_sequences * b.max_blocks);
+            std::replace(table.begin(), table.end(), -1, INT32_MIN);
+            Batch poisoned = b;
+            poisoned.block_table = table.data();
+            return transformer->forward(poisoned);
           }};
 }
 
 struct Setting {
   int n_blocks, max_sequences, max_tokens;
   BlockHash hash = block_hash;
+  int window = 0;  // of the engine: blocks behind it are given back
+  MlaForm form = MlaForm::absorbed;
 };
 
 // An engine on a machine, and what its requests give.
 class World {
  public:
   World(Maker maker, const Model& model, const Setting& s) : vocab_size_(model.config.vocab_size) {
-    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, MlaForm::absorbed};
+    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, s.form};
     const Machine machine = maker(model, limits);
-    engine_ = std::make_unique<Engine>(machine.forward, limits, machine.block_size, vocab_size_, 0, s.hash);
+    engine_ = std::make_unique<Engine>(machine.forward, limits, machine.block_size, vocab_size_, s.window, s.hash);
   }
   void submit(Request r) {
     const size_t i = texts_.size();
@@ -182,12 +189,15 @@ uint64_t one_bit_hash(uint64_t prefix, const int* tokens, int n) {
   return block_hash(prefix, tokens, n) & 1;
 }
 
-const Model& the_model(const char* variant) {
-  static std::map<std::string, Model> models;
-  const auto found = models.find(variant);
+// windows: in all layers.
+const Model& the_model(const std::string& variant, bool windows = false) {
+  static std::map<std::pair<std::string, bool>, Model> models;
+  const auto found = models.find({variant, windows});
   if (found != models.end()) return found->second;
-  const TemporaryFile file(tiny_model(variant, true, 11).bytes());
-  return models.emplace(variant, load_model(file.path())).first->second;
+  TinyModel tiny = tiny_model(variant, true, 11);
+  if (windows) tiny.config["window"] = {5, 7};
+  const TemporaryFile file(tiny.bytes());
+  return models.emplace(std::pair(variant, windows), load_model(file.path())).first->second;
 }
 
 int blocks_per_sequence(int block) {
@@ -220,6 +230,21 @@ void check(const Model& model, int block, Maker maker) {
   EXPECT_EQ(alone(maker, model, {1, 1, 64}, small), together(maker, model, {1, 4, 13}, small)->texts()) << "one block";
 }
 
+// A pool that holds what the windows see of two sequences and not two of them whole.
+void check_windows(const std::string& variant, int block, Maker maker) {
+  const Model& model = the_model(variant, true);
+  const std::vector<Request> all = {request_of(tokens(40, 21), 20, 1, 1), request_of(tokens(9, 22), 40, 1, 2)};
+  for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
+    const Texts kept = alone(maker, model, {blocks_per_sequence(block), 1, 64, block_hash, 0, form}, all);
+    expect_finite(kept);
+    const int n_blocks = block ? 3 * ((6 + block - 1) / block + 1) : 2;
+    const auto given_back = together(maker, model, {n_blocks, 2, 5, block_hash, 7, form}, all);
+    EXPECT_EQ(kept, given_back->texts());
+    EXPECT_EQ(given_back->stats().preemptions, 0);
+    if (variant != "mla") break;
+  }
+}
+
 struct Combination {
   const char *name, *variant;
   int block;
@@ -228,6 +253,10 @@ struct Combination {
 class CrossProduct : public testing::TestWithParam<Combination> {};
 TEST_P(CrossProduct, TextDoesNotDependOnWhatSharesTheMachine) {
   check(the_model(GetParam().variant), GetParam().block, GetParam().maker);
+}
+
+TEST_P(CrossProduct, WhatLiesBehindTheWindowsIsNotRead) {
+  check_windows(GetParam().variant, GetParam().block, GetParam().maker);
 }
 
 #define COMBINATION(Attention, Kernel, Kv, Block)                                         \
