@@ -30,8 +30,11 @@ def output(*command) -> str:
 
 
 @functools.cache
-def binary(**choices: str) -> Path:
-    """Of this combination, built where it is not there."""
+def binary(weights: Path, **choices: str) -> Path:
+    """Of this combination, for the variant that the file names; built where it is not there."""
+    with weights.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    choices["ATTENTION"] = json.loads(header["__metadata__"]["config"])["attention"]
     return ROOT / output("make", "-s", "binary", *(f"{name}={value}" for name, value in choices.items())).strip()
 
 
@@ -41,29 +44,29 @@ def text(n: int, seed: int) -> str:
     return "".join(" " + rng.choice(WORDS) for _ in range(n))
 
 
-def stats(run: Path, weights: Path, *flags) -> dict:
+def stats(weights: Path, *flags, **choices: str) -> dict:
     """The report of a run, and the most memory that was resident, in bytes.
 
     The kernel lets a process begin with its parent's figure: this one stays small (no numpy here).
     """
     report = WORK / "stats.json"
-    process = start(run, weights, *flags, "-q", "--stats", report)
+    process = start(binary(weights, **choices), weights, *flags, "-q", "--stats", report)
     process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        sys.exit(f"failed: {run} {weights} {flags}")
+        sys.exit(f"failed: run {weights} {flags} {choices}")
     return {**json.loads(report.read_text()), "resident": usage.ru_maxrss * 1024}
 
 
-def generate(run: Path, weights: Path, prompt: str, n: int, *flags) -> dict:
+def generate(weights: Path, prompt: str, n: int, **choices: str) -> dict:
     """n tokens, always the likeliest, the first of which comes out of the prompt: n - 1 steps of decode."""
     (WORK / "prompt").write_text(prompt)
-    return stats(run, weights, "-f", WORK / "prompt", "-n", n, "--temperature", 0, "--ignore-eos", *flags)
+    return stats(weights, "-f", WORK / "prompt", "-n", n, "--temperature", 0, "--ignore-eos", **choices)
 
 
-def bench(run: Path, weights: Path, *flags) -> dict:
-    return json.loads(output(run, weights, "--bench", "-q", *flags))
+def bench(weights: Path, *flags) -> dict:
+    return json.loads(output(binary(weights), weights, "--bench", "-q", *flags))
 
 
 def peer(*command) -> dict:

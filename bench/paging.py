@@ -10,7 +10,7 @@ import json
 import statistics
 from pathlib import Path
 
-from common import WORK, binary, generate, medians, peer, progress, stats, text
+from common import WORK, generate, medians, peer, progress, stats, text
 
 PROMPT, DECODE = 128, 64
 PREFIX, SUFFIX, REQUESTS = 512, 192, 256
@@ -27,7 +27,7 @@ def answer(cache: str, weights: Path, prompts: list[str], *flags) -> dict:
     lines = [json.dumps({"prompt": prompt, "n": DECODE, "temperature": 0}) + "\n" for prompt in prompts]
     (WORK / "requests").write_text("".join(lines))
     many = ("--prompts", WORK / "requests", "--parallel", len(prompts), "--ignore-eos")
-    return stats(binary(CACHE=cache), weights, *many, *flags)
+    return stats(weights, *many, *flags, CACHE=cache)
 
 
 def beside_llama_cpp(gguf: Path, weights: Path, count: int, rounds: int) -> dict:
@@ -77,7 +77,7 @@ def one_sequence(weights: Path, rounds: int) -> dict:
     for number in range(2 * rounds):
         progress("paging, one sequence", number, 2 * rounds)
         for cache in sorted(speeds, reverse=number % 2 == 0):  # each is the first of a pair as often
-            run = generate(binary(CACHE=cache), weights, text(LONG, 0), LONG_DECODE + 1)
+            run = generate(weights, text(LONG, 0), LONG_DECODE + 1, CACHE=cache)
             speeds[cache].append(run["decode_steps_per_second"])
     ratios = [paged / contiguous for paged, contiguous in zip(*speeds.values(), strict=True)]
     paged, contiguous = (statistics.median(list_) for list_ in speeds.values())

@@ -47,7 +47,7 @@ def measure(gguf: Path, rounds: int) -> dict:
 
 def ours(weights: Path) -> tuple[dict, dict]:
     """Figures by the names that llama_cpp_peer.py uses, and what `run --bench` says of itself."""
-    report = bench(binary(), weights)
+    report = bench(weights)
     figures = {"first token, s": statistics.median(first_token_seconds(weights) for _ in range(3))}
     for test in report.pop("tests"):
         if test["test"].startswith("pp"):
@@ -61,13 +61,13 @@ def ours(weights: Path) -> tuple[dict, dict]:
 
 
 def ours_kv_q8(weights: Path) -> dict:
-    run = generate(binary(KV="q8"), weights, text(LONG, 0), DECODE + 1)
+    run = generate(weights, text(LONG, 0), DECODE + 1, KV="q8")
     return {AT_LONG: run["decode_steps_per_second"]}
 
 
 def first_token_seconds(weights: Path) -> float:
     start = time.perf_counter()
-    command = [binary(), weights, "-i", "Once upon a time", "-n", "1", "-q"]
+    command = [binary(weights), weights, "-i", "Once upon a time", "-n", "1", "-q"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.read(1)
         return time.perf_counter() - start
@@ -75,7 +75,7 @@ def first_token_seconds(weights: Path) -> float:
 
 def memory(weights: Path, gguf: Path) -> dict:
     """What is resident, in MB; at most weights, KV and 64 MB is the goal."""
-    run = generate(binary(), weights, text(PROMPT, 0), DECODE + 1)
+    run = generate(weights, text(PROMPT, 0), DECODE + 1)
     theirs = peer("resident", gguf, run["threads"], PROMPT, DECODE)
     return {
         "attn.cu": run["resident"] / 1e6,
@@ -86,7 +86,7 @@ def memory(weights: Path, gguf: Path) -> dict:
 
 
 def perplexities(weights: Path, gguf: Path, threads: int) -> dict:
-    scored = output(binary(), weights, "--perplexity", TEXT, "--chunks", CHUNKS, "-c", "512", "-q")
+    scored = output(binary(weights), weights, "--perplexity", TEXT, "--chunks", CHUNKS, "-c", "512", "-q")
     theirs = peer("perplexity", gguf, threads, TEXT, CHUNKS)
     return {"attn.cu": float(re.search(r"perplexity ([\d.]+)", scored)[1]), "llama.cpp": theirs["perplexity"]}
 

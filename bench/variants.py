@@ -8,7 +8,7 @@ model have random weights (random_model.py) and the same active bytes, far more 
 import sys
 from pathlib import Path
 
-from common import ROOT, WORK, bench, binary, generate, medians, output, progress, text
+from common import ROOT, WORK, bench, generate, medians, output, progress, text
 
 CONTEXTS, DECODE = (128, 1024, 4096), 128
 LAYOUTS = {"gqa": (), "mha": ("--as", "mha"), "mla": ("--as", "mla")}
@@ -25,8 +25,8 @@ def export(source: Path, name: str, *flags) -> Path:
     return weights
 
 
-def decode(run: Path, weights: Path, prompt: str) -> dict:
-    report = generate(run, weights, prompt, DECODE + 1)
+def decode(weights: Path, prompt: str) -> dict:
+    report = generate(weights, prompt, DECODE + 1)
     speed, bytes_per_second = report["decode_steps_per_second"], report["decode_bytes_per_second"]
     return {
         "tokens/s": speed,
@@ -38,7 +38,7 @@ def decode(run: Path, weights: Path, prompt: str) -> dict:
 
 def read_bandwidth(weights: Path) -> dict:
     """With a short context: the bandwidth alone is wanted."""
-    return {"GB/s": bench(binary(), weights, "-c", CONTEXTS[0] + DECODE)["read_gb_per_second"]}
+    return {"GB/s": bench(weights, "-c", CONTEXTS[0] + DECODE)["read_gb_per_second"]}
 
 
 def layouts(gguf: Path, rounds: int) -> dict:
@@ -49,7 +49,7 @@ def layouts(gguf: Path, rounds: int) -> dict:
         progress("variants, layouts", number, rounds)
         reads.append(read_bandwidth(weights["gqa"]))
         for (name, context), figures in runs.items():
-            figures.append(decode(binary(ATTENTION=name), weights[name], text(context, 0)))
+            figures.append(decode(weights[name], text(context, 0)))
     read = medians(reads)["GB/s"]
     rows = {key: medians(figures) for key, figures in runs.items()}
     rate = rows["gqa", CONTEXTS[0]]["GB/s"]
@@ -75,7 +75,7 @@ def experts(rounds: int) -> dict:
     for number in range(rounds):
         progress("variants, experts", number, rounds)
         for name, figures in runs.items():
-            figures.append(decode(binary(), weights[name], "a" * CONTEXTS[0]))
+            figures.append(decode(weights[name], "a" * CONTEXTS[0]))
     rows = {name: medians(figures) for name, figures in runs.items()}
     print("\nexperts beside a dense model, random weights, q8")
     print(f"{'':16}{'MB a token':>12}{'tokens/s':>10}{'GB/s':>8}")
