@@ -28,7 +28,7 @@ def machine() -> dict:
         "cpu": re.search(r"model name\s*:\s*(.*)", cpu)[1],
         "cores": cpu.count("model name"),
         "memory, GB": round(int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6, 1),
-        "system": platform.platform(),
+        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "compiler": output("g++", "-dumpfullversion").strip(),
         "attn.cu": output("git", "describe", "--always", "--dirty").strip(),
         "llama-cpp-python": (ROOT / "bench" / "requirements.txt").read_text().strip().partition("==")[2],

@@ -56,7 +56,12 @@ def stats(weights: Path, *flags, **choices: str) -> dict:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         sys.exit(f"failed: run {weights} {flags} {choices}")
-    return {**json.loads(report.read_text()), "resident": usage.ru_maxrss * 1024}
+    return {**without_path(json.loads(report.read_text())), "resident": usage.ru_maxrss * 1024}
+
+
+def without_path(report: dict) -> dict:
+    """Results are for others to read: where the file lay here is nothing to them."""
+    return {**report, "model": Path(report["model"]).name}
 
 
 def generate(weights: Path, prompt: str, n: int, **choices: str) -> dict:
@@ -66,7 +71,7 @@ def generate(weights: Path, prompt: str, n: int, **choices: str) -> dict:
 
 
 def bench(weights: Path, *flags) -> dict:
-    return json.loads(output(binary(weights), weights, "--bench", "-q", *flags))
+    return without_path(json.loads(output(binary(weights), weights, "--bench", "-q", *flags)))
 
 
 def peer(*command) -> dict:
