@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import checkpoints
 import numpy as np
@@ -590,6 +591,7 @@ def test_interrupt_while_waiting_for_a_request(model):
     process.stdin.write(b'{"prompt": "a", "n": 2}\n')
     process.stdin.flush()
     assert b"text" in process.stdout.readline()
+    time.sleep(0.3)  # until it waits
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert b"logits   hash" in process.stderr.read() and process.stdout.read() == b""
@@ -602,6 +604,7 @@ def test_interrupt_while_waiting_for_a_turn(model):
     process.stdin.write(b"hello\n")
     process.stdin.flush()
     assert process.stdout.readline()
+    time.sleep(0.3)  # until it waits
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert b"logits   hash" in process.stderr.read()
