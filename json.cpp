@@ -70,7 +70,7 @@ Tree tree_of(const Json& json) {
 
 Json parse_json(std::string_view text, const std::string& what) {
   if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);  // a byte order mark, as some editors begin every file
-  const size_t zero = text.find('\0');  // which Jansson passes over between values
+  const size_t zero = text.find('\0');                          // which Jansson passes over between values
   if (zero != text.npos) fail("%s is not JSON: at byte %zu: a zero byte", what.c_str(), zero);
   json_error_t error;
   const Tree tree(json_loadb(text.data(), text.size(), JSON_DECODE_ANY | JSON_REJECT_DUPLICATES, &error));

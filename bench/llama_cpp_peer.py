@@ -2,7 +2,7 @@
 
 usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash f16|q8 LONG STATE   what bench/speed.py compares, once
        llama_cpp_peer.py resident MODEL.gguf THREADS PROMPT DECODE                the most memory it held
-       llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE              N sequences at once
+       llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE unified|apart   N sequences at once
        llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS                llama-perplexity's protocol, by 512
        llama_cpp_peer.py quantize MODEL.gguf OUT.gguf                             to Q8_0
 """
@@ -23,12 +23,14 @@ PROMPT, DECODE, SHORT, CHUNK = 512, 128, 128, 512  # as `run --bench` and `run -
 
 
 class Peer:
-    def __init__(self, path: str, threads: int, context: int, flash: bool, kv: str = "f16", sequences: int = 1):
+    def __init__(
+        self, path: str, threads: int, context: int, flash: bool, kv: str = "f16", sequences: int = 1, unified=False
+    ):
         model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
         params = ll.llama_context_default_params()
         params.n_ctx = context
         params.n_seq_max = sequences
-        params.kv_unified = False  # each sequence reads its own keys and values, not everybody's behind a mask
+        params.kv_unified = unified  # one cache for all, everybody's keys behind a mask; or one for each sequence
         params.n_batch = params.n_ubatch = PROMPT
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -112,10 +114,10 @@ def resident(path: str, threads: str, n_prompt: str, n_decode: str) -> dict:
     return {"resident": peak_resident() - before}
 
 
-def requests(path: str, threads: str, n: str, n_prompt: str, n_decode: str) -> dict:
+def requests(path: str, threads: str, n: str, n_prompt: str, n_decode: str, kv: str) -> dict:
     """N prompts at once, then the likeliest token of each, again and again."""
     count, prompt, steps = int(n), int(n_prompt), int(n_decode)
-    peer = Peer(path, int(threads), count * (prompt + steps), flash=True, sequences=count)
+    peer = Peer(path, int(threads), count * (prompt + steps), flash=True, sequences=count, unified=kv == "unified")
     batch = ll.llama_batch_init(max(PROMPT, count), 0, 1)
 
     def decode(tokens: list[tuple[int, int, int]]) -> list[int]:  # (sequence, position, token); the likeliest next

@@ -1,6 +1,7 @@
 """Many sequences at once: beside llama.cpp, and what paging is worth.
 
-1. 8 and 32 sequences of 128 + 64 tokens, attn.cu paged and llama.cpp in turn, both always taking the likeliest token.
+1. 8 and 32 sequences of 128 + 64 tokens, attn.cu paged and llama.cpp in turn, both always taking the likeliest token;
+   llama.cpp with a cache for each sequence and with one for all: the ratio is to the better of the two.
 2. 256 requests with a common prefix of 512 tokens and a pool of 1 GB, paged and contiguous, which reserves the whole
    context for each: how many are in the cache at once. Once, since nothing but the speed could differ.
 3. One sequence at 4096 tokens of context, paged and contiguous in turn: the median of the pairs' ratios.
@@ -32,7 +33,7 @@ def answer(cache: str, weights: Path, prompts: list[str], *flags) -> dict:
 
 def beside_llama_cpp(gguf: Path, weights: Path, count: int, rounds: int) -> dict:
     """Decode is counted by the median time between two tokens of a sequence: while all of them run."""
-    runs = {"attn.cu": [], "llama.cpp": []}
+    runs = {"attn.cu": [], "llama.cpp": [], "llama.cpp, unified": []}
     for number in range(rounds):
         progress(f"paging, {count} sequences", number, rounds)
         prompts = [text(PROMPT, number * count + i) for i in range(count)]
@@ -40,13 +41,14 @@ def beside_llama_cpp(gguf: Path, weights: Path, count: int, rounds: int) -> dict
         assert ours["prompt_tokens"] + ours["cached_tokens"] == PROMPT * count, "the prompts are not of this length"
         decode, everything = count / ours["between_tokens_p50"], ours["total_tokens_per_second"]
         runs["attn.cu"].append({"decode, tokens/s": decode, "in all, generated tokens/s": everything})
-        runs["llama.cpp"].append(peer("requests", gguf, ours["threads"], count, PROMPT, DECODE))
+        for side, kv in (("llama.cpp", "apart"), ("llama.cpp, unified", "unified")):
+            runs[side].append(peer("requests", gguf, ours["threads"], count, PROMPT, DECODE, kv))
     sides = {side: medians(figures) for side, figures in runs.items()}
     print(f"\n{count} sequences of {PROMPT} + {DECODE} tokens")
-    print(f"{'':30}{'attn.cu':>10}{'llama.cpp':>11}{'ratio':>8}")
+    print(f"{'':30}{'attn.cu':>10}{'llama.cpp':>11}{'  unified':>11}{'ratio':>8}")
     for figure, ours in sides["attn.cu"].items():
-        theirs = sides["llama.cpp"][figure]
-        print(f"{figure:30}{ours:10.1f}{theirs:11.1f}{ours / theirs:8.2f}")
+        apart, unified = sides["llama.cpp"][figure], sides["llama.cpp, unified"][figure]
+        print(f"{figure:30}{ours:10.1f}{apart:11.1f}{unified:11.1f}{ours / max(apart, unified):8.2f}")
     return {"medians": sides, "rounds": runs}
 
 

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cinttypes>
 #include <cstdio>
+#include <string_view>
 
 #include "json.h"
 
@@ -77,8 +78,11 @@ void print_setup(const Model& model, const Setup& s) {
   const Limits& l = s.limits;
   std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), name(model.config.attention),
                model.n_parameters / 1e6, model.types.c_str());
-  std::fprintf(stderr, "run      %s cache, %s kernel, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
-               s.kernel, s.kv, s.device, kernel_level(), s.threads, s.seed);
+  const bool flash_too = model.config.attention == Variant::mla && l.mla_form != MlaForm::absorbed &&
+                         std::string_view(s.kernel) == "naive";
+  std::fprintf(stderr, "run      %s cache, %s kernel%s, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
+               s.kernel, flash_too ? " (flash where MLA is expanded)" : "", s.kv, s.device, kernel_level(), s.threads,
+               s.seed);
   std::fprintf(stderr, "KV       %zu bytes a token; %d x %d tokens: %.1f MB\n", s.kv_bytes_per_token, l.n_blocks,
                s.block_size, mb(s.kv_bytes));
   std::fprintf(stderr, "memory   %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
