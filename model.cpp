@@ -24,8 +24,7 @@ namespace {
 constexpr const char* FORMAT = "attn.cu 1";
 constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
 
-// --- the file
-// ---------------------------------------------------------------------------------------------------------
+// ---- The file.
 
 class MappedFile {
  public:
@@ -202,8 +201,7 @@ class Header {
   std::map<std::string, Entry> entries_;
 };
 
-// --- hyper-parameters
-// -------------------------------------------------------------------------------------------------
+// ---- Hyper-parameters.
 
 // The fields of "config": each is taken once, checked for type and range; what is left over is refused.
 class Fields {
@@ -401,8 +399,7 @@ Config read_config(const std::string& path, const std::string& text) {
   return c;
 }
 
-// --- tensors
-// ----------------------------------------------------------------------------------------------------------
+// ---- Tensors.
 
 // A matrix to pack and where its description goes.
 struct PackJob {
@@ -619,8 +616,7 @@ void collect(Collector& t, Model& m) {
   }
 }
 
-// --- packing
-// ----------------------------------------------------------------------------------------------------------
+// ---- Packing.
 
 constexpr size_t RELEASE_EVERY = size_t{8} << 20;  // bytes of the file that are resident at most while packing
 
