@@ -148,7 +148,7 @@ Partial partial_at(float* memory, const Widths& w) {
 
 // One thread's scratch memory.
 struct Scratch {
-  float* q;        // [rows, k_dim] times scale
+  float* q;        // [rows, k_pad] times scale, zeros at the end
   float* scores;   // [rows, TILE]
   float* rescale;  // [rows]
   float* sums;     // [rows, LANES] the denominators, a lane each LANES-th token
@@ -367,12 +367,13 @@ void softmax_tile(const Seen& seen, const Scratch& s, const Partial& out) {
 
 // The item's query rows times scale, one after the other.
 void load_queries(const float* q, const AttentionShape& shape, const Item& item, const Scratch& s) {
-  const int group = group_size(shape), k_dim = shape.k_dim;
-  for (int t = 0; t < item.n_tokens; t++) {
-    const int head = (item.first_token + t) * shape.n_heads + item.kv_head * group;
+  const int group = group_size(shape), k_dim = shape.k_dim, k_pad = static_cast<int>(Widths(shape).k_pad);
+  for (int row = 0; row < item.n_tokens * group; row++) {
+    const int head = (item.first_token + row / group) * shape.n_heads + item.kv_head * group + row % group;
     const float* from = q + to_size(head) * to_size(k_dim);
-    float* to = s.q + to_size(t * group) * to_size(k_dim);
-    for (int i = 0; i < group * k_dim; i++) to[i] = from[i] * shape.scale;
+    float* to = s.q + to_size(row) * to_size(k_pad);
+    for (int i = 0; i < k_dim; i++) to[i] = from[i] * shape.scale;
+    std::fill(to + k_dim, to + k_pad, 0.0f);
   }
 }
 
@@ -385,34 +386,30 @@ inline void key_columns(const TileRows& rows, const TileRows& next, int column, 
     for (int i = column; i < column + LANES; i++) prefetch(next.k[i] + Kv::row_bytes(d));
 }
 
-// sum [M rows, N registers of tokens] += elements d .. d + n - 1 of q times those of K, in their order.
+// Few rows: K is used as it comes, N registers of tokens at a time. The arithmetic is product_block's; what pads a row
+// of K or q to eight elements is zero.
 template <class Kv, int M, int N>
-inline void add_elements(const TileRows& rows, const TileRows& next, const float* q, int k_dim, int column, int d,
-                         int n, F32 (&sum)[M][N]) {
-  F32 k[N][8];
-#pragma GCC unroll 8
-  for (int j = 0; j < N; j++) key_columns<Kv>(rows, next, column + j * LANES, k_dim, d, k[j]);
-#pragma GCC unroll 8
-  for (int p = 0; p < n; p++)
-#pragma GCC unroll 8
-    for (int i = 0; i < M; i++) {
-      const F32 x = simd::set(q[i * k_dim + d + p]);
-#pragma GCC unroll 8
-      for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, k[j][p], sum[i][j]);
-    }
-}
-
-// Few rows: K is used as it comes, N registers of tokens at a time. The arithmetic is product_block's.
-template <class Kv, int M, int N>
-void score_block(const TileRows& rows, const TileRows& next, int k_dim, int column, const Scratch& s) {
+void score_block(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int column,
+                 const Scratch& s) {
+  const size_t k_pad = Widths(shape).k_pad;
   F32 sum[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) sum[i][j] = simd::zero();
-  int d = 0;
-  for (; d + 8 <= k_dim; d += 8) add_elements<Kv>(rows, next, s.q, k_dim, column, d, 8, sum);
-  if (d < k_dim) add_elements<Kv>(rows, next, s.q, k_dim, column, d, k_dim - d, sum);
+  for (int d = 0; d < shape.k_dim; d += 8) {
+    F32 k[N][8];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) key_columns<Kv>(rows, next, column + j * LANES, shape.k_dim, d, k[j]);
+#pragma GCC unroll 8
+    for (int p = 0; p < 8; p++)
+#pragma GCC unroll 8
+      for (size_t i = 0; i < M; i++) {
+        const F32 x = simd::set(s.q[i * k_pad + to_size(d + p)]);
+#pragma GCC unroll 8
+        for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, k[j][p], sum[i][j]);
+      }
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
@@ -420,20 +417,20 @@ void score_block(const TileRows& rows, const TileRows& next, int k_dim, int colu
 }
 
 template <class Kv, int M = MAX_ROWS>
-void score_few(const TileRows& rows, const TileRows& next, int k_dim, int n_rows, int first, int last,
+void score_few(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int n_rows, int first, int last,
                const Scratch& s) {
   if constexpr (M > 1)
-    if (n_rows < M) return score_few<Kv, M - 1>(rows, next, k_dim, n_rows, first, last, s);
+    if (n_rows < M) return score_few<Kv, M - 1>(rows, next, shape, n_rows, first, last, s);
   constexpr int N = MAX_REGISTERS / 2;  // beside the columns of K
-  int column = first / LANES * LANES;
-  for (; column + (N - 1) * LANES < last; column += N * LANES) score_block<Kv, M, N>(rows, next, k_dim, column, s);
-  for (; column < last; column += LANES) score_block<Kv, M, 1>(rows, next, k_dim, column, s);
+  for (int column = first / (N * LANES) * N * LANES; column < last; column += N * LANES)
+    score_block<Kv, M, N>(rows, next, shape, column, s);
 }
 
 // Many rows: a strip of K is transposed first, and then used by all of them.
 template <class Kv>
 void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
   const int k_dim = seen.shape.k_dim;
+  const size_t k_pad = Widths(seen.shape).k_pad;
   const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
   std::fill_n(s.rescale, seen.n_rows(), 1.0f);  // from strip to strip the sums go on
   for (int strip = 0; strip < k_dim; strip += STRIP) {
@@ -447,8 +444,8 @@ void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, in
       }
     }
     small_product(
-        s.q + strip, to_size(k_dim), seen.n_rows(), TileColumns{s.k_t, TILE}, registers,
-        [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr, s.scores, TILE);
+        s.q + strip, k_pad, seen.n_rows(), TileColumns{s.k_t, TILE}, registers,
+        [&](int) { return round_up(end - strip, 8); }, strip > 0 ? s.rescale : nullptr, s.scores, TILE);
   }
 }
 
@@ -456,7 +453,7 @@ void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, in
 template <class Kv>
 void score_keys(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
   if (seen.n_rows() <= MAX_ROWS)
-    score_few<Kv>(rows, next, seen.shape.k_dim, seen.n_rows(), first, last, s);
+    score_few<Kv>(rows, next, seen.shape, seen.n_rows(), first, last, s);
   else
     score_many<Kv>(rows, next, seen, first, last, s);
 }
