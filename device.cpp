@@ -112,7 +112,7 @@ size_t device_memory_available() {
     if (path == std::string::npos) continue;
     std::string group = line.substr(path + 1);
     if (group == "/") group.clear();
-    const std::string names = "," + line.substr(controllers, path - controllers) + ",";
+    const std::string names = std::string(",").append(line, controllers, path - controllers) + ",";
     if (names == ",,") available = std::min(available, cgroup_available(CGROUP_V2, group));
     if (names.find(",memory,") != std::string::npos)
       available = std::min(available, cgroup_available(CGROUP_V1, group));

@@ -62,7 +62,7 @@ class Samples {
 
   void begin() {
     const Session& s = session_;
-    if (texts_.size() > 1) print((live_ > 0 ? "\n" : "") + ("--- sample " + std::to_string(live_ + 1)) + "\n");
+    if (texts_.size() > 1) print(std::string(live_ > 0 ? "\n" : "") + "--- sample " + std::to_string(live_ + 1) + "\n");
     if (!s.options.tokens) print(s.text);
     for (size_t i = 0; i < s.prompt.size() && s.options.tokens; i++) print(token_line(s.tokenizer, s.prompt[i]));
     if (s.options.tokens) print("\n");

@@ -289,9 +289,9 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "temperature": "hot"}': "temperature",
         '{"prompt": "a", "stop": [""]}': "stop",
         '{"prompt": "a", "seed": -1}': "seed",
-        '{"prompt": "a", "seed": 18446744073709551616}': "seed",
+        '{"prompt": "a", "seed": 18446744073709551616}': "too big",
         '{"prompt": "a", "n": 4294967297}': '"n"',
-        '{"prompt": "a", "n": 1e400}': "too large",
+        '{"prompt": "a", "n": 1e400}': "overflow",
         '{"prompt": "a", "n": null}': "null",
         '{"prompt": null}': "null",
         '{"prompt": "a", "temperature": NaN}': "not JSON",
@@ -354,7 +354,7 @@ def test_requests_as_a_stranger_writes_them(model):
     assert [(a["line"], "text" in a) for a in result] == [
         *((1, True), (4, True), (5, False), (6, False), (7, False), (8, False), (9, True))
     ]
-    assert "10000000 tokens" in result[2]["error"] and "nested" in result[3]["error"]
+    assert "10000000 tokens" in result[2]["error"] and "depth" in result[3]["error"]
     done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
     assert b"not UTF-8" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
     assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
