@@ -356,7 +356,7 @@ def test_requests_as_a_stranger_writes_them(model):
     ]
     assert "10000000 tokens" in result[2]["error"] and "depth" in result[3]["error"]
     done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
-    assert b"not UTF-8" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
+    assert b"decode byte 0xe9" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
     assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
 
 
