@@ -8,12 +8,15 @@
 // 2. The next tile's lines are asked for while this one is computed: 7.4 and 13.3 ms. Into the first cache: only 11.4
 //    and 18.2, there are too few places for lines on their way there.
 // 3. Elements move while they are narrow, 16 tokens at a time, and a few rows' product takes the columns as they come,
-//    in registers: two threads 4.1 -> 4.0 and 6.7 -> 5.2 ms.
-// 4. Blocks of a paged cache lie head by head: a sequence alone reads one stream. Two threads, 16-token blocks: 4.9 ->
-//    4.5 and 7.1 -> 5.9 ms.
+//    in registers: two threads 4.1 -> 4.0 and 6.7 -> 5.2 ms; 16-token blocks in a shuffled order 4.9 -> 4.5 and
+//    7.1 -> 5.9.
+// 4. A tile's rows are found without a copy and without a pass over all of them: 4.0 -> 3.8 and 5.3 -> 5.1 ms.
 //
-// What failed: 16 x 16 transposes of floats in 512-bit registers (half as long again on Zen 4); narrow columns that go
-// through memory: the stores of floats are the limit, 8.1 for 7.4 ms.
+// Blocks of a paged cache lie head by head, so that those in order are one stream: 4.1 ms where a contiguous cache took
+// 4.0. What this order of the cache gained was not measured on its own.
+//
+// What failed: 16 x 16 transposes of floats in 512-bit registers (half as long again on Zen 4). Narrow columns that go
+// through memory: no gain with rows of 64 that are in the cache.
 #include "attention.h"
 
 #include <omp.h>

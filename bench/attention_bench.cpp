@@ -131,6 +131,7 @@ int main(int argc, char** argv) {
                        expanded = shape(16, 16, 192, 128);
   bench<Flash, KvF16, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
   bench<Flash, KvF16, 16>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
+  bench<Flash, KvF16, 16>("decode 4096, 32/8 heads of 128", llama, 4096, 1, 8, n, limits);
   bench<Flash, KvQ8, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
   bench<Flash, KvBF16, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
   bench<Flash, KvF32, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
