@@ -51,7 +51,8 @@ constexpr int round_up(int n, int to) {
 // ---------------------------------------------------------------------------------------------------
 
 // The rows of one layer and KV head of one sequence. `run` is how many tokens from `token` on lie one after the other,
-// so that a block's address is computed once a block; `end` how far there are rows of a context of n tokens.
+// so that a block's address is computed once a block; `end` how far there are rows of a context of n tokens; `k_major`
+// whether k is a matrix of KEY_LANES tokens, and to be asked for its first one.
 template <class Kv, int Block>
 struct CacheRows {
   using Codec = Kv;
@@ -61,10 +62,12 @@ struct CacheRows {
 
   static int run(int token) { return Block ? Block - slot(token) : INT_MAX - token; }
   static int end(int n) { return n; }
+  bool k_major() const { return cache.k_major(); }
   const std::byte* k(int token) const { return cache.k_row(layer, block(token), kv_head, slot(token)); }
   const std::byte* v(int token) const { return cache.v_row(layer, block(token), kv_head, slot(token)); }
   size_t k_stride() const { return Kv::row_bytes(cache.shape().k_dim); }
   size_t v_stride() const { return Kv::row_bytes(cache.shape().v_dim); }
+  void load_k(int token, float* x) const { cache.load_k(layer, block(token), kv_head, slot(token), x); }
 
  private:
   static int slot(int token) { return Block ? token % std::max(Block, 1) : token; }
@@ -80,6 +83,7 @@ struct PlainHead {
 
   static int run(int token) { return INT_MAX - token; }
   int end(int n) const { return std::min(n, rows.first + rows.n); }
+  static constexpr bool k_major() { return false; }
   const std::byte* k(int token) const { return at(rows.k, k_stride(), shape.k_dim, token); }
   const std::byte* v(int token) const { return at(rows.v, v_stride(), shape.v_dim, token); }
   size_t k_stride() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.k_dim); }
@@ -150,13 +154,13 @@ struct Partial {
   float* acc;  // [rows_per_item, v_pad]
 };
 
-// Row widths rounded up to whole registers.
+// Row widths and their number rounded up to whole registers.
 struct Widths {
   size_t k_pad, v_pad, rows;
   explicit Widths(const AttentionShape& shape)
       : k_pad(to_size(round_up(shape.k_dim, LANES))),
         v_pad(to_size(round_up(shape.v_dim, LANES))),
-        rows(to_size(rows_per_item(shape))) {}
+        rows(to_size(round_up(rows_per_item(shape), LANES))) {}
   size_t partial() const { return to_size(round_up(static_cast<int>(rows * (v_pad + 2)), LANES)); }
 };
 
@@ -166,18 +170,18 @@ Partial partial_at(float* memory, const Widths& w) {
 
 // One thread's scratch memory.
 struct Scratch {
-  float* q;        // [rows, k_pad] times scale, zeros at the end
-  float* scores;   // [rows, TILE]
-  float* rescale;  // [rows]
-  float* sums;     // [rows, LANES] the denominators, a lane each LANES-th token
-  float* k_t;      // [STRIP, TILE] a strip of the tile's K, transposed: a register holds LANES tokens
-  float* v;        // [TILE, STRIP] a strip of its V
+  float* q;         // [rows, k_pad] times scale; for token-major keys [k_dim, rows]
+  float* scores;    // [rows, TILE]
+  float* scores_t;  // [TILE, rows] what token-major keys give
+  float* rescale;   // [max(rows, TILE)]
+  float* sums;      // [rows, LANES] the denominators, a lane each LANES-th token
+  float* strip;     // [TILE, STRIP] a strip of the tile's K or V rows
   Partial partial;
 
   static size_t floats(const AttentionShape& shape) {
     const Widths w(shape);
-    return w.rows * (w.k_pad + to_size(TILE) + to_size(LANES)) + to_size(round_up(static_cast<int>(w.rows), LANES)) +
-           to_size(2 * TILE * STRIP) + w.partial();
+    return w.rows * (w.k_pad + to_size(2 * TILE + LANES)) + std::max(w.rows, to_size(TILE)) + to_size(TILE * STRIP) +
+           w.partial();
   }
 };
 
@@ -187,10 +191,10 @@ Scratch scratch_at(float* memory, const AttentionShape& shape) {
   const auto take = [&memory](size_t n) { return std::exchange(memory, memory + n); };
   s.q = take(w.rows * w.k_pad);
   s.scores = take(w.rows * to_size(TILE));
+  s.scores_t = take(w.rows * to_size(TILE));
   s.sums = take(w.rows * to_size(LANES));
-  s.rescale = take(to_size(round_up(static_cast<int>(w.rows), LANES)));
-  s.k_t = take(to_size(STRIP * TILE));
-  s.v = take(to_size(TILE * STRIP));
+  s.rescale = take(std::max(w.rows, to_size(TILE)));
+  s.strip = take(to_size(TILE * STRIP));
   s.partial = partial_at(take(w.partial()), w);
   return s;
 }
@@ -235,7 +239,7 @@ inline void prefetch(const std::byte* p) {
 }
 
 // Where a product's second factor comes from: row p's j-th register.
-struct TileColumns {  // float32
+struct PlainColumns {  // float32
   const float* b;
   size_t stride;
   F32 operator()(size_t p, int j) const { return simd::load(b + p * stride + j * LANES); }
@@ -247,6 +251,16 @@ struct RowColumns {                           // the cache's rows, as they are
   F32 operator()(size_t p, int j) const {
     prefetch(next[p] + Kv::row_bytes(j * LANES));
     return Kv::lanes(row[p], dim, j * LANES);
+  }
+};
+template <class Kv>
+struct KeyColumns {                              // the cache's k-major matrices, as they are
+  const std::byte *const *matrix, *const *next;  // next: prefetched
+  int dim;
+  F32 operator()(size_t p, int j) const {
+    const int column = j * LANES, first = column / KEY_LANES * KEY_LANES, lane = column % KEY_LANES;
+    prefetch(next[first] + Kv::row_bytes(static_cast<int>(p) * KEY_LANES + lane));
+    return Kv::keys(matrix[first], dim, static_cast<int>(p), lane);
   }
 };
 
@@ -308,8 +322,8 @@ void small_product(const float* a, size_t a_stride, int rows, const Columns& b, 
 // --- flash: one split
 // -------------------------------------------------------------------------------------------------
 
-// Where a tile's tokens lie. Only tokens first .. last - 1 may be read: the entries around them repeat the nearest of
-// them.
+// Where a tile's tokens lie; k-major: every KEY_LANES-th of k is a matrix. Only tokens first .. last - 1 may be read:
+// the entries around them repeat the nearest of them.
 struct TileRows {
   const std::byte *k[TILE], *v[TILE];
 };
@@ -317,6 +331,7 @@ struct TileRows {
 template <class Rows>
 void find_rows(const Rows& rows, const AttentionShape& shape, int tile, int first, int last, TileRows& found) {
   const size_t k_stride = rows.k_stride(), v_stride = shape.v_is_k ? k_stride : rows.v_stride();
+  if (rows.k_major()) first = first / KEY_LANES * KEY_LANES;
   for (int token = first, n; token < last; token += n) {
     n = std::min(Rows::run(token), last - token);
     const std::byte *k = rows.k(token), *v = shape.v_is_k ? k : rows.v(token);
@@ -382,97 +397,88 @@ void softmax_tile(const Seen& seen, const Scratch& s, const Partial& out) {
   }
 }
 
+const float* query_row(const float* q, const AttentionShape& shape, const Item& item, int row) {
+  const int group = group_size(shape), token = item.first_token + row / group;
+  return q + to_size(token * shape.n_heads + item.kv_head * group + row % group) * to_size(shape.k_dim);
+}
+
 // The item's query rows times scale, one after the other.
-void load_queries(const float* q, const AttentionShape& shape, const Item& item, const Scratch& s) {
-  const int group = group_size(shape), k_dim = shape.k_dim, k_pad = static_cast<int>(Widths(shape).k_pad);
-  for (int row = 0; row < item.n_tokens * group; row++) {
-    const int head = (item.first_token + row / group) * shape.n_heads + item.kv_head * group + row % group;
-    const float* from = q + to_size(head) * to_size(k_dim);
-    float* to = s.q + to_size(row) * to_size(k_pad);
-    for (int i = 0; i < k_dim; i++) to[i] = from[i] * shape.scale;
-    std::fill(to + k_dim, to + k_pad, 0.0f);
-  }
-}
-
-// Elements d .. d + 7 of the tile's tokens from `column` on, a register each; the next tile's are asked for.
-template <class Kv>
-inline void key_columns(const TileRows& rows, const TileRows& next, int column, int k_dim, int d, F32 (&out)[8]) {
-  constexpr int LINE = 8 * 64 / static_cast<int>(Kv::row_bytes(8));  // elements of a cache line, about
-  Kv::columns(rows.k + column, k_dim, d, out);
-  if (d % LINE == 0)
-    for (int i = column; i < column + LANES; i++) prefetch(next.k[i] + Kv::row_bytes(d));
-}
-
-// Few rows: K is used as it comes, N registers of tokens at a time. The arithmetic is product_block's; what pads a row
-// of K or q to eight elements is zero.
-template <class Kv, int M, int N>
-void score_block(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int column,
-                 const Scratch& s) {
+void load_query_rows(const float* q, const AttentionShape& shape, const Item& item, const Scratch& s) {
   const size_t k_pad = Widths(shape).k_pad;
-  F32 sum[M][N];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < N; j++) sum[i][j] = simd::zero();
-  for (int d = 0; d < shape.k_dim; d += 8) {
-    F32 k[N][8];
-#pragma GCC unroll 8
-    for (int j = 0; j < N; j++) key_columns<Kv>(rows, next, column + j * LANES, shape.k_dim, d, k[j]);
-#pragma GCC unroll 8
-    for (int p = 0; p < 8; p++)
-#pragma GCC unroll 8
-      for (size_t i = 0; i < M; i++) {
-        const F32 x = simd::set(s.q[i * k_pad + to_size(d + p)]);
-#pragma GCC unroll 8
-        for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, k[j][p], sum[i][j]);
-      }
+  for (int row = 0; row < item.n_tokens * group_size(shape); row++) {
+    const float* from = query_row(q, shape, item, row);
+    for (int i = 0; i < shape.k_dim; i++) s.q[to_size(row) * k_pad + to_size(i)] = from[i] * shape.scale;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 8
-    for (int j = 0; j < N; j++) simd::store(s.scores + i * TILE + column + j * LANES, sum[i][j]);
 }
 
-template <class Kv, int M = MAX_ROWS>
-void score_few(const TileRows& rows, const TileRows& next, const AttentionShape& shape, int n_rows, int first, int last,
-               const Scratch& s) {
-  if constexpr (M > 1)
-    if (n_rows < M) return score_few<Kv, M - 1>(rows, next, shape, n_rows, first, last, s);
-  constexpr int N = MAX_REGISTERS / 2;  // beside the columns of K
-  for (int column = first / (N * LANES) * N * LANES; column < last; column += N * LANES)
-    score_block<Kv, M, N>(rows, next, shape, column, s);
+// The same, transposed; the last row fills the last register.
+void load_query_columns(const float* q, const AttentionShape& shape, const Item& item, const Scratch& s) {
+  const size_t rows = Widths(shape).rows;
+  const int last = item.n_tokens * group_size(shape) - 1;
+  for (int first = 0; first <= last; first += LANES) {
+    const float* from[LANES];
+    for (int i = 0; i < LANES; i++) from[i] = query_row(q, shape, item, std::min(first + i, last));
+    float* to = s.q + first;
+    int d = 0;
+    for (; d + 8 <= shape.k_dim; d += 8) {
+      F32 column[8];
+      simd::columns(from, d, column);
+      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, simd::mul(column[i], simd::set(shape.scale)));
+    }
+    for (; d < shape.k_dim; d++)
+      for (int i = 0; i < LANES; i++) to[to_size(d) * rows + to_size(i)] = from[i][d] * shape.scale;
+  }
 }
 
-// Many rows: a strip of K is transposed first, and then used by all of them.
+void load_queries(const float* q, const AttentionShape& shape, const Item& item, bool k_major, const Scratch& s) {
+  k_major ? load_query_rows(q, shape, item, s) : load_query_columns(q, shape, item, s);
+}
+
+// Rows first .. last - 1 of the tile, elements strip .. end - 1, as float32; `next` rows are asked for.
 template <class Kv>
-void score_many(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
-  const int k_dim = seen.shape.k_dim;
-  const size_t k_pad = Widths(seen.shape).k_pad;
-  const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
-  std::fill_n(s.rescale, seen.n_rows(), 1.0f);  // from strip to strip the sums go on
+void load_strip(const std::byte* const* rows, const std::byte* const* next, int dim, int first, int last, int strip,
+                int end, float* to) {
+  for (int i = first; i < last; i++, to += STRIP) {
+    for (size_t at = Kv::row_bytes(strip); next && at < Kv::row_bytes(end); at += 64) prefetch(next[i] + at);
+    load_row<Kv>(rows[i], dim, strip, end, to);
+  }
+}
+
+// Token-major keys: a register holds a token's scores of LANES query rows.
+template <class Kv>
+void score_rows(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
+  const int k_dim = seen.shape.k_dim, registers = round_up(seen.n_rows(), LANES) / LANES;
+  const size_t n_rows = Widths(seen.shape).rows;
+  std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
   for (int strip = 0; strip < k_dim; strip += STRIP) {
     const int end = std::min(k_dim, strip + STRIP);
-    for (int column = first / LANES * LANES; column < last; column += LANES) {
-      for (int d = strip; d < end; d += 8) {
-        F32 k[8];
-        key_columns<Kv>(rows, next, column, k_dim, d, k);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) simd::store(s.k_t + (d - strip + i) * TILE + column, k[i]);
-      }
-    }
+    load_strip<Kv>(rows.k, next.k, k_dim, first, last, strip, end, s.strip);
     small_product(
-        s.q + strip, k_pad, seen.n_rows(), TileColumns{s.k_t, TILE}, registers,
-        [&](int) { return round_up(end - strip, 8); }, strip > 0 ? s.rescale : nullptr, s.scores, TILE);
+        s.strip, STRIP, last - first, PlainColumns{s.q + to_size(strip) * n_rows, n_rows},
+        [&](int) { return registers; }, [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr,
+        s.scores_t + to_size(first) * n_rows, n_rows);
+  }
+  for (int column = first / LANES * LANES; column < last; column += LANES) {
+    const float* from[LANES];
+    for (int i = 0; i < LANES; i++) from[i] = s.scores_t + to_size(column + i) * n_rows;
+    for (int row = 0; row < seen.n_rows(); row += 8) {
+      F32 scores[8];
+      simd::columns(from, row, scores);
+      for (int i = 0; i < 8; i++) simd::store(s.scores + (row + i) * TILE + column, scores[i]);
+    }
   }
 }
 
 // Scores of the tile's columns first .. last - 1. Those around them get something that may not be used.
 template <class Kv>
-void score_keys(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
-  if (seen.n_rows() <= MAX_ROWS)
-    score_few<Kv>(rows, next, seen.shape, seen.n_rows(), first, last, s);
-  else
-    score_many<Kv>(rows, next, seen, first, last, s);
+void score_keys(const TileRows& rows, const TileRows& next, const Seen& seen, bool k_major, int first, int last,
+                const Scratch& s) {
+  if (!k_major) return score_rows<Kv>(rows, next, seen, first, last, s);
+  const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
+  const int k_dim = seen.shape.k_dim;
+  small_product(
+      s.q, Widths(seen.shape).k_pad, seen.n_rows(), KeyColumns<Kv>{rows.k, next.k, k_dim}, registers,
+      [&](int) { return k_dim; }, nullptr, s.scores, TILE);
 }
 
 // acc = rescale * acc + weights V. V goes straight from the cache into the product where each element is needed once.
@@ -492,14 +498,10 @@ void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, in
   }
   for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
     const int end = std::min(shape.v_dim, strip + STRIP);
-    for (int i = first; i < last; i++) {
-      for (size_t line = Kv::row_bytes(strip); line < Kv::row_bytes(end) && !shape.v_is_k; line += 64)
-        prefetch(next.v[i] + line);
-      load_row<Kv>(rows.v[i], dim, strip, end, s.v + (i - first) * STRIP);
-    }
+    load_strip<Kv>(rows.v, shape.v_is_k ? nullptr : next.v, dim, first, last, strip, end, s.strip);
     small_product(
-        weights, TILE, n_rows, TileColumns{s.v, STRIP}, [&](int) { return (end - strip + LANES - 1) / LANES; }, depth,
-        rescale, out.acc + strip, w.v_pad);
+        weights, TILE, n_rows, PlainColumns{s.strip, STRIP}, [&](int) { return (end - strip + LANES - 1) / LANES; },
+        depth, rescale, out.acc + strip, w.v_pad);
   }
 }
 
@@ -525,7 +527,7 @@ void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& sh
     const bool more = tile + TILE < rows_end;
     if (more) find(tile + TILE, found[!odd]);
     const TileRows &now = found[odd], &next = found[more ? !odd : odd];
-    score_keys<Kv>(now, next, seen, first, last, s);
+    score_keys<Kv>(now, next, seen, rows.k_major(), first, last, s);
     softmax_tile(seen, s, out);
     add_values<Kv>(now, next, seen, first, last, begun ? s.rescale : nullptr, s, out);
   }
@@ -631,7 +633,7 @@ void attend_items(const float* q, const KVCache<Kv, Block>& cache, int layer, co
     const Item item = item_of_batch(batch, shape, index);
     const Range range = range_of(batch, shape, item);
     const int n_rows = item.n_tokens * group_size(shape);
-    load_queries(q, shape, item, scratch);
+    load_queries(q, shape, item, cache.k_major(), scratch);
     for (int row = 0; row < n_rows; row++) begin(running(layout, shape, item, row, out), shape.v_dim);
     for (int split = range.first_split(); split < range.last_split(); split++) {
       attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch, scratch.partial);
@@ -657,7 +659,7 @@ void attend_splits(const float* q, const KVCache<Kv, Block>& cache, int layer, c
       const Range range = range_of(batch, shape, item);
       const int split = range.first_split() + round * at_once + index % at_once;
       if (split >= range.last_split()) continue;
-      load_queries(q, shape, item, scratch);
+      load_queries(q, shape, item, cache.k_major(), scratch);
       attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch,
                    layout.slot(shape, index));
     }
@@ -711,7 +713,7 @@ void attend_rows(const float* q, const PlainRows& rows, const Batch& batch, int 
     const Item item = item_of(batch, sequence, shape, index);
     const Range range = range_of(batch, shape, item);
     if (split < range.first_split() || split >= range.last_split()) continue;
-    load_queries(q, shape, item, scratch);
+    load_queries(q, shape, item, false, scratch);
     attend_split(PlainHead{rows, shape, item.kv_head}, batch, shape, item, split, scratch, scratch.partial);
     for (int row = 0; row < item.n_tokens * group_size(shape); row++)
       merge(running(layout, shape, item, row, out), scratch.partial, row, shape.v_dim, Widths(shape).v_pad);
@@ -750,7 +752,7 @@ void attend_naively(const float* q, const Rows& rows, const AttentionShape& shap
   const int first = first_seen(shape, position);
   float largest = NONE, sum = 0;
   for (int t = first; t <= position; t++) {
-    load_row<typename Rows::Codec>(rows.k(t), shape.k_dim, 0, shape.k_dim, row);
+    rows.load_k(t, row);
     float s = dot(q, row, shape.k_dim) * shape.scale;
     if (shape.softcap > 0) s = shape.softcap * std::tanh(s / shape.softcap);
     scores[t] = s;

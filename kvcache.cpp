@@ -27,7 +27,7 @@ static uint16_t store_q8_group(const float* x, int8_t* q) {
 
 void KvQ8::store(const float* x, int dim, std::byte* row) {
   uint16_t* scales = reinterpret_cast<uint16_t*>(row);
-  int8_t* q = reinterpret_cast<int8_t*>(scales + groups(dim));
+  int8_t* q = reinterpret_cast<int8_t*>(row + scale_bytes(dim));
   for (int i = 0; i < dim; i += GROUP_SIZE) {
     const size_t n = static_cast<size_t>(dim - i < GROUP_SIZE ? dim - i : GROUP_SIZE);
     float group[GROUP_SIZE] = {};
@@ -35,6 +35,23 @@ void KvQ8::store(const float* x, int dim, std::byte* row) {
     std::memcpy(group, x + i, n * sizeof(float));
     scales[i / GROUP_SIZE] = store_q8_group(group, rounded);
     std::memcpy(q + i, rounded, n);
+  }
+}
+
+// One token's row becomes a column of a k-major matrix: made as a row, a q8 group at a time, then spread.
+template <class Kv>
+static void store_column(const float* x, int dim, std::byte* matrix, int lane) {
+  using Element = typename Kv::Element;
+  constexpr int SLICE = KvQ8::GROUP_SIZE;
+  uint16_t* scales = reinterpret_cast<uint16_t*>(matrix) + lane;
+  Element* elements = reinterpret_cast<Element*>(matrix + KEY_LANES * Kv::scale_bytes(dim)) + lane;
+  for (int i = 0; i < dim; i += SLICE) {
+    alignas(64) std::byte row[Kv::row_bytes(SLICE)];
+    const int n = std::min(SLICE, dim - i);
+    Kv::store(x + i, n, row);
+    if constexpr (Kv::scale_bytes(SLICE) > 0) scales[i / SLICE * KEY_LANES] = *reinterpret_cast<uint16_t*>(row);
+    const Element* from = reinterpret_cast<const Element*>(row + Kv::scale_bytes(n));
+    for (int j = 0; j < n; j++) elements[(i + j) * KEY_LANES] = from[j];
   }
 }
 
@@ -46,16 +63,30 @@ size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
 
 template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  const int block_size = Block ? Block : shape.block_size;
-  return bytes_per_token(shape) * static_cast<size_t>(shape.n_blocks) * static_cast<size_t>(block_size);
+  return row_index(shape, shape.n_layers, 0, 0, 0) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
 }
 
 template <class Kv, int Block>
 KVCache<Kv, Block>::KVCache(const CacheShape& shape)
-    : shape_(shape), k_row_bytes_(Kv::row_bytes(shape.k_dim)), v_row_bytes_(Kv::row_bytes(shape.v_dim)) {
-  const size_t n_rows = row_index(shape.n_layers, 0, 0, 0);
-  k_ = Buffer<std::byte>(n_rows * k_row_bytes_);
-  v_ = Buffer<std::byte>(n_rows * v_row_bytes_);
+    : shape_(shape),
+      k_row_bytes_(Kv::row_bytes(shape.k_dim)),
+      v_row_bytes_(Kv::row_bytes(shape.v_dim)),
+      k_(k_bytes()),
+      v_(v_bytes()) {}
+
+template <class Kv, int Block>
+void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, float* out) const {
+  if (!k_major()) return load_row<Kv>(k_row(layer, block, kv_head, slot), shape_.k_dim, 0, shape_.k_dim, out);
+  const int lane = slot % KEY_LANES;
+  const std::byte* matrix = k_row(layer, block, kv_head, slot - lane);
+  for (int i = 0; i < shape_.k_dim; i++) out[i] = Kv::key(matrix, shape_.k_dim, i, lane);
+}
+
+template <class Kv, int Block>
+void KVCache<Kv, Block>::store_k(int layer, int block, int kv_head, int slot, const float* x) {
+  const int lane = k_major() ? slot % KEY_LANES : 0;
+  std::byte* to = k_.data() + row_index(shape_, layer, block, kv_head, slot - lane) * k_row_bytes_;
+  k_major() ? store_column<Kv>(x, shape_.k_dim, to, lane) : Kv::store(x, shape_.k_dim, to);
 }
 
 template <class Kv, int Block>
@@ -66,9 +97,10 @@ void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, c
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
-      const size_t to = row_index(layer, block, g, slot);
-      Kv::store(k + from * static_cast<size_t>(k_dim), k_dim, k_.data() + to * k_row_bytes_);
-      if (v_dim > 0) Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, v_.data() + to * v_row_bytes_);
+      store_k(layer, block, g, slot, k + from * static_cast<size_t>(k_dim));
+      if (v_dim == 0) continue;
+      std::byte* to = v_.data() + row_index(shape_, layer, block, g, slot) * v_row_bytes_;
+      Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, to);
     }
   }
 }
@@ -79,23 +111,22 @@ void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first,
 #pragma omp for schedule(static)
   for (int i = 0; i < n; i++) {
     const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
-    load_row<Kv>(k_row(layer, block, 0, slot), shape_.k_dim, 0, shape_.k_dim,
-                 out + static_cast<size_t>(i) * static_cast<size_t>(shape_.k_dim));
+    load_k(layer, block, 0, slot, out + static_cast<size_t>(i) * static_cast<size_t>(shape_.k_dim));
   }
 }
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::copy_blocks(const Batch& batch) {
-  const size_t k_bytes = static_cast<size_t>(block_size()) * k_row_bytes_;
-  const size_t v_bytes = static_cast<size_t>(block_size()) * v_row_bytes_;
+  const size_t rows = row_index(shape_, 0, 1, 0, 0);
 #pragma omp for collapse(3) schedule(static)
   for (int layer = 0; layer < shape_.n_layers; layer++) {
     for (int head = 0; head < shape_.n_kv_heads; head++) {
       for (int i = 0; i < batch.n_copies; i++) {
-        const size_t from = row_index(layer, batch.copy_from[i], head, 0);
-        const size_t to = row_index(layer, batch.copy_to[i], head, 0);
-        std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, k_bytes);
-        if (v_bytes > 0) std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, v_bytes);
+        const size_t from = row_index(shape_, layer, batch.copy_from[i], head, 0);
+        const size_t to = row_index(shape_, layer, batch.copy_to[i], head, 0);
+        std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, rows * k_row_bytes_);
+        if (shape_.v_dim > 0)
+          std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, rows * v_row_bytes_);
       }
     }
   }

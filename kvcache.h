@@ -37,129 +37,106 @@ struct Batch {
   const int* copy_to = nullptr;     // [n_copies] block
 };
 
-// How one row of `dim` elements is kept. Each type: name, the row's bytes (a multiple of 2), store, and three ways to
-// read as floats: `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `eight` elements i
-// .. i + 7, i a multiple of 8, zeros past the end; `columns` those eight of LANES rows, transposed: out[j] is element
-// i + j of each. Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible
-// number.
+// Tokens whose keys may lie side by side, see KVCache.
+constexpr int KEY_LANES = 16;
+static_assert(KEY_LANES % simd::LANES == 0);
 
-// row + i, or where fewer than eight elements are left, those and zeros in `padded`.
-template <class T>
-const T* eight_or_padded(const T* row, int dim, int i, T (&padded)[8]) {
-  if (i + 8 <= dim) return row + i;
-  std::fill_n(padded, 8, T(0));
-  return std::copy(row + i, row + dim, padded) - (dim - i);
-}
-
-// The same of LANES rows, whose elements begin at byte `at`.
-template <class T>
-struct PaddedRows {
-  T padded[simd::LANES][8];
-  const std::byte* row[simd::LANES];
-  PaddedRows(const std::byte* const* rows, size_t at, int dim, int i) {
-    for (int j = 0; j < simd::LANES; j++)
-      row[j] = reinterpret_cast<const std::byte*>(
-          eight_or_padded(reinterpret_cast<const T*>(rows[j] + at), dim, i, padded[j]));
+// How `dim` elements of a token are kept: a row of scales (q8 alone) and elements, or, k-major, KEY_LANES tokens' rows
+// as one matrix, transposed: [scales of a row, KEY_LANES], then [dim, KEY_LANES]; it takes the bytes of KEY_LANES rows.
+// Each type: name, Element, the bytes of a row's scales and of all of it (a multiple of 2), store a row, and ways to
+// read floats. `element` is one of a row; `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of
+// LANES; `key` is element i of one token of a k-major matrix; `keys` that of tokens lane .. lane + LANES - 1.
+// Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number.
+template <class Codec, class T>
+struct Unscaled {
+  using Element = T;
+  static constexpr size_t scale_bytes(int) { return 0; }
+  static constexpr size_t row_bytes(int dim) { return sizeof(T) * static_cast<size_t>(dim); }
+  static float element(const std::byte* row, int, int i) { return Codec::widen(at(row)[i]); }
+  static simd::F32 lanes(const std::byte* row, int, int i) { return Codec::load(at(row) + i); }
+  static float key(const std::byte* matrix, int, int i, int lane) {
+    return Codec::widen(at(matrix)[i * KEY_LANES + lane]);
   }
+  static simd::F32 keys(const std::byte* matrix, int, int i, int lane) {
+    return Codec::load(at(matrix) + i * KEY_LANES + lane);
+  }
+
+ private:
+  static const T* at(const std::byte* p) { return reinterpret_cast<const T*>(p); }
 };
 
-struct KvF32 {  // float32
+struct KvF32 : Unscaled<KvF32, float> {  // float32
   static constexpr const char* name = "f32";
-  static constexpr size_t row_bytes(int dim) { return 4 * static_cast<size_t>(dim); }
+  static float widen(float x) { return x; }
+  static simd::F32 load(const float* p) { return simd::load(p); }
   static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
-  static simd::F32 lanes(const std::byte* row, int, int i) {
-    return simd::load(reinterpret_cast<const float*>(row) + i);
-  }
-  static simd::F8 eight(const std::byte* row, int dim, int i) {
-    float padded[8];
-    return simd::eight_f32(eight_or_padded(reinterpret_cast<const float*>(row), dim, i, padded));
-  }
-  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
-    if (i + 8 <= dim) return simd::columns_f32(rows, row_bytes(i), out);
-    simd::columns_f32(PaddedRows<float>(rows, 0, dim, i).row, 0, out);
-  }
 };
 
-struct KvF16 {  // IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity
+// IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity.
+struct KvF16 : Unscaled<KvF16, uint16_t> {
   static constexpr const char* name = "f16";
-  static constexpr size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static float widen(uint16_t x) { return f16_to_float(x); }
+  static simd::F32 load(const uint16_t* p) { return simd::load_f16(p); }
   static void store(const float* x, int dim, std::byte* row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     int i = 0;
     for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
     for (; i < dim; i++) to[i] = float_to_f16(x[i]);
   }
-  static simd::F32 lanes(const std::byte* row, int, int i) {
-    return simd::load_f16(reinterpret_cast<const uint16_t*>(row) + i);
-  }
-  static simd::F8 eight(const std::byte* row, int dim, int i) {
-    uint16_t padded[8];
-    return simd::eight_f16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
-  }
-  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
-    if (i + 8 <= dim) return simd::columns_f16(rows, row_bytes(i), out);
-    simd::columns_f16(PaddedRows<uint16_t>(rows, 0, dim, i).row, 0, out);
-  }
 };
 
-struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
+struct KvBF16 : Unscaled<KvBF16, uint16_t> {  // bfloat16, round to nearest even: error 2^-8 of the element
   static constexpr const char* name = "bf16";
-  static constexpr size_t row_bytes(int dim) { return 2 * static_cast<size_t>(dim); }
+  static float widen(uint16_t x) { return bf16_to_float(x); }
+  static simd::F32 load(const uint16_t* p) { return simd::load_bf16(p); }
   static void store(const float* x, int dim, std::byte* row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(row);
     for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
-  }
-  static simd::F32 lanes(const std::byte* row, int, int i) {
-    return simd::load_bf16(reinterpret_cast<const uint16_t*>(row) + i);
-  }
-  static simd::F8 eight(const std::byte* row, int dim, int i) {
-    uint16_t padded[8];
-    return simd::eight_bf16(eight_or_padded(reinterpret_cast<const uint16_t*>(row), dim, i, padded));
-  }
-  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
-    if (i + 8 <= dim) return simd::columns_bf16(rows, row_bytes(i), out);
-    simd::columns_bf16(PaddedRows<uint16_t>(rows, 0, dim, i).row, 0, out);
   }
 };
 
 // int8 in groups of 32 (the last may be shorter): x = scale * q, q in -127 .. 127, scale = amax / 127 rounded *up* to
 // float16, so that amax itself is in reach: error (1 + 2^-10) amax / 254 of the group's largest magnitude, or 2^-25
-// where the scale is subnormal. The scales lie before the elements: [groups] float16, [dim] int8.
+// where the scale is subnormal.
 struct KvQ8 {
   static constexpr const char* name = "q8";
   static constexpr int GROUP_SIZE = 32;
-  static constexpr int groups(int dim) { return (dim + GROUP_SIZE - 1) / GROUP_SIZE; }
-  static constexpr size_t row_bytes(int dim) { return static_cast<size_t>(2 * groups(dim) + dim + dim % 2); }
-  static void store(const float* x, int dim, std::byte* row);
+  using Element = int8_t;
+  static constexpr size_t scale_bytes(int dim) {
+    return sizeof(uint16_t) * static_cast<size_t>((dim + GROUP_SIZE - 1) / GROUP_SIZE);
+  }
+  static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + static_cast<size_t>(dim + dim % 2); }
+  static float element(const std::byte* row, int dim, int i) {
+    return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
+  }
   static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
-    const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
-    return simd::mul(simd::load_i8(q + i), simd::set(f16_to_float(scales[i / GROUP_SIZE])));
+    return simd::mul(simd::load_i8(elements(row, dim, 1) + i), simd::set(f16_to_float(*scale(row, i, 1))));
   }
-  static simd::F8 eight(const std::byte* row, int dim, int i) {
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(row);
-    const int8_t* q = reinterpret_cast<const int8_t*>(scales + groups(dim));
-    int8_t padded[8];
-    return simd::eight_i8(eight_or_padded(q, dim, i, padded), f16_to_float(scales[i / GROUP_SIZE]));
+  static float key(const std::byte* matrix, int dim, int i, int lane) {
+    return static_cast<float>(elements(matrix, dim, KEY_LANES)[i * KEY_LANES + lane]) *
+           f16_to_float(scale(matrix, i, KEY_LANES)[lane]);
   }
-  static void columns(const std::byte* const* rows, int dim, int i, simd::F32 (&out)[8]) {
-    float scale[simd::LANES];
-    for (int j = 0; j < simd::LANES; j++)
-      scale[j] = f16_to_float(reinterpret_cast<const uint16_t*>(rows[j])[i / GROUP_SIZE]);
-    const size_t at = sizeof(uint16_t) * static_cast<size_t>(groups(dim));
-    if (i + 8 <= dim) return simd::columns_i8(rows, at + static_cast<size_t>(i), simd::load(scale), out);
-    simd::columns_i8(PaddedRows<int8_t>(rows, at, dim, i).row, 0, simd::load(scale), out);
+  static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
+    return simd::mul(simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane),
+                     simd::load_f16(scale(matrix, i, KEY_LANES) + lane));
+  }
+  static void store(const float* x, int dim, std::byte* row);
+
+ private:
+  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
+    return reinterpret_cast<const uint16_t*>(rows) + i / GROUP_SIZE * n_rows;
+  }
+  static const int8_t* elements(const std::byte* rows, int dim, size_t n_rows) {
+    return reinterpret_cast<const int8_t*>(rows + n_rows * scale_bytes(dim));
   }
 };
 
-// Elements first .. last - 1 of a row of dim; first is a multiple of 8.
+// Elements first .. last - 1 of a row of dim; first is a multiple of LANES.
 template <class Kv>
 void load_row(const std::byte* row, int dim, int first, int last, float* x) {
-  for (; first + 8 <= last; first += 8, x += 8) simd::store_eight(x, Kv::eight(row, dim, first));
-  if (first == last) return;
-  float rest[8];
-  simd::store_eight(rest, Kv::eight(row, dim, first));
-  std::copy_n(rest, last - first, x);
+  int i = first;
+  for (; i + simd::LANES <= last; i += simd::LANES) simd::store(x + i - first, Kv::lanes(row, dim, i));
+  for (; i < last; i++) x[i - first] = Kv::element(row, dim, i);
 }
 
 struct CacheShape {
@@ -172,6 +149,11 @@ struct CacheShape {
 
 // K: [n_layers, n_kv_heads, n_blocks, block_size] rows of k_dim; V likewise of v_dim. Blocks that follow each other are
 // one stream of bytes for a head: a sequence that has the machine to itself reads its blocks as if they were one.
+//
+// A score is a sum over a K row's elements, and a register holds many tokens' scores: it needs the same element of many
+// tokens. So where nothing else reads K and a block is whole matrices, KEY_LANES tokens' rows are kept k-major (as in
+// vLLM, whose key blocks are [head_dim / x, block_size, x]). V is read by rows, and MLA's V is K: its cache stays
+// token-major.
 template <class Kv, int Block>
 class KVCache {
  public:
@@ -179,17 +161,22 @@ class KVCache {
   explicit KVCache(const CacheShape& shape);
 
   static size_t bytes_per_token(const CacheShape& shape);  // all layers
-  static size_t bytes(const CacheShape& shape);
+  static size_t bytes(const CacheShape& shape);            // a contiguous block is rounded up to whole matrices
 
   const CacheShape& shape() const { return shape_; }
   int block_size() const { return Block ? Block : shape_.block_size; }
+  bool k_major() const { return Block % KEY_LANES == 0 && shape_.v_dim > 0; }
 
+  // k-major: the matrix of the tokens slot .. slot + KEY_LANES - 1, slot a multiple of KEY_LANES
   const std::byte* k_row(int layer, int block, int kv_head, int slot) const {
-    return k_.data() + row_index(layer, block, kv_head, slot) * k_row_bytes_;
+    return k_.data() + row_index(shape_, layer, block, kv_head, slot) * k_row_bytes_;
   }
   const std::byte* v_row(int layer, int block, int kv_head, int slot) const {
-    return v_.data() + row_index(layer, block, kv_head, slot) * v_row_bytes_;
+    return v_.data() + row_index(shape_, layer, block, kv_head, slot) * v_row_bytes_;
   }
+
+  // out [k_dim] float32: one token's K row, for those who are not in a hurry.
+  void load_k(int layer, int block, int kv_head, int slot, float* out) const;
 
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
   // slot_mapping[t]. Called by every thread of the team.
@@ -204,13 +191,17 @@ class KVCache {
 
   std::byte* k_memory() { return k_.data(); }  // for the tests: freed slots are poisoned
   std::byte* v_memory() { return v_.data(); }
+  size_t k_bytes() const { return row_index(shape_, shape_.n_layers, 0, 0, 0) * k_row_bytes_; }
+  size_t v_bytes() const { return row_index(shape_, shape_.n_layers, 0, 0, 0) * v_row_bytes_; }
 
  private:
-  size_t row_index(int layer, int block, int kv_head, int slot) const {
+  static size_t row_index(const CacheShape& shape, int layer, int block, int kv_head, int slot) {
     const auto size = [](int n) { return static_cast<size_t>(n); };
-    const size_t head = size(layer) * size(shape_.n_kv_heads) + size(kv_head);
-    return (head * size(shape_.n_blocks) + size(block)) * size(block_size()) + size(slot);
+    const int rows = Block ? Block : (shape.block_size + KEY_LANES - 1) / KEY_LANES * KEY_LANES;
+    const size_t head = size(layer) * size(shape.n_kv_heads) + size(kv_head);
+    return (head * size(shape.n_blocks) + size(block)) * size(rows) + size(slot);
   }
+  void store_k(int layer, int block, int kv_head, int slot, const float* x);
 
   CacheShape shape_{};
   size_t k_row_bytes_ = 0, v_row_bytes_ = 0;

@@ -408,192 +408,62 @@ inline I32 set_bytes(const void* p) {
   return set_i32(x);
 }
 
-// --- F8: eight floats, whatever LANES --------------------------------------------------------------------------------
-
-#if defined(SIMD_AVX512) || defined(SIMD_AVX2)
-using F8 = __m256;
-inline F8 eight_f32(const float* p) {
-  return _mm256_loadu_ps(p);
-}
-inline F8 eight_f16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-inline F8 eight_bf16(const uint16_t* p) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-inline F8 eight_i8(const int8_t* p, float scale) {
-  const __m256i wide = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(scale));
-}
-inline void store_eight(float* p, F8 x) {
-  _mm256_storeu_ps(p, x);
-}
-#else
-using F8 = F32;
-inline F8 eight_f32(const float* p) {
-  return load(p);
-}
-inline F8 eight_f16(const uint16_t* p) {
-  return load_f16(p);
-}
-inline F8 eight_bf16(const uint16_t* p) {
-  return load_bf16(p);
-}
-inline F8 eight_i8(const int8_t* p, float scale) {
-  return mul(load_i8(p), set(scale));
-}
-inline void store_eight(float* p, F8 x) {
-  store(p, x);
-}
-#endif
-
 // --- columns: eight elements of LANES rows, transposed ---------------------------------------------------------------
 //
-// Lane i of out[j] becomes the j-th element from byte `at` of row i on. Elements move while they are narrow and are
-// widened last. A round of `interleave` pairs register i with i + N / 2: seen as a number, the place of an element,
-// register first, turns by one bit; so as many rounds as a register's lane has bits to its places transpose.
+// Lane i of out[j] becomes element first + j of row i. A round of `interleave` pairs register i with i + 2: seen as a
+// number, the place of an element, register first, turns by one bit; so two rounds transpose four registers of four
+// places each.
 
 #if defined(SIMD_AVX512) || defined(SIMD_AVX2)
-template <int ROUNDS, class Register, int N, class Low, class High>
-inline void interleave(Register (&x)[N], Low low, High high) {
+template <class Low, class High>
+inline void interleave(F32 (&x)[4], Low low, High high) {
+#pragma GCC unroll 2
+  for (int round = 0; round < 2; round++) {
+    const F32 y[4] = {low(x[0], x[2]), high(x[0], x[2]), low(x[1], x[3]), high(x[1], x[3])};
 #pragma GCC unroll 4
-  for (int round = 0; round < ROUNDS; round++) {
-    Register y[N];
-#pragma GCC unroll 8
-    for (int i = 0; i < N / 2; i++) y[2 * i] = low(x[i], x[i + N / 2]), y[2 * i + 1] = high(x[i], x[i + N / 2]);
-#pragma GCC unroll 8
-    for (int i = 0; i < N; i++) x[i] = y[i];
+    for (int i = 0; i < 4; i++) x[i] = y[i];
   }
-}
-inline __m128i load_16_bytes(const std::byte* p) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-}
-inline __m128 load_4(const std::byte* p) {
-  return _mm_loadu_ps(reinterpret_cast<const float*>(p));
-}
-inline __m128i load_two_8_bytes(const std::byte* const* row, size_t at) {
-  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row[0] + at));
-  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64*>(row[1] + at)));
-}
-template <int N>
-inline void interleave_bytes(__m128i (&x)[N]) {
-  interleave<N == 8 ? 4 : 3>(
-      x, [](__m128i a, __m128i b) { return _mm_unpacklo_epi8(a, b); },
-      [](__m128i a, __m128i b) { return _mm_unpackhi_epi8(a, b); });
 }
 #endif
 
 #if defined(SIMD_AVX512)
-inline void columns_of_words(const std::byte* const* row, size_t at, __m256i (&x)[8]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++)
-    x[i] =
-        _mm256_inserti128_si256(_mm256_castsi128_si256(load_16_bytes(row[i] + at)), load_16_bytes(row[i + 8] + at), 1);
-  interleave<3>(
-      x, [](__m256i a, __m256i b) { return _mm256_unpacklo_epi16(a, b); },
-      [](__m256i a, __m256i b) { return _mm256_unpackhi_epi16(a, b); });
-}
-inline void columns_f16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  __m256i x[8];
-  columns_of_words(row, at, x);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) out[j] = _mm512_cvtph_ps(x[j]);
-}
-inline void columns_bf16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  __m256i x[8];
-  columns_of_words(row, at, x);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) out[j] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x[j]), 16));
-}
-inline void columns_f32(const std::byte* const* row, size_t at, F32 (&out)[8]) {
+inline void columns(const float* const* row, int first, F32 (&out)[8]) {
 #pragma GCC unroll 2
-  for (size_t half = 0; half < 8; half += 4) {
+  for (int half = first; half < first + 8; half += 4) {
     F32 x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-      x[i] = _mm512_castps128_ps512(load_4(row[i] + at + 4 * half));
-      x[i] = _mm512_insertf32x4(x[i], load_4(row[i + 4] + at + 4 * half), 1);
-      x[i] = _mm512_insertf32x4(x[i], load_4(row[i + 8] + at + 4 * half), 2);
-      x[i] = _mm512_insertf32x4(x[i], load_4(row[i + 12] + at + 4 * half), 3);
+      x[i] = _mm512_castps128_ps512(_mm_loadu_ps(row[i] + half));
+      x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 4] + half), 1);
+      x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 8] + half), 2);
+      x[i] = _mm512_insertf32x4(x[i], _mm_loadu_ps(row[i + 12] + half), 3);
     }
-    interleave<2>(
+    interleave(
         x, [](F32 a, F32 b) { return _mm512_unpacklo_ps(a, b); },
         [](F32 a, F32 b) { return _mm512_unpackhi_ps(a, b); });
 #pragma GCC unroll 4
-    for (size_t j = 0; j < 4; j++) out[half + j] = x[j];
+    for (int j = 0; j < 4; j++) out[half - first + j] = x[j];
   }
 }
-inline void columns_i8(const std::byte* const* row, size_t at, F32 scale, F32 (&out)[8]) {
-  __m128i x[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) x[i] = load_two_8_bytes(row + 2 * i, at);
-  interleave_bytes(x);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) out[j] = mul(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x[j])), scale);
-}
 #elif defined(SIMD_AVX2)
-inline void columns_of_words(const std::byte* const* row, size_t at, __m128i (&x)[8]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) x[i] = load_16_bytes(row[i] + at);
-  interleave<3>(
-      x, [](__m128i a, __m128i b) { return _mm_unpacklo_epi16(a, b); },
-      [](__m128i a, __m128i b) { return _mm_unpackhi_epi16(a, b); });
-}
-inline void columns_f16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  __m128i x[8];
-  columns_of_words(row, at, x);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) out[j] = _mm256_cvtph_ps(x[j]);
-}
-inline void columns_bf16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  __m128i x[8];
-  columns_of_words(row, at, x);
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) out[j] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x[j]), 16));
-}
-inline void columns_f32(const std::byte* const* row, size_t at, F32 (&out)[8]) {
+inline void columns(const float* const* row, int first, F32 (&out)[8]) {
 #pragma GCC unroll 2
-  for (size_t half = 0; half < 8; half += 4) {
+  for (int half = first; half < first + 8; half += 4) {
     F32 x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-      x[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(load_4(row[i] + at + 4 * half)),
-                                  load_4(row[i + 4] + at + 4 * half), 1);
-    interleave<2>(
+      x[i] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row[i] + half)), _mm_loadu_ps(row[i + 4] + half), 1);
+    interleave(
         x, [](F32 a, F32 b) { return _mm256_unpacklo_ps(a, b); },
         [](F32 a, F32 b) { return _mm256_unpackhi_ps(a, b); });
 #pragma GCC unroll 4
-    for (size_t j = 0; j < 4; j++) out[half + j] = x[j];
-  }
-}
-inline void columns_i8(const std::byte* const* row, size_t at, F32 scale, F32 (&out)[8]) {
-  __m128i x[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) x[i] = load_two_8_bytes(row + 2 * i, at);
-  interleave_bytes(x);  // two columns in each
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    out[2 * j] = mul(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x[j])), scale);
-    out[2 * j + 1] = mul(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x[j], 8))), scale);
+    for (int j = 0; j < 4; j++) out[half - first + j] = x[j];
   }
 }
 #else
-inline void columns_f16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  for (int j = 0; j < 8; j++)
-    out[j] = each([&](int i) { return f16_to_float(reinterpret_cast<const uint16_t*>(row[i] + at)[j]); });
-}
-inline void columns_bf16(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  for (int j = 0; j < 8; j++)
-    out[j] = each([&](int i) { return bf16_to_float(reinterpret_cast<const uint16_t*>(row[i] + at)[j]); });
-}
-inline void columns_f32(const std::byte* const* row, size_t at, F32 (&out)[8]) {
-  for (int j = 0; j < 8; j++) out[j] = each([&](int i) { return reinterpret_cast<const float*>(row[i] + at)[j]; });
-}
-inline void columns_i8(const std::byte* const* row, size_t at, F32 scale, F32 (&out)[8]) {
-  for (int j = 0; j < 8; j++)
-    out[j] = each(
-        [&](int i) { return static_cast<float>(reinterpret_cast<const int8_t*>(row[i] + at)[j]) * scale.lane[i]; });
+inline void columns(const float* const* row, int first, F32 (&out)[8]) {
+  for (int j = 0; j < 8; j++) out[j] = each([&](int i) { return row[i][first + j]; });
 }
 #endif
 

@@ -129,11 +129,8 @@ class World {
     cache =
         KVCache<Kv, Block>({LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, S * blocks_each + 3, block_size});
     const CacheShape shape = cache.shape();
-    std::memset(cache.k_memory(), 0xff,
-                at(LAYERS * shape.n_blocks * s.n_kv_heads * block_size) * Kv::row_bytes(shape.k_dim));
-    if (!s.v_is_k)
-      std::memset(cache.v_memory(), 0xff,
-                  at(LAYERS * shape.n_blocks * s.n_kv_heads * block_size) * Kv::row_bytes(shape.v_dim));
+    std::memset(cache.k_memory(), 0xff, cache.k_bytes());
+    if (!s.v_is_k) std::memset(cache.v_memory(), 0xff, cache.v_bytes());
     tables.resize(at(S * blocks_each));
     std::vector<int> pool(at(shape.n_blocks));
     std::iota(pool.begin(), pool.end(), 0);

@@ -90,16 +90,13 @@ using Maker = Machine (*)(const Model&, const Limits&);
 template <class Kv, int Block>
 void poison(KVCache<Kv, Block>& cache, int block, int first_slot) {
   const CacheShape& shape = cache.shape();
-  const auto fill = [&](const std::byte* row, int dim) {
-    if (dim > 0)
-      std::memset(const_cast<std::byte*>(row), 0xff,
-                  static_cast<size_t>(cache.block_size() - first_slot) * Kv::row_bytes(dim));
-  };
+  std::vector<int> slots;
+  for (int i = first_slot; i < cache.block_size(); i++) slots.push_back(block * cache.block_size() + i);
+  Batch batch;
+  batch.n_tokens = static_cast<int>(slots.size()), batch.slot_mapping = slots.data();
+  const auto nan = [&](int dim) { return std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN); };
   for (int layer = 0; layer < shape.n_layers; layer++)
-    for (int g = 0; g < shape.n_kv_heads; g++) {
-      fill(cache.k_row(layer, block, g, first_slot), shape.k_dim);
-      fill(cache.v_row(layer, block, g, first_slot), shape.v_dim);
-    }
+    cache.append(layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
 }
 
 // The slots that the batch writes, and all behind them. A block that is copied first keeps what it holds.

@@ -162,7 +162,7 @@ class CacheModel {
     for (int layer = 0; layer < LAYERS; layer++)
       for (int g = 0; g < HEADS; g++) {
         float k[K_DIM], v[K_DIM];
-        load_row<Kv>(cache.k_row(layer, block, g, slot), K_DIM, 0, K_DIM, k);
+        cache.load_k(layer, block, g, slot, k);
         for (int i = 0; i < K_DIM; i++) ASSERT_NEAR(k[i], name_of(layer, t, g, false), 0.49);
         if (v_dim == 0) continue;
         load_row<Kv>(cache.v_row(layer, block, g, slot), v_dim, 0, v_dim, v);
@@ -203,7 +203,8 @@ void check_cache() {
     const size_t rows = at(model.LAYERS * model.HEADS);
     EXPECT_EQ((KVCache<Kv, Block>::bytes_per_token(shape)), rows * (Kv::row_bytes(model.K_DIM) + Kv::row_bytes(v_dim)));
     EXPECT_EQ((KVCache<Kv, Block>::bytes(shape)),
-              (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * model.BLOCK_SIZE));
+              (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * (Block ? Block : 32)));
+    EXPECT_EQ(model.cache.k_bytes() + model.cache.v_bytes(), (KVCache<Kv, Block>::bytes(shape)));
   }
 }
 
