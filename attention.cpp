@@ -24,8 +24,8 @@
 #include <algorithm>
 #include <array>
 #include <cfloat>
-#include <climits>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 namespace {
@@ -50,17 +50,17 @@ constexpr int round_up(int n, int to) {
 // --- where rows lie
 // ---------------------------------------------------------------------------------------------------
 
-// The rows of one layer and KV head of one sequence. `run` is how many tokens from `token` on lie one after the other,
-// so that a block's address is computed once a block; `end` how far there are rows of a context of n tokens; `k_major`
-// whether k is a matrix of KEY_LANES tokens, and to be asked for its first one.
+// The rows of one layer and KV head of one sequence. RUN tokens from a multiple of RUN on lie one after the other, so
+// that an address is computed once a run; `end` is how far there are rows of a context of n tokens; `k_major` whether k
+// of such a multiple is a matrix of RUN = KEY_LANES tokens.
 template <class Kv, int Block>
 struct CacheRows {
   using Codec = Kv;
+  static constexpr int RUN = std::gcd(Block, KEY_LANES);  // 0: KEY_LANES
   const KVCache<Kv, Block>& cache;
   int layer, kv_head;
   const int* blocks;  // the sequence's row of block_table
 
-  static int run(int token) { return Block ? Block - slot(token) : INT_MAX - token; }
   static int end(int n) { return n; }
   bool k_major() const { return cache.k_major(); }
   const std::byte* k(int token) const { return cache.k_row(layer, block(token), kv_head, slot(token)); }
@@ -77,11 +77,11 @@ struct CacheRows {
 // Head kv_head of PlainRows, as bytes.
 struct PlainHead {
   using Codec = KvF32;
+  static constexpr int RUN = KEY_LANES;
   const PlainRows& rows;
   const AttentionShape& shape;
   int kv_head;
 
-  static int run(int token) { return INT_MAX - token; }
   int end(int n) const { return std::min(n, rows.first + rows.n); }
   static constexpr bool k_major() { return false; }
   const std::byte* k(int token) const { return at(rows.k, k_stride(), shape.k_dim, token); }
@@ -244,23 +244,24 @@ struct PlainColumns {  // float32
   size_t stride;
   F32 operator()(size_t p, int j) const { return simd::load(b + p * stride + j * LANES); }
 };
-template <class Kv>
-struct RowColumns {                           // the cache's rows, as they are
-  const std::byte *const *row, *const *next;  // next: prefetched
+template <class Kv, class TileRows>
+struct RowColumns {  // rows of the cache, as they are, from the tile's row `first` on; those of `next` are prefetched
+  const TileRows &now, &next;
+  size_t first;
   int dim;
   F32 operator()(size_t p, int j) const {
-    prefetch(next[p] + Kv::row_bytes(j * LANES));
-    return Kv::lanes(row[p], dim, j * LANES);
+    prefetch(next.v(first + p) + Kv::row_bytes(j * LANES));
+    return Kv::lanes(now.v(first + p), dim, j * LANES);
   }
 };
-template <class Kv>
-struct KeyColumns {                              // the cache's k-major matrices, as they are
-  const std::byte *const *matrix, *const *next;  // next: prefetched
+template <class Kv, class TileRows>
+struct KeyColumns {  // the cache's k-major matrices, as they are; those of `next` are prefetched
+  const TileRows &now, &next;
   int dim;
   F32 operator()(size_t p, int j) const {
-    const int column = j * LANES, first = column / KEY_LANES * KEY_LANES, lane = column % KEY_LANES;
-    prefetch(next[first] + Kv::row_bytes(static_cast<int>(p) * KEY_LANES + lane));
-    return Kv::keys(matrix[first], dim, static_cast<int>(p), lane);
+    const int column = j * LANES, matrix = column / KEY_LANES, lane = column % KEY_LANES, d = static_cast<int>(p);
+    prefetch(next.k_runs[matrix] + Kv::row_bytes(d * KEY_LANES + lane));
+    return Kv::keys(now.k_runs[matrix], dim, d, lane);
   }
 };
 
@@ -322,27 +323,30 @@ void small_product(const float* a, size_t a_stride, int rows, const Columns& b, 
 // --- flash: one split
 // -------------------------------------------------------------------------------------------------
 
-// Where a tile's tokens lie; k-major: every KEY_LANES-th of k is a matrix. Only tokens first .. last - 1 may be read:
-// the entries around them repeat the nearest of them.
-struct TileRows {
-  const std::byte *k[TILE], *v[TILE];
-};
-
+// Where a tile's tokens lie, a run at a time. Only runs of tokens first .. last - 1 may be read: the entries around
+// them repeat the nearest of them.
 template <class Rows>
-void find_rows(const Rows& rows, const AttentionShape& shape, int tile, int first, int last, TileRows& found) {
-  const size_t k_stride = rows.k_stride(), v_stride = shape.v_is_k ? k_stride : rows.v_stride();
-  if (rows.k_major()) first = first / KEY_LANES * KEY_LANES;
-  for (int token = first, n; token < last; token += n) {
-    n = std::min(Rows::run(token), last - token);
-    const std::byte *k = rows.k(token), *v = shape.v_is_k ? k : rows.v(token);
-    for (int i = token - tile; i < token - tile + n; i++, k += k_stride, v += v_stride) found.k[i] = k, found.v[i] = v;
+struct TileRows {
+  static constexpr int RUN = Rows::RUN;
+  const std::byte *k_runs[TILE / RUN], *v_runs[TILE / RUN];
+  size_t k_stride, v_stride;
+  const std::byte* k(size_t i) const { return k_runs[i / RUN] + i % RUN * k_stride; }  // of the tile's i-th token
+  const std::byte* v(size_t i) const { return v_runs[i / RUN] + i % RUN * v_stride; }
+
+  void find(const Rows& rows, const AttentionShape& shape, int tile, int first, int last) {
+    const int begin = (first - tile) / RUN, end = (last - tile + RUN - 1) / RUN;
+    for (int run = begin; run < end; run++) {
+      k_runs[run] = rows.k(tile + run * RUN);
+      v_runs[run] = shape.v_is_k ? k_runs[run] : rows.v(tile + run * RUN);
+    }
+    for (const std::byte** runs : {k_runs, v_runs}) {
+      std::fill(runs, runs + begin, runs[begin]);
+      std::fill(runs + end, runs + TILE / RUN, runs[end - 1]);
+    }
+    k_stride = rows.k_stride();
+    v_stride = shape.v_is_k ? k_stride : rows.v_stride();
   }
-  const int begin = first - tile, end = last - tile;
-  std::fill(found.k, found.k + begin, found.k[begin]);
-  std::fill(found.v, found.v + begin, found.v[begin]);
-  std::fill(found.k + end, found.k + TILE, found.k[end - 1]);
-  std::fill(found.v + end, found.v + TILE, found.v[end - 1]);
-}
+};
 
 // s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
 void cap_scores(float* s, int n, float cap) {
@@ -434,25 +438,20 @@ void load_queries(const float* q, const AttentionShape& shape, const Item& item,
   k_major ? load_query_rows(q, shape, item, s) : load_query_columns(q, shape, item, s);
 }
 
-// Rows first .. last - 1 of the tile, elements strip .. end - 1, as float32; `next` rows are asked for.
-template <class Kv>
-void load_strip(const std::byte* const* rows, const std::byte* const* next, int dim, int first, int last, int strip,
-                int end, float* to) {
-  for (int i = first; i < last; i++, to += STRIP) {
-    for (size_t at = Kv::row_bytes(strip); next && at < Kv::row_bytes(end); at += 64) prefetch(next[i] + at);
-    load_row<Kv>(rows[i], dim, strip, end, to);
-  }
-}
-
 // Token-major keys: a register holds a token's scores of LANES query rows.
-template <class Kv>
-void score_rows(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const Scratch& s) {
+template <class Rows>
+void score_rows(const TileRows<Rows>& now, const TileRows<Rows>& next, const Seen& seen, int first, int last,
+                const Scratch& s) {
+  using Kv = typename Rows::Codec;
   const int k_dim = seen.shape.k_dim, registers = round_up(seen.n_rows(), LANES) / LANES;
   const size_t n_rows = Widths(seen.shape).rows;
   std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
   for (int strip = 0; strip < k_dim; strip += STRIP) {
     const int end = std::min(k_dim, strip + STRIP);
-    load_strip<Kv>(rows.k, next.k, k_dim, first, last, strip, end, s.strip);
+    for (int i = first; i < last; i++) {
+      for (size_t at = Kv::row_bytes(strip); at < Kv::row_bytes(end); at += 64) prefetch(next.k(to_size(i)) + at);
+      load_row<Kv>(now.k(to_size(i)), k_dim, strip, end, s.strip + (i - first) * STRIP);
+    }
     small_product(
         s.strip, STRIP, last - first, PlainColumns{s.q + to_size(strip) * n_rows, n_rows},
         [&](int) { return registers; }, [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr,
@@ -469,22 +468,23 @@ void score_rows(const TileRows& rows, const TileRows& next, const Seen& seen, in
   }
 }
 
-// Scores of the tile's columns first .. last - 1. Those around them get something that may not be used.
-template <class Kv>
-void score_keys(const TileRows& rows, const TileRows& next, const Seen& seen, bool k_major, int first, int last,
-                const Scratch& s) {
-  if (!k_major) return score_rows<Kv>(rows, next, seen, first, last, s);
+// k-major keys: a register holds a query row's scores of LANES tokens.
+template <class Rows>
+void score_matrices(const TileRows<Rows>& now, const TileRows<Rows>& next, const Seen& seen, int last,
+                    const Scratch& s) {
+  using Kv = typename Rows::Codec;
   const auto registers = [&](int row) { return std::min(seen.registers(row), (last + LANES - 1) / LANES); };
   const int k_dim = seen.shape.k_dim;
   small_product(
-      s.q, Widths(seen.shape).k_pad, seen.n_rows(), KeyColumns<Kv>{rows.k, next.k, k_dim}, registers,
+      s.q, Widths(seen.shape).k_pad, seen.n_rows(), KeyColumns<Kv, TileRows<Rows>>{now, next, k_dim}, registers,
       [&](int) { return k_dim; }, nullptr, s.scores, TILE);
 }
 
 // acc = rescale * acc + weights V. V goes straight from the cache into the product where each element is needed once.
-template <class Kv>
-void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, int first, int last, const float* rescale,
-                const Scratch& s, const Partial& out) {
+template <class Rows>
+void add_values(const TileRows<Rows>& now, const TileRows<Rows>& next, const Seen& seen, int first, int last,
+                const float* rescale, const Scratch& s, const Partial& out) {
+  using Kv = typename Rows::Codec;
   const AttentionShape& shape = seen.shape;
   const Widths w(shape);
   const int n_rows = seen.n_rows(), dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
@@ -492,13 +492,17 @@ void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, in
   const auto depth = [&](int row) { return std::max(0, seen.to(row) - first); };
   const float* weights = s.scores + first;
   if (n_rows <= MAX_ROWS && shape.v_dim % LANES == 0) {
-    const RowColumns<Kv> v{rows.v + first, next.v + first, dim};
+    const RowColumns<Kv, TileRows<Rows>> v{now, next, to_size(first), dim};
     small_product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, w.v_pad);
     return;
   }
   for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
     const int end = std::min(shape.v_dim, strip + STRIP);
-    load_strip<Kv>(rows.v, shape.v_is_k ? nullptr : next.v, dim, first, last, strip, end, s.strip);
+    for (int i = first; i < last; i++) {
+      for (size_t at = Kv::row_bytes(strip); at < Kv::row_bytes(end) && !shape.v_is_k; at += 64)
+        prefetch(next.v(to_size(i)) + at);
+      load_row<Kv>(now.v(to_size(i)), dim, strip, end, s.strip + (i - first) * STRIP);
+    }
     small_product(
         weights, TILE, n_rows, PlainColumns{s.strip, STRIP}, [&](int) { return (end - strip + LANES - 1) / LANES; },
         depth, rescale, out.acc + strip, w.v_pad);
@@ -509,27 +513,29 @@ void add_values(const TileRows& rows, const TileRows& next, const Seen& seen, in
 template <class Rows>
 void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& shape, const Item& item, int split,
                   const Scratch& s, const Partial& out) {
-  using Kv = typename Rows::Codec;
   const int n_rows = item.n_tokens * group_size(shape);
   const Range range = range_of(batch, shape, item);
   const int end = std::min(range.last, (split + 1) * SPLIT), rows_end = rows.end(range.last);
-  TileRows found[2];
-  const auto find = [&](int from, TileRows& to) {
-    find_rows(rows, shape, from, std::max(range.first, from), std::min(rows_end, from + TILE), to);
+  TileRows<Rows> tiles[2];
+  const auto find = [&](int tile, TileRows<Rows>& to) {
+    to.find(rows, shape, tile, std::max(range.first, tile), std::min(rows_end, tile + TILE));
   };
   std::fill_n(out.max, n_rows, NONE);
   std::fill_n(s.sums, n_rows * LANES, 0.0f);
   int tile = std::max(split * SPLIT, range.first / TILE * TILE);
-  find(tile, found[0]);
+  find(tile, tiles[0]);
   for (bool odd = false, begun = false; tile < end; tile += TILE, odd = !odd, begun = true) {
     const int first = std::max(range.first - tile, 0), last = std::min(end - tile, TILE);
     const Seen seen{batch, shape, item, tile};
     const bool more = tile + TILE < rows_end;
-    if (more) find(tile + TILE, found[!odd]);
-    const TileRows &now = found[odd], &next = found[more ? !odd : odd];
-    score_keys<Kv>(now, next, seen, rows.k_major(), first, last, s);
+    if (more) find(tile + TILE, tiles[!odd]);
+    const TileRows<Rows>&now = tiles[odd], &next = tiles[more ? !odd : odd];
+    if (rows.k_major())
+      score_matrices(now, next, seen, last, s);
+    else
+      score_rows(now, next, seen, first, last, s);
     softmax_tile(seen, s, out);
-    add_values<Kv>(now, next, seen, first, last, begun ? s.rescale : nullptr, s, out);
+    add_values(now, next, seen, first, last, begun ? s.rescale : nullptr, s, out);
   }
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }
