@@ -25,7 +25,6 @@
 #include <array>
 #include <cfloat>
 #include <cmath>
-#include <numeric>
 #include <utility>
 
 namespace {
@@ -56,7 +55,7 @@ constexpr int round_up(int n, int to) {
 template <class Kv, int Block>
 struct CacheRows {
   using Codec = Kv;
-  static constexpr int RUN = std::gcd(Block, KEY_LANES);  // 0: KEY_LANES
+  static constexpr int RUN = KVCache<Kv, Block>::RUN;
   const KVCache<Kv, Block>& cache;
   int layer, kv_head;
   const int* blocks;  // the sequence's row of block_table

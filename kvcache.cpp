@@ -63,7 +63,8 @@ size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
 
 template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  return row_index(shape, shape.n_layers, 0, 0, 0) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
+         static_cast<size_t>(shape.n_blocks) * runs_of_block(shape) * run_bytes(shape);
 }
 
 template <class Kv, int Block>
@@ -71,8 +72,9 @@ KVCache<Kv, Block>::KVCache(const CacheShape& shape)
     : shape_(shape),
       k_row_bytes_(Kv::row_bytes(shape.k_dim)),
       v_row_bytes_(Kv::row_bytes(shape.v_dim)),
-      k_(k_bytes()),
-      v_(v_bytes()) {}
+      run_bytes_(run_bytes(shape)),
+      block_bytes_(runs_of_block(shape) * run_bytes_),
+      memory_(bytes(shape)) {}
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, float* out) const {
@@ -85,7 +87,7 @@ void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, flo
 template <class Kv, int Block>
 void KVCache<Kv, Block>::store_k(int layer, int block, int kv_head, int slot, const float* x) {
   const int lane = k_major() ? slot % KEY_LANES : 0;
-  std::byte* to = k_.data() + row_index(shape_, layer, block, kv_head, slot - lane) * k_row_bytes_;
+  std::byte* to = memory_.data() + k_offset(layer, block, kv_head, slot - lane);
   k_major() ? store_column<Kv>(x, shape_.k_dim, to, lane) : Kv::store(x, shape_.k_dim, to);
 }
 
@@ -99,8 +101,7 @@ void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, c
       const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
       store_k(layer, block, g, slot, k + from * static_cast<size_t>(k_dim));
       if (v_dim == 0) continue;
-      std::byte* to = v_.data() + row_index(shape_, layer, block, g, slot) * v_row_bytes_;
-      Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, to);
+      Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, memory_.data() + v_offset(layer, block, g, slot));
     }
   }
 }
@@ -117,19 +118,12 @@ void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first,
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::copy_blocks(const Batch& batch) {
-  const size_t rows = row_index(shape_, 0, 1, 0, 0);
 #pragma omp for collapse(3) schedule(static)
-  for (int layer = 0; layer < shape_.n_layers; layer++) {
-    for (int head = 0; head < shape_.n_kv_heads; head++) {
-      for (int i = 0; i < batch.n_copies; i++) {
-        const size_t from = row_index(shape_, layer, batch.copy_from[i], head, 0);
-        const size_t to = row_index(shape_, layer, batch.copy_to[i], head, 0);
-        std::memcpy(k_.data() + to * k_row_bytes_, k_.data() + from * k_row_bytes_, rows * k_row_bytes_);
-        if (shape_.v_dim > 0)
-          std::memcpy(v_.data() + to * v_row_bytes_, v_.data() + from * v_row_bytes_, rows * v_row_bytes_);
-      }
-    }
-  }
+  for (int layer = 0; layer < shape_.n_layers; layer++)
+    for (int head = 0; head < shape_.n_kv_heads; head++)
+      for (int i = 0; i < batch.n_copies; i++)
+        std::memcpy(memory_.data() + block_offset(layer, batch.copy_to[i], head),
+                    memory_.data() + block_offset(layer, batch.copy_from[i], head), block_bytes_);
 }
 
 #define INSTANTIATE(Kv, Block) template class KVCache<Kv, Block>;

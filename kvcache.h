@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 
 #include "device.h"
 #include "simd.h"
@@ -147,8 +148,9 @@ struct CacheShape {
   int block_size;  // tokens a block; a paged cache's equals its Block
 };
 
-// K: [n_layers, n_kv_heads, n_blocks, block_size] rows of k_dim; V likewise of v_dim. Blocks that follow each other are
-// one stream of bytes for a head: a sequence that has the machine to itself reads its blocks as if they were one.
+// One array of runs [n_layers, n_kv_heads, n_blocks, block_size / RUN]: each the K rows, then the V rows of RUN tokens.
+// So a tile's K and V lie together (4 KB of f16 at a head_dim of 64), wherever a sequence's blocks are; and blocks that
+// follow each other are one stream of bytes for a head.
 //
 // A score is a sum over a K row's elements, and a register holds many tokens' scores: it needs the same element of many
 // tokens. So where nothing else reads K and a block is whole matrices, KEY_LANES tokens' rows are kept k-major (as in
@@ -157,22 +159,24 @@ struct CacheShape {
 template <class Kv, int Block>
 class KVCache {
  public:
+  static constexpr int RUN = std::gcd(Block, KEY_LANES);  // Block 0: KEY_LANES; the context is rounded up to it
+
   KVCache() = default;
   explicit KVCache(const CacheShape& shape);
 
   static size_t bytes_per_token(const CacheShape& shape);  // all layers
-  static size_t bytes(const CacheShape& shape);            // a contiguous block is rounded up to whole matrices
+  static size_t bytes(const CacheShape& shape);
 
   const CacheShape& shape() const { return shape_; }
   int block_size() const { return Block ? Block : shape_.block_size; }
-  bool k_major() const { return Block % KEY_LANES == 0 && shape_.v_dim > 0; }
+  bool k_major() const { return RUN == KEY_LANES && shape_.v_dim > 0; }
 
-  // k-major: the matrix of the tokens slot .. slot + KEY_LANES - 1, slot a multiple of KEY_LANES
+  // k-major: the matrix of the run that begins with slot, a multiple of RUN
   const std::byte* k_row(int layer, int block, int kv_head, int slot) const {
-    return k_.data() + row_index(shape_, layer, block, kv_head, slot) * k_row_bytes_;
+    return memory_.data() + k_offset(layer, block, kv_head, slot);
   }
   const std::byte* v_row(int layer, int block, int kv_head, int slot) const {
-    return v_.data() + row_index(shape_, layer, block, kv_head, slot) * v_row_bytes_;
+    return memory_.data() + v_offset(layer, block, kv_head, slot);
   }
 
   // out [k_dim] float32: one token's K row, for those who are not in a hurry.
@@ -189,21 +193,31 @@ class KVCache {
   // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Called by every thread of the team.
   void copy_blocks(const Batch& batch);
 
-  std::byte* k_memory() { return k_.data(); }  // for the tests: freed slots are poisoned
-  std::byte* v_memory() { return v_.data(); }
-  size_t k_bytes() const { return row_index(shape_, shape_.n_layers, 0, 0, 0) * k_row_bytes_; }
-  size_t v_bytes() const { return row_index(shape_, shape_.n_layers, 0, 0, 0) * v_row_bytes_; }
+  Buffer<std::byte>& memory() { return memory_; }  // for the tests: freed slots are poisoned
 
  private:
-  static size_t row_index(const CacheShape& shape, int layer, int block, int kv_head, int slot) {
+  static size_t runs_of_block(const CacheShape& shape) {
+    return static_cast<size_t>(((Block ? Block : shape.block_size) + RUN - 1) / RUN);
+  }
+  static size_t run_bytes(const CacheShape& shape) {
+    return RUN * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  }
+  size_t block_offset(int layer, int block, int kv_head) const {
     const auto size = [](int n) { return static_cast<size_t>(n); };
-    const int rows = Block ? Block : (shape.block_size + KEY_LANES - 1) / KEY_LANES * KEY_LANES;
-    const size_t head = size(layer) * size(shape.n_kv_heads) + size(kv_head);
-    return (head * size(shape.n_blocks) + size(block)) * size(rows) + size(slot);
+    const size_t head = size(layer) * size(shape_.n_kv_heads) + size(kv_head);
+    return (head * size(shape_.n_blocks) + size(block)) * block_bytes_;
+  }
+  size_t k_offset(int layer, int block, int kv_head, int slot) const {
+    const size_t run = static_cast<size_t>(slot / RUN), i = static_cast<size_t>(slot % RUN);
+    return block_offset(layer, block, kv_head) + run * run_bytes_ + i * k_row_bytes_;
+  }
+  size_t v_offset(int layer, int block, int kv_head, int slot) const {
+    const size_t i = static_cast<size_t>(slot % RUN);
+    return k_offset(layer, block, kv_head, slot - slot % RUN) + RUN * k_row_bytes_ + i * v_row_bytes_;
   }
   void store_k(int layer, int block, int kv_head, int slot, const float* x);
 
   CacheShape shape_{};
-  size_t k_row_bytes_ = 0, v_row_bytes_ = 0;
-  Buffer<std::byte> k_, v_;
+  size_t k_row_bytes_ = 0, v_row_bytes_ = 0, run_bytes_ = 0, block_bytes_ = 0;
+  Buffer<std::byte> memory_;
 };

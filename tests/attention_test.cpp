@@ -129,8 +129,7 @@ class World {
     cache =
         KVCache<Kv, Block>({LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, S * blocks_each + 3, block_size});
     const CacheShape shape = cache.shape();
-    std::memset(cache.k_memory(), 0xff, cache.k_bytes());
-    if (!s.v_is_k) std::memset(cache.v_memory(), 0xff, cache.v_bytes());
+    std::memset(cache.memory().data(), 0xff, cache.memory().size());
     tables.resize(at(S * blocks_each));
     std::vector<int> pool(at(shape.n_blocks));
     std::iota(pool.begin(), pool.end(), 0);

@@ -204,7 +204,7 @@ void check_cache() {
     EXPECT_EQ((KVCache<Kv, Block>::bytes_per_token(shape)), rows * (Kv::row_bytes(model.K_DIM) + Kv::row_bytes(v_dim)));
     EXPECT_EQ((KVCache<Kv, Block>::bytes(shape)),
               (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * (Block ? Block : 32)));
-    EXPECT_EQ(model.cache.k_bytes() + model.cache.v_bytes(), (KVCache<Kv, Block>::bytes(shape)));
+    EXPECT_EQ(model.cache.memory().size(), (KVCache<Kv, Block>::bytes(shape)));
   }
 }
 
