@@ -226,12 +226,12 @@ fuzz: build/fuzz/fuzz_loader
 
 # ---- make bench: its parts are files of bench/; what none of those in BENCH needs is not fetched.
 
-BENCHES := $(patsubst bench/%.cpp,%,$(wildcard bench/*_bench.cpp))
 # The binaries are built by makes below Python, which does not pass on the pipe of this one's jobs.
 # Gemma 3 has no package to come from: it is measured where its file lies in models/.
 BENCH_MODELS := models/SmolLM2-135M-Instruct.Q4_1.gguf $(if $(filter speed,$(BENCH)),\
   models/SmolLM2-135M-Instruct.Q8_0.gguf $(wildcard models/gemma-3-270m-q4_k_m.gguf))
-BENCH_KERNELS := $(if $(filter kernels,$(BENCH)),$(BENCHES:%=$(TEST)/%))
+BENCH_PROGRAMS := $(addprefix $(TEST)/,$(if $(filter kernels,$(BENCH)),matmul_bench attention_bench) \
+  $(if $(filter paging,$(BENCH)),paging_bench))
 BENCH_PYTHON := build/bench-venv/bin/python
 build/bench-venv/installed: bench/requirements.txt | packages
 	@echo "  llama.cpp, compiled for this machine: 10 to 20 minutes" >&2
@@ -241,10 +241,10 @@ build/bench-venv/installed: bench/requirements.txt | packages
 models/SmolLM2-135M-Instruct.Q8_0.gguf: models/SmolLM2-135M-Instruct.Q4_1.gguf | build/bench-venv/installed
 	@$(BENCH_PYTHON) bench/llama_cpp_peer.py quantize $< $@
 weights: $(WEIGHTS)
-bench: .venv/installed $(BENCH_KERNELS) $(BENCH_MODELS) $(if $(filter speed paging,$(BENCH)),build/bench-venv/installed)
+bench: .venv/installed $(BENCH_PROGRAMS) $(BENCH_MODELS) $(if $(filter speed paging,$(BENCH)),build/bench-venv/installed)
 	@for m in $(BENCH_MODELS); do $(MAKE) weights MODEL=$$m || exit 1; done
 	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) bench/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
-	  $(if $(BENCH_KERNELS),--kernels $(BENCH_KERNELS))
+	  $(if $(BENCH_PROGRAMS),--programs $(BENCH_PROGRAMS))
 
 clean:
 	rm -rf build run

@@ -1,9 +1,9 @@
 """The benchmark: prints tables with ratios and writes bench/results/DATE-TIME.json.
 
-usage: bench.py PART ... --models MODEL.gguf ... [--rounds N] [--kernels PROGRAM ...]     (make bench calls it)
+usage: bench.py PART ... --models MODEL.gguf ... [--rounds N] [--programs PROGRAM ...]     (make bench calls it)
 
 Each round runs every side in turn, so that a machine that slows down slows all; figures are medians of the rounds.
-kernels needs the programs; speed takes all models, paging and variants the first. See the parts' own files.
+kernels and paging need their programs; speed takes all models, paging and variants the first. See the parts' own files.
 """
 
 import argparse
@@ -37,19 +37,22 @@ def machine() -> dict:
 
 def measure(part: str, options: argparse.Namespace) -> dict:
     if part == "kernels":
-        return kernels.measure(options.kernels)
+        return kernels.measure([options.programs[name] for name in kernels.PROGRAMS])
     if part == "speed":
         return {gguf.stem: speed.measure(gguf, options.rounds) for gguf in options.models}
-    return {"paging": paging, "variants": variants}[part].measure(options.models[0], options.rounds)
+    if part == "paging":
+        return paging.measure(options.models[0], options.rounds, options.programs["paging_bench"])
+    return variants.measure(options.models[0], options.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--models", type=lambda path: Path(path).resolve(), nargs="+", required=True)
-    parser.add_argument("--kernels", type=Path, nargs="+", default=[])
+    parser.add_argument("--programs", type=lambda path: Path(path).resolve(), nargs="+", default=[])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    options.programs = {program.name: program for program in options.programs}
     path = ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d-%H%M')}.json"
     path.parent.mkdir(exist_ok=True)
     results = {"machine": machine(), "rounds": options.rounds}

@@ -1,8 +1,10 @@
-"""matmul and attention alone, beside what the machine can do: the programs *_bench.cpp and their lines."""
+"""matmul and attention alone, beside what the machine can do: two programs and their lines."""
 
 from pathlib import Path
 
 from common import start
+
+PROGRAMS = ("matmul_bench", "attention_bench")
 
 
 def measure(programs: list[Path]) -> dict:
@@ -12,7 +14,7 @@ def measure(programs: list[Path]) -> dict:
 def lines(program: Path) -> list[str]:
     print(f"\n{program.name}", flush=True)
     result = []
-    with start(program.resolve()) as process:
+    with start(program) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             result.append(line.rstrip())

@@ -4,24 +4,26 @@
    llama.cpp with a cache for each sequence and with one for all: the ratio is to the better of the two.
 2. 256 requests with a common prefix of 512 tokens and a pool of 1 GB, paged and contiguous, which reserves the whole
    context for each: how many are in the cache at once. Once, since nothing but the speed could differ.
-3. One sequence at 4096 tokens of context, paged and contiguous in turn: the median of the pairs' ratios.
+3. One sequence at 4096 tokens of context, contiguous, paged, and paged with its blocks in a shuffled order: a step of
+   each in turn (paging_bench.cpp).
 """
 
 import json
-import statistics
 from pathlib import Path
 
-from common import WORK, generate, medians, peer, progress, stats, text
+from common import WORK, medians, output, peer, progress, stats, text
 
 PROMPT, DECODE = 128, 64
 PREFIX, SUFFIX, REQUESTS = 512, 192, 256
-LONG, LONG_DECODE = 4096, 128
 
 
-def measure(gguf: Path, rounds: int) -> dict:
+def measure(gguf: Path, rounds: int, paging_bench: Path) -> dict:
     weights = gguf.with_suffix(".safetensors")
     result = {f"{count} sequences": beside_llama_cpp(gguf, weights, count, rounds) for count in (8, 32)}
-    return result | {"shared prefix": shared_prefix(weights), "one sequence": one_sequence(weights, rounds)}
+    return result | {
+        "shared prefix": shared_prefix(weights),
+        "one sequence": one_sequence(paging_bench, weights, rounds),
+    }
 
 
 def answer(cache: str, weights: Path, prompts: list[str], *flags) -> dict:
@@ -74,15 +76,13 @@ def shared_prefix(weights: Path) -> dict:
     return result
 
 
-def one_sequence(weights: Path, rounds: int) -> dict:
-    speeds = {"paged": [], "contiguous": []}
-    for number in range(2 * rounds):
-        progress("paging, one sequence", number, 2 * rounds)
-        for cache in sorted(speeds, reverse=number % 2 == 0):  # each is the first of a pair as often
-            run = generate(weights, text(LONG, 0), LONG_DECODE + 1, CACHE=cache)
-            speeds[cache].append(run["decode_steps_per_second"])
-    ratios = [paged / contiguous for paged, contiguous in zip(*speeds.values(), strict=True)]
-    paged, contiguous = (statistics.median(list_) for list_ in speeds.values())
-    print(f"\none sequence at {LONG}, tokens/s: paged {paged:.1f}, contiguous {contiguous:.1f}, ", end="")
-    print(f"ratio {statistics.median(ratios):.3f} (median of {len(ratios)} pairs)")
-    return {"tokens/s": speeds, "ratios": ratios}
+def one_sequence(paging_bench: Path, weights: Path, rounds: int) -> dict:
+    runs = []
+    for number in range(rounds):
+        progress("paging, one sequence", number, rounds)
+        runs.append(json.loads(output(paging_bench, weights)))
+    print("\none sequence at 4096 tokens of context")
+    for side in runs[0]:
+        figures = medians([run[side] for run in runs])
+        print(f"{side:12}{figures['tokens_per_second']:8.1f} tokens/s, {figures['ratio']:.3f} of contiguous")
+    return {side: [run[side] for run in runs] for side in runs[0]}
