@@ -8,15 +8,18 @@
 // 2. The next tile's lines are asked for while this one is computed: 7.4 and 13.3 ms. Into the first cache: only 11.4
 //    and 18.2, there are too few places for lines on their way there.
 // 3. Elements move while they are narrow, 16 tokens at a time, and a few rows' product takes the columns as they come,
-//    in registers: two threads 4.1 -> 4.0 and 6.7 -> 5.2 ms; 16-token blocks in a shuffled order 4.9 -> 4.5 and
-//    7.1 -> 5.9.
+//    in registers: two threads 4.1 -> 4.0 and 6.7 -> 5.2 ms.
 // 4. A tile's rows are found without a copy and without a pass over all of them: 4.0 -> 3.8 and 5.3 -> 5.1 ms.
-//
-// Blocks of a paged cache lie head by head, so that those in order are one stream: 4.1 ms where a contiguous cache took
-// 4.0. What this order of the cache gained was not measured on its own.
+// 5. The cache keeps keys k-major: nothing is transposed, and decode is at the limit of the memory. 4.2 -> 2.8 and
+//    5.3 -> 3.7 ms. MLA's keys are its values and stay rows, but a register of scores holds 16
+//    heads, and nothing is transposed either: 16 heads of 512 + 64, 16 layers, 16.6 -> 13.9 ms, 70 % of the
+//    multiply-add peak.
+// 6. A run's K and V lie together: 16-token blocks in a shuffled order, a whole step of decode, 0.86 -> 0.94 of the
+//    contiguous cache's speed. Blocks in order: 1.00.
 //
 // What failed: 16 x 16 transposes of floats in 512-bit registers (half as long again on Zen 4). Narrow columns that go
-// through memory: no gain with rows of 64 that are in the cache.
+// through memory: no gain with rows of 64 that are in the cache. Twelve rows by one register for MLA's scores instead
+// of six: 13.9 -> 16.9 ms.
 #include "attention.h"
 
 #include <omp.h>
@@ -33,8 +36,8 @@ using simd::F32;
 using simd::LANES;
 
 constexpr int SPLIT = ATTENTION_SPLIT;
-constexpr int TILE = 64;          // tokens whose rows are expanded to float32 at a time
-constexpr int ITEM_ROWS = 64;     // query rows (tokens x heads of a group) that share an expanded tile
+constexpr int TILE = 64;          // tokens whose scores are computed at a time
+constexpr int ITEM_ROWS = 64;     // query rows (tokens x heads of a group) that share a tile
 constexpr float NONE = -FLT_MAX;  // the maximum of no scores: finite, so that NONE - NONE is 0
 constexpr int STRIP = 64;         // elements of rows that are expanded at a time: 16 KB stay in the first cache
 static_assert(SPLIT % TILE == 0 && TILE % LANES == 0 && STRIP % LANES == 0);
@@ -46,8 +49,7 @@ constexpr int round_up(int n, int to) {
   return (n + to - 1) / to * to;
 }
 
-// --- where rows lie
-// ---------------------------------------------------------------------------------------------------
+// --- where rows lie --------------------------------------------------------------------------------------------------
 
 // The rows of one layer and KV head of one sequence. RUN tokens from a multiple of RUN on lie one after the other, so
 // that an address is computed once a run; `end` is how far there are rows of a context of n tokens; `k_major` whether k
@@ -95,8 +97,7 @@ struct PlainHead {
   }
 };
 
-// --- the work
-// ---------------------------------------------------------------------------------------------------------
+// --- the work --------------------------------------------------------------------------------------------------------
 
 // Query rows that read the same K and V rows: some tokens of a sequence, times the heads of a group. Row i is token
 // first_token + i / group, head kv_head * group + i % group.
@@ -143,8 +144,7 @@ Range range_of(const Batch& batch, const AttentionShape& shape, const Item& item
           batch.positions[item.first_token + item.n_tokens - 1] + 1};
 }
 
-// --- scratch
-// ----------------------------------------------------------------------------------------------------------
+// --- scratch ---------------------------------------------------------------------------------------------------------
 
 // Attention of some rows over one split: softmax numerators' maximum, sum, and weighted sum of V.
 struct Partial {
@@ -226,8 +226,7 @@ struct Layout {
   }
 };
 
-// --- the small product
-// ------------------------------------------------------------------------------------------------
+// --- the small product -----------------------------------------------------------------------------------------------
 
 constexpr int MAX_ROWS = 6, MAX_REGISTERS = LANES == 16 ? 4 : 2;  // what the register file holds, with a column of b
 
@@ -319,8 +318,7 @@ void small_product(const float* a, size_t a_stride, int rows, const Columns& b, 
   }
 }
 
-// --- flash: one split
-// -------------------------------------------------------------------------------------------------
+// --- flash: one split ------------------------------------------------------------------------------------------------
 
 // Where a tile's tokens lie, a run at a time. Only runs of tokens first .. last - 1 may be read: the entries around
 // them repeat the nearest of them.
@@ -437,6 +435,13 @@ void load_queries(const float* q, const AttentionShape& shape, const Item& item,
   k_major ? load_query_rows(q, shape, item, s) : load_query_columns(q, shape, item, s);
 }
 
+// Elements first .. last - 1 of a row; those of the row `next` are asked for, unless it is null.
+template <class Kv>
+void load_part(const std::byte* row, const std::byte* next, int dim, int first, int last, float* x) {
+  for (size_t at = Kv::row_bytes(first); next && at < Kv::row_bytes(last); at += 64) prefetch(next + at);
+  load_row<Kv>(row, dim, first, last, x);
+}
+
 // Token-major keys: a register holds a token's scores of LANES query rows.
 template <class Rows>
 void score_rows(const TileRows<Rows>& now, const TileRows<Rows>& next, const Seen& seen, int first, int last,
@@ -447,10 +452,8 @@ void score_rows(const TileRows<Rows>& now, const TileRows<Rows>& next, const See
   std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
   for (int strip = 0; strip < k_dim; strip += STRIP) {
     const int end = std::min(k_dim, strip + STRIP);
-    for (int i = first; i < last; i++) {
-      for (size_t at = Kv::row_bytes(strip); at < Kv::row_bytes(end); at += 64) prefetch(next.k(to_size(i)) + at);
-      load_row<Kv>(now.k(to_size(i)), k_dim, strip, end, s.strip + (i - first) * STRIP);
-    }
+    for (int i = first; i < last; i++)
+      load_part<Kv>(now.k(to_size(i)), next.k(to_size(i)), k_dim, strip, end, s.strip + (i - first) * STRIP);
     small_product(
         s.strip, STRIP, last - first, PlainColumns{s.q + to_size(strip) * n_rows, n_rows},
         [&](int) { return registers; }, [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr,
@@ -498,9 +501,8 @@ void add_values(const TileRows<Rows>& now, const TileRows<Rows>& next, const See
   for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
     const int end = std::min(shape.v_dim, strip + STRIP);
     for (int i = first; i < last; i++) {
-      for (size_t at = Kv::row_bytes(strip); at < Kv::row_bytes(end) && !shape.v_is_k; at += 64)
-        prefetch(next.v(to_size(i)) + at);
-      load_row<Kv>(now.v(to_size(i)), dim, strip, end, s.strip + (i - first) * STRIP);
+      const std::byte* coming = shape.v_is_k ? nullptr : next.v(to_size(i));
+      load_part<Kv>(now.v(to_size(i)), coming, dim, strip, end, s.strip + (i - first) * STRIP);
     }
     small_product(
         weights, TILE, n_rows, PlainColumns{s.strip, STRIP}, [&](int) { return (end - strip + LANES - 1) / LANES; },
@@ -539,8 +541,7 @@ void attend_split(const Rows& rows, const Batch& batch, const AttentionShape& sh
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }
 
-// --- merging splits
-// ---------------------------------------------------------------------------------------------------
+// --- merging splits --------------------------------------------------------------------------------------------------
 
 float exp_of(float x) {
   float lanes[LANES];
@@ -584,8 +585,7 @@ void end(const Running& to, int v_dim) {
 
 }  // namespace
 
-// --- flash: the context of every item
-// ---------------------------------------------------------------------------------
+// --- flash: the context of every item --------------------------------------------------------------------------------
 
 namespace {
 
@@ -736,8 +736,7 @@ void attend_end(const Batch& batch, int sequence, const AttentionShape& shape, f
   }
 }
 
-// --- naive: the textbook
-// ----------------------------------------------------------------------------------------------
+// --- naive: the textbook ---------------------------------------------------------------------------------------------
 
 namespace {
 

@@ -16,8 +16,7 @@ namespace {
 
 using Vec = std::vector<double>;
 
-// --- the reference
-// ----------------------------------------------------------------------------------------------------
+// --- the reference ---------------------------------------------------------------------------------------------------
 
 class Reference {
  public:
@@ -173,8 +172,7 @@ class Reference {
   const nlohmann::json& c_;
 };
 
-// --- the code under test, driven by a schedule
-// ------------------------------------------------------------------------
+// --- the code under test, driven by a schedule -----------------------------------------------------------------------
 
 struct Piece {
   int sequence, n;  // the next n tokens of the sequence
