@@ -128,7 +128,7 @@ int main(int argc, char** argv) {
   std::printf("%d threads: reads %.1f GB/s, multiply-add %.1f GFLOP/s\n", n, limits.bandwidth / 1e9, limits.peak / 1e9);
   const AttentionShape smollm2 = shape(9, 3, 64, 64), mha = shape(9, 9, 64, 64), mqa = shape(4, 1, 256, 256);
   const AttentionShape llama = shape(32, 8, 128, 128), mla = shape(16, 1, 576, 512, true),
-                       expanded = shape(16, 16, 192, 128);
+                       expanded = shape(16, 16, 192, 128), smollm2_as_mla = shape(9, 1, 384, 192, true);
   bench<Flash, KvF16, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
   bench<Flash, KvF16, 16>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, n, limits);
   bench<Flash, KvF16, 16>("decode 4096, 32/8 heads of 128", llama, 4096, 1, 8, n, limits);
@@ -141,6 +141,7 @@ int main(int argc, char** argv) {
   bench<Flash, KvF16, 0>("decode 4096, 32/8 heads of 128", llama, 4096, 1, 8, n, limits);
   bench<Flash, KvF16, 0>("decode 4096, MLA 16, 512 + 64", mla, 4096, 1, 16, n, limits);
   bench<Flash, KvF32, 0>("decode 4096, MLA 16, 512 + 64", mla, 4096, 1, 16, n, limits);
+  bench<Flash, KvF16, 0>("decode 4096, MLA 9, 192 + 192", smollm2_as_mla, 4096, 1, 30, n, limits);
   bench<Flash, KvF16, 0>("prefill 512, 9/3 heads of 64", smollm2, 512, 512, 30, n, limits);
   bench<Flash, KvF16, 0>("prefill 4096, 9/3 heads of 64", smollm2, 4096, 4096, 1, n, limits);
   bench<Flash, KvF16, 0>("prefill 512, 32/8 heads of 128", llama, 512, 512, 4, n, limits);
