@@ -5,7 +5,6 @@
 //
 //     make build/test/native/paging_bench && build/test/native/paging_bench MODEL.safetensors [context] [steps]
 #include <omp.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -65,11 +64,6 @@ void begin(Side& side, const std::vector<int>& prompt, int steps) {
   while (side.engine->stats().generated_tokens == 0) side.engine->step();
 }
 
-double median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2), x.end());
-  return x[x.size() / 2];
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -99,7 +93,7 @@ int main(int argc, char** argv) {
     std::vector<double> ratios;
     for (size_t i = 0; i < s.seconds.size(); i++) ratios.push_back(sides[0].seconds[i] / s.seconds[i]);
     std::printf("%s\"%s\": {\"tokens_per_second\": %.1f, \"ratio\": %.4f}", &s == sides ? "" : ", ", s.name,
-                1 / median(s.seconds), median(ratios));
+                1 / percentile(s.seconds, 0.5), percentile(ratios, 0.5));
   }
   std::printf("}\n");
 }

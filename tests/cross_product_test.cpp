@@ -113,7 +113,7 @@ template <class Attention, class Kernel, class Kv, int Block>
 Machine make(const Model& model, const Limits& limits) {
   const auto transformer = std::make_shared<Transformer<Attention, Kernel, Kv, Block>>(model, limits);
   auto& cache = transformer->cache();
-  for (int block = 0; block < cache.shape().n_blocks; block++) poison(cache, block, 0);
+  std::memset(cache.memory().data(), 0xff, cache.memory().size());
   return {cache.block_size(), [transformer, &cache](const Batch& b) {
             poison_written(cache, b);
             // What is -1 in the tables leads far out of the cache.

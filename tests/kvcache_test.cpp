@@ -202,6 +202,7 @@ void check_cache() {
     const CacheShape shape = model.cache.shape();
     const size_t rows = at(model.LAYERS * model.HEADS);
     EXPECT_EQ((KVCache<Kv, Block>::bytes_per_token(shape)), rows * (Kv::row_bytes(model.K_DIM) + Kv::row_bytes(v_dim)));
+    // A contiguous block of 20 tokens is rounded up to whole runs of 16.
     EXPECT_EQ((KVCache<Kv, Block>::bytes(shape)),
               (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * (Block ? Block : 32)));
     EXPECT_EQ(model.cache.memory().size(), (KVCache<Kv, Block>::bytes(shape)));
