@@ -49,7 +49,7 @@ DEFINES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL
 # ---- One folder for each combination; the stages that no choice changes are compiled once, for all of them.
 
 CHOSEN_STAGES := kvcache attention transformer
-COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard cli/*.cpp *.cpp)))
+COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard cli/*.cpp host/*.cpp kernels/*.cpp *.cpp)))
 
 sanitize_suffix_1 := -sanitize
 LEVEL := $(ARCH)$(sanitize_suffix_$(SANITIZE))
@@ -62,7 +62,7 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 # g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
 # Less where the compiler's time goes into templates and no loop runs per token.
 OPTIMIZE := -O3
-$(addprefix $(COMMON)/,json.o model.o scheduler.o cli/requests.o cli/session.o cli/talk.o): private OPTIMIZE := -O1
+$(addprefix $(COMMON)/,host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
@@ -113,7 +113,7 @@ $(COMMON)/flags: FORCE | packages
 	@mkdir -p $(@D)
 	@echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@
 
--include $(wildcard build/*/*.d build/*/*/*.d)
+-include $(wildcard build/*/*.d build/*/*/*.d build/*/*/*/*.d)
 
 # ---- What is missing on this machine. One that has it all stays untouched and offline.
 
@@ -191,7 +191,7 @@ test_levels_0 := $(LEVELS)
 test: .venv/installed
 	@$(MAKE) gtest
 	@for level in $(test_levels_$(SANITIZE)); do $(MAKE) gtest ARCH=$$level TESTS="$(KERNEL_TESTS)" TEST_TOOLS= \
-	  COMMON_STAGES="device matmul layers" CHOSEN_STAGES="kvcache attention" || exit 1; done
+	  COMMON_STAGES="kernels/device kernels/matmul kernels/layers" CHOSEN_STAGES="kvcache attention" || exit 1; done
 	@$(PYTHON) -m pytest
 
 # One after the other: each uses all cores.
@@ -207,16 +207,16 @@ $(TEST)/%.o: %.cpp $(COMMON)/standard.h.gch
 	$(call compile,$(STANDARD) -DBUILD_EVERY_COMBINATION)
 $(TEST)/%.o: tests/%.cpp $(COMMON)/standard.h.gch
 	$(call compile,$(STANDARD) -DBUILD_EVERY_COMBINATION)
-$(TEST)/%.o: bench/%.cpp $(COMMON)/standard.h.gch
+$(TEST)/%.o: lab/%.cpp $(COMMON)/standard.h.gch
 	$(call compile,$(STANDARD) -DBUILD_EVERY_COMBINATION)
 
 lint: .venv/installed
-	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp cli/*.h cli/*.cpp tests/*.h tests/*.cpp bench/*.cpp)
+	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp $(foreach d,kernels host cli tests lab,$d/*.h $d/*.cpp))
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZ_SOURCES := tests/fuzz_loader.cpp device.cpp json.cpp model.cpp matmul.cpp
-build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h tests/*.h) | packages
+FUZZ_SOURCES := tests/fuzz_loader.cpp kernels/device.cpp host/json.cpp host/loader.cpp kernels/matmul.cpp
+build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h host/*.h kernels/*.h tests/*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -o $@ $(FUZZ_SOURCES) -ljansson
@@ -224,7 +224,7 @@ fuzz: build/fuzz/fuzz_loader
 	@mkdir -p build/fuzz/corpus
 	@OMP_NUM_THREADS=1 build/fuzz/fuzz_loader -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# ---- make bench: its parts are files of bench/; what none of those in BENCH needs is not fetched.
+# ---- make bench: its parts are files of lab/; what none of those in BENCH needs is not fetched.
 
 # The binaries are built by makes below Python, which does not pass on the pipe of this one's jobs.
 # Gemma 3 has no package to come from: it is measured where its file lies in models/.
@@ -233,17 +233,17 @@ BENCH_MODELS := models/SmolLM2-135M-Instruct.Q4_1.gguf $(if $(filter speed,$(BEN
 BENCH_PROGRAMS := $(addprefix $(TEST)/,$(if $(filter kernels,$(BENCH)),matmul_bench attention_bench) \
   $(if $(filter paging,$(BENCH)),paging_bench))
 BENCH_PYTHON := build/bench-venv/bin/python
-build/bench-venv/installed: bench/requirements.txt | packages
+build/bench-venv/installed: lab/requirements.txt | packages
 	@echo "  llama.cpp, compiled for this machine: 10 to 20 minutes" >&2
 	@python3 -m venv build/bench-venv
-	@$(BENCH_PYTHON) -m pip --disable-pip-version-check install --quiet -r bench/requirements.txt >&2
+	@$(BENCH_PYTHON) -m pip --disable-pip-version-check install --quiet -r lab/requirements.txt >&2
 	@touch $@
 models/SmolLM2-135M-Instruct.Q8_0.gguf: models/SmolLM2-135M-Instruct.Q4_1.gguf | build/bench-venv/installed
-	@$(BENCH_PYTHON) bench/llama_cpp_peer.py quantize $< $@
+	@$(BENCH_PYTHON) lab/llama_cpp_peer.py quantize $< $@
 weights: $(WEIGHTS)
 bench: .venv/installed $(BENCH_PROGRAMS) $(BENCH_MODELS) $(if $(filter speed paging,$(BENCH)),build/bench-venv/installed)
 	@for m in $(BENCH_MODELS); do $(MAKE) weights MODEL=$$m || exit 1; done
-	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) bench/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
+	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) lab/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
 	  $(if $(BENCH_PROGRAMS),--programs $(BENCH_PROGRAMS))
 
 clean:
@@ -257,7 +257,7 @@ help:
 	@echo 'make test             every test (SANITIZE=1: under AddressSanitizer and UndefinedBehaviorSanitizer)'
 	@echo 'make lint             formatting and style'
 	@echo 'make fuzz             the loader on mutated files, for FUZZ_SECONDS=$(FUZZ_SECONDS)'
-	@echo 'make bench            speed, beside llama.cpp where it has the like; results in bench/results/'
+	@echo 'make bench            speed, beside llama.cpp where it has the like; results in lab/results/'
 	@echo '     BENCH="$(BENCH)"  BENCH_ROUNDS=$(BENCH_ROUNDS)    what, how often'
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo

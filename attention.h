@@ -8,7 +8,7 @@
 // row.
 #pragma once
 
-#include "build.h"
+#include "kernels/build.h"
 #include "kvcache.h"
 
 struct AttentionShape {

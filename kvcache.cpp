@@ -1,7 +1,7 @@
 // kvcache.cpp: the only writer of the cache.
 #include "kvcache.h"
 
-#include "build.h"
+#include "kernels/build.h"
 
 // x [32], q [32]. The scale is the smallest float16 that is not below amax / 127, NaN where an element is not finite.
 static uint16_t store_q8_group(const float* x, int8_t* q) {

@@ -16,8 +16,8 @@
 #include <cstring>
 #include <numeric>
 
-#include "device.h"
-#include "simd.h"
+#include "kernels/device.h"
+#include "kernels/simd.h"
 
 // One step's work: any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] ..
 // query_start[s + 1] - 1, in order of position, and are the last tokens of its context.

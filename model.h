@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
-#include "matmul.h"
+#include "kernels/device.h"
+#include "kernels/matmul.h"
 
 enum class Variant { mha, mqa, gqa, mla };
 enum class NormKind { rms, layer };

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "mlp.h"
+#include "kernels/mlp.h"
 #include "variants.h"
 
 namespace {

@@ -3,7 +3,7 @@
 
 #include "attention.h"
 #include "model.h"
-#include "step.h"
+#include "kernels/step.h"
 
 template <class Attention, class Kernel, class Kv, int Block>
 class Transformer {

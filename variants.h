@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "attention.h"
-#include "step.h"
+#include "kernels/step.h"
 
 // Query heads share the rows of n_kv_heads KV heads (arXiv 2305.13245): K and V are projected from the token
 // itself.

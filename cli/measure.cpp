@@ -7,8 +7,8 @@
 #include <random>
 
 #include "cli/session.h"
-#include "json.h"
-#include "simd.h"
+#include "host/json.h"
+#include "kernels/simd.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <random>
 #include <set>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "sampler.h"
+#include "host/sampler.h"
 
 struct Options {
   std::string model;

@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <string_view>
 
-#include "json.h"
+#include "host/json.h"
 
 void LogitsHash::add(const float* row, int n) {
   int i = 0;

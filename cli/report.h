@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "engine.h"
+#include "host/engine.h"
 #include "model.h"
 
 // What the run is made of: known before the weights, the cache and the activations are allocated.

@@ -9,7 +9,7 @@
 #include <set>
 
 #include "cli/session.h"
-#include "json.h"
+#include "host/json.h"
 
 namespace {
 

@@ -8,8 +8,8 @@
 
 #include "cli/options.h"
 #include "cli/report.h"
-#include "engine.h"
-#include "tokenizer.h"
+#include "host/engine.h"
+#include "host/tokenizer.h"
 
 // The lines of a file, or of standard input as they come. They end in \n or \r\n.
 class LineReader {

@@ -1,5 +1,5 @@
 // The block pool against a plain model of it: linear searches, whole token lists, one list of unreferenced blocks.
-#include "blocks.h"
+#include "host/blocks.h"
 
 #include <gtest/gtest.h>
 

@@ -8,7 +8,7 @@
 #include <functional>
 #include <set>
 
-#include "engine.h"
+#include "host/engine.h"
 #include "tiny_model.h"
 #include "transformer.h"
 #include "variants.h"

@@ -1,6 +1,6 @@
 // device.cpp: memory as the contract says, and an estimate of what is free that a real allocation agrees
 // with.
-#include "device.h"
+#include "kernels/device.h"
 
 #include <gtest/gtest.h>
 

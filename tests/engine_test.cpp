@@ -2,7 +2,7 @@
 // everything that the token sees, read through the block table. Whatever is addressed wrongly, stale, written while
 // shared, not copied or not computed shows up as another text than the one a sequence has alone, which
 // `Alone` works out without any cache.
-#include "engine.h"
+#include "host/engine.h"
 
 #include <gtest/gtest.h>
 

@@ -1,11 +1,11 @@
 // JSON is read to the letter and written so that it can be read again.
-#include "json.h"
+#include "host/json.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

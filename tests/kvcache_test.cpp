@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "build.h"
+#include "kernels/build.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // The small layers against float64, at widths that do and do not fill a register.
-#include "layers.h"
+#include "kernels/layers.h"
 
 #include <gtest/gtest.h>
 

@@ -1,6 +1,6 @@
 // matmul_test.cpp: every weight type against float64 references written from the formulas in matmul.h, over odd shapes;
 // and bit equality over rows, threads and grouping.
-#include "matmul.h"
+#include "kernels/matmul.h"
 
 #include <gtest/gtest.h>
 #include <omp.h>
@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 namespace {
 

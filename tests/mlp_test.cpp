@@ -1,5 +1,5 @@
 // Expert routing and the sum of the experts against the papers' definitions, written out with a full sort in float64.
-#include "mlp.h"
+#include "kernels/mlp.h"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>

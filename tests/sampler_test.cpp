@@ -1,6 +1,6 @@
 // The sampler against plain float64 arithmetic on fully sorted probabilities, and its draws against those
 // probabilities.
-#include "sampler.h"
+#include "host/sampler.h"
 
 #include <gtest/gtest.h>
 
@@ -11,7 +11,7 @@
 #include <numeric>
 #include <random>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // simd_test.cpp: the vector register of this build against definitions written out in scalar arithmetic.
-#include "simd.h"
+#include "kernels/simd.h"
 
 #include <gtest/gtest.h>
 

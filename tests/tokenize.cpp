@@ -9,8 +9,8 @@
 #include <cstdio>
 #include <iostream>
 
-#include "device.h"
-#include "tokenizer.h"
+#include "kernels/device.h"
+#include "host/tokenizer.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // The tokenizer on small vocabularies built here byte by byte, after the format at the top of exporter/tokenizer.py.
-#include "tokenizer.h"
+#include "host/tokenizer.h"
 
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -10,7 +10,7 @@
 #include <fstream>
 #include <random>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

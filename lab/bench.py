@@ -1,4 +1,4 @@
-"""The benchmark: prints tables with ratios and writes bench/results/DATE-TIME.json.
+"""The benchmark: prints tables with ratios and writes lab/results/DATE-TIME.json.
 
 usage: bench.py PART ... --models MODEL.gguf ... [--rounds N] [--programs PROGRAM ...]     (make bench calls it)
 
@@ -31,7 +31,7 @@ def machine() -> dict:
         "system": platform.freedesktop_os_release()["PRETTY_NAME"],
         "compiler": output("g++", "-dumpfullversion").strip(),
         "attn.cu": output("git", "describe", "--always", "--dirty").strip(),
-        "llama-cpp-python": (ROOT / "bench" / "requirements.txt").read_text().strip().partition("==")[2],
+        "llama-cpp-python": (ROOT / "lab" / "requirements.txt").read_text().strip().partition("==")[2],
     }
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     options.programs = {program.name: program for program in options.programs}
-    path = ROOT / "bench" / "results" / f"{time.strftime('%Y-%m-%d-%H%M')}.json"
+    path = ROOT / "lab" / "results" / f"{time.strftime('%Y-%m-%d-%H%M')}.json"
     path.parent.mkdir(exist_ok=True)
     results = {"machine": machine(), "rounds": options.rounds}
     for part in options.parts:

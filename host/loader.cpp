@@ -1,4 +1,4 @@
-// model.cpp: reads a model file and packs its matrices. Nothing in the file is trusted: every length, offset
+// loader.cpp: reads a model file and packs its matrices. Nothing in the file is trusted: every length, offset
 // and size is checked before it is used, and whatever is not expected is refused by name.
 #include "model.h"
 
@@ -17,7 +17,7 @@
 #include <map>
 #include <set>
 
-#include "json.h"
+#include "host/json.h"
 
 namespace {
 

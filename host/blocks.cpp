@@ -1,4 +1,4 @@
-#include "blocks.h"
+#include "host/blocks.h"
 
 #include <algorithm>
 

@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device.h"
+#include "kernels/device.h"
 
 enum class DType { f32, bf16, f16, q8, q4 };
 constexpr int GROUP = 32;  // inputs that share a scale in q8 and q4

@@ -32,7 +32,7 @@
 // What failed: software prefetch of the weights, 2 to 16 KB ahead: 46 -> 33-40 GB/s at 1 row (the hardware sees a
 // single stream, and the instructions cost). Prefetching the next block while the tiles run over this one: no change.
 // Tiles over strips of several blocks: as good as rung 5, and more code.
-#include "matmul.h"
+#include "kernels/matmul.h"
 
 #include <omp.h>
 
@@ -42,7 +42,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 using simd::F32;
 using simd::I32;

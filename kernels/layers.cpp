@@ -1,9 +1,9 @@
-#include "layers.h"
+#include "kernels/layers.h"
 
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "kernels/simd.h"
 
 using namespace simd;
 

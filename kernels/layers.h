@@ -4,7 +4,7 @@
 // and ends with a barrier.
 #pragma once
 
-#include "matmul.h"
+#include "kernels/matmul.h"
 #include "model.h"
 
 // x [T, dim] = scale * row tokens[t] of the embedding (+ row positions[t] of position_embedding where not

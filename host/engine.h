@@ -13,8 +13,8 @@
 #include <memory>
 #include <vector>
 
-#include "sampler.h"
-#include "scheduler.h"
+#include "host/sampler.h"
+#include "host/scheduler.h"
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel.
 enum class Finish { length, stop, callback, cancelled };

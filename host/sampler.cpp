@@ -3,14 +3,14 @@
 // A vocabulary has up to 262144 entries and is never sorted: top-k keeps a short list behind a rising
 // threshold, top-p first drops what cannot belong to the nucleus and takes the rest from a heap, largest
 // first, until the mass is reached.
-#include "sampler.h"
+#include "host/sampler.h"
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // device.cpp: the CPU: memory from the kernel, on huge pages where it is large.
-#include "device.h"
+#include "kernels/device.h"
 
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>

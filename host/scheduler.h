@@ -9,8 +9,8 @@
 
 #include <vector>
 
-#include "blocks.h"
-#include "step.h"
+#include "host/blocks.h"
+#include "kernels/step.h"
 
 struct Sequence {
   int request = 0, sample = 0;  // its age: the smaller pair is older

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "kvcache.h"
-#include "layers.h"
+#include "kernels/layers.h"
 #include "model.h"
 
 // Which form MLA takes: by the count of FLOP of each, or always the same one.

@@ -14,7 +14,7 @@
 #include <random>
 #include <vector>
 
-#include "engine.h"
+#include "host/engine.h"
 #include "transformer.h"
 #include "variants.h"
 

@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "host/engine.h"
 
 #include <algorithm>
 #include <chrono>
@@ -6,7 +6,7 @@
 #include <exception>
 #include <numeric>
 
-#include "device.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "matmul.h"
+#include "kernels/matmul.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 """llama.cpp on one model file, timed by its own counters (llama_perf_context): prints JSON.
 
-usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash f16|q8 LONG STATE   what bench/speed.py compares, once
+usage: llama_cpp_peer.py speed MODEL.gguf THREADS plain|flash f16|q8 LONG STATE   what lab/speed.py compares, once
        llama_cpp_peer.py resident MODEL.gguf THREADS PROMPT DECODE                the most memory it held
        llama_cpp_peer.py requests MODEL.gguf THREADS N PROMPT DECODE unified|apart   N sequences at once
        llama_cpp_peer.py perplexity MODEL.gguf THREADS TEXT CHUNKS                llama-perplexity's protocol, by 512

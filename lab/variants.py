@@ -69,7 +69,7 @@ def layouts(gguf: Path, rounds: int) -> dict:
 def experts(rounds: int) -> dict:
     weights = {}
     for name, sizes in EXPERTS.items():
-        output(sys.executable, ROOT / "bench" / "random_model.py", WORK / name, *sizes)
+        output(sys.executable, ROOT / "lab" / "random_model.py", WORK / name, *sizes)
         weights[name] = export(WORK / name, f"{name}-q8", "--type", "q8")
     runs = {name: [] for name in EXPERTS}
     for number in range(rounds):

@@ -1,5 +1,5 @@
 // tokenizer.cpp: text <-> ids. The file's format, and what the parts mean, is at the top of exporter/tokenizer.py.
-#include "tokenizer.h"
+#include "host/tokenizer.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <nettle/sha2.h>
@@ -17,8 +17,8 @@
 #include <functional>
 #include <span>
 
-#include "device.h"
-#include "utf8.h"
+#include "kernels/device.h"
+#include "host/utf8.h"
 
 namespace {
 

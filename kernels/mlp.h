@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#include "step.h"
+#include "kernels/step.h"
 
 class MlpBlock {
  public:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "bench"
 WORK.mkdir(parents=True, exist_ok=True)
-PEER = [ROOT / "build" / "bench-venv" / "bin" / "python", ROOT / "bench" / "llama_cpp_peer.py"]
+PEER = [ROOT / "build" / "bench-venv" / "bin" / "python", ROOT / "lab" / "llama_cpp_peer.py"]
 # A token each, in the vocabularies of SmolLM2 and Gemma.
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
 

@@ -1,4 +1,4 @@
-#include "mlp.h"
+#include "kernels/mlp.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "scheduler.h"
+#include "host/scheduler.h"
 
 #include <algorithm>
 

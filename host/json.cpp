@@ -1,4 +1,4 @@
-#include "json.h"
+#include "host/json.h"
 
 #include <jansson.h>
 
@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <memory>
 
-#include "device.h"
-#include "utf8.h"
+#include "kernels/device.h"
+#include "host/utf8.h"
 
 namespace {
 
