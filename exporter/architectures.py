@@ -28,6 +28,13 @@ class Architecture:
 LLAMA = dict(hidden_act="silu", tie_word_embeddings=False, rope_theta=10000.0, norm_eps=1e-6)
 QWEN = LLAMA | dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None)
 GEMMA3 = dict(
+    vocab_size=262208,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=131072,
     hidden_act="gelu_pytorch_tanh",
     tie_word_embeddings=True,
     rope_theta=1e6,
@@ -36,6 +43,7 @@ GEMMA3 = dict(
     query_pre_attn_scalar=256,
     sliding_window=4096,
     sliding_window_pattern=6,
+    _sliding_window_pattern=None,
     layer_types=None,
     head_dim=256,
     attn_logit_softcapping=None,
@@ -60,8 +68,8 @@ ARCHITECTURES = {
     "llama": Architecture(LLAMA),
     "llama2c": Architecture(LLAMA | dict(norm_eps=1e-5), interleaved=True),
     "mistral": Architecture(LLAMA | dict(sliding_window=None, layer_types=None), windows="all"),
-    "qwen2": Architecture(QWEN, windows="upper", needs=r"[qkv]_proj\.bias"),
-    "qwen3": Architecture(QWEN | dict(head_dim=128), windows="upper", needs=QK_NORMS),
+    "qwen2": Architecture(QWEN | dict(qkv_bias=True), windows="upper", needs=r"[qkv]_proj\.bias"),
+    "qwen3": Architecture(QWEN | dict(head_dim=128, use_qk_norm=True), windows="upper", needs=QK_NORMS),
     "gemma3_text": Architecture(
         GEMMA3,
         windows="pattern",
@@ -87,7 +95,8 @@ ARCHITECTURES = {
         experts=dict(norm_topk_prob=True),
     ),
     "qwen3_moe": Architecture(
-        QWEN | dict(num_experts=None, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[]),
+        QWEN
+        | dict(num_experts=None, norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=[], use_qk_norm=True),
         windows="all",
         needs=QK_NORMS,
     ),

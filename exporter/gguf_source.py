@@ -6,10 +6,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.rope import yarn_mscale
 from exporter.source import Source, map_file
-from exporter.weights import GROUP, Tensor, Weight, size
+from exporter.weights import GROUP, Tensor, Weight, size, unreadable
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -98,7 +98,7 @@ class GgufHeader:
         name, dims = self.string(), self.scalar("I")
         if dims > 4:
             raise ValueError(f"tensor {name} of {dims} dimensions")
-        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]  # GGUF lists the innermost first
+        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1] or (1,)  # GGUF lists the innermost first
         return name, self.scalar("I"), shape, self.scalar("Q")
 
 
@@ -114,15 +114,19 @@ def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
         n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
         for _ in range(n_keys):
             key = header.string()
+            if key in source.metadata:
+                raise ExportError(f"{path}: the key {shown(key)} is there twice: convert it again")
             source.metadata[key] = header.value(header.scalar("I"))
         tensors = [header.tensor() for _ in range(n_tensors)]
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path}: its header is truncated or damaged at byte {header.at}: fetch it again") from error
     align = source.metadata.get("general.alignment", 32)
-    if not isinstance(align, int) or align <= 0:
-        raise ExportError(f"{path}: general.alignment is {align}, it must be a positive integer: fetch it again")
+    if type(align) is not int or align <= 0:
+        raise ExportError(f"{path}: general.alignment is {shown(align)}, it must be a positive integer: fetch it again")
     start = -(-header.at // align) * align
     for name, kind, shape, offset in tensors:
+        if name in source.tensors:
+            raise ExportError(f"{path}: tensor {name} is there twice: convert the file again")
         source.tensors[name] = gguf_tensor(path, data, name, kind, shape, start + offset)
     source.config = gguf_config(source)
     return source
@@ -132,16 +136,24 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
     try:
         kind = gguf.GGMLQuantizationType(kind)
         blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError) as error:
-        raise ExportError(f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it") from error
-    k = 1 if len(shape) == 1 else shape[-1]
+    except (ValueError, KeyError):
+        return unreadable(shape, f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it")
+    k = shape[-1] if len(shape) > 1 else 1
     n = size(shape) // k if k else 0
     row_bytes = k * block_bytes // blocks
-    if n <= 0 or k % blocks or offset + n * row_bytes > len(data):
+    if n <= 0 or k % blocks:
+        raise ExportError(
+            f"{path}: tensor {name} {list(shape)} cannot be of {kind.name}: its rows are whole blocks of {blocks}: "
+            "convert it again"
+        )
+    if offset + n * row_bytes > len(data):
         raise ExportError(
             f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
             f"({len(data)} bytes): it is truncated: fetch it again"
         )
+    if kind.name not in GGUF_TYPES and not dequantizes(kind, block_bytes):
+        known = "Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, F16, BF16 or F32"
+        return unreadable(shape, f"{path}: tensor {name} has type {kind.name}, not one for weights: convert to {known}")
     rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
     if kind.name in GGUF_TYPES:
         type, unpack = GGUF_TYPES[kind.name]
@@ -153,6 +165,15 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
         keep="q8" if k % GROUP == 0 else "f16",
         note=kind.name,
     )
+
+
+def dequantizes(kind: gguf.GGMLQuantizationType, block_bytes: int) -> bool:
+    """Whether the gguf package can: it lists types (of activations, of integers) that it has no code for."""
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def float_rows(dtype: str, type: str):
@@ -196,7 +217,8 @@ def q5_0(rows: np.ndarray) -> Weight:
     return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
 
 
-GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
+GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss (F64: to the nearest float32)
+    "F64": ("f32", lambda rows: Weight("f32", rows.view("<f8").astype(np.float32))),
     "F32": ("f32", float_rows("<f4", "f32")),
     "F16": ("f16", float_rows("<f2", "f16")),
     "BF16": ("bf16", float_rows("<u2", "bf16")),
@@ -214,9 +236,11 @@ def gguf_config(source: Source) -> dict:
     """The metadata under Hugging Face's names; an unknown key keeps its own, and is refused later."""
     architecture, parts = source.metadata.get("general.architecture"), source.metadata.get("split.count", 0)
     if not isinstance(architecture, str):
-        raise ExportError(f"{source.path}: general.architecture is {architecture!r}: must be a name: fetch it again")
+        raise ExportError(
+            f"{source.path}: general.architecture is {shown(architecture)}: must be a name: fetch it again"
+        )
     if parts not in (0, 1):
-        raise ExportError(f"{source.path}: split.count is {parts}: join the parts with llama-gguf-split --merge")
+        raise ExportError(f"{source.path}: split.count is {shown(parts)}: join the parts with llama-gguf-split --merge")
     config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for key, value in source.metadata.items():
         prefix, _, name = key.partition(".")
@@ -226,7 +250,7 @@ def gguf_config(source: Source) -> dict:
             value = value[0]  # one value a layer, all the same
         if not isinstance(value, str if name == "rope.scaling.type" else int | float) and name in GGUF_KEYS:
             raise ExportError(
-                f"{source.path}: {key} is {value!r}: must be one number for all layers: use another model"
+                f"{source.path}: {key} is {shown(value)}: must be one number for all layers: use another model"
             )
         config[GGUF_KEYS.get(name, key)] = value
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
@@ -236,7 +260,9 @@ def gguf_config(source: Source) -> dict:
         gguf_experts(config)
     if architecture == "gemma3":  # llama.cpp has no query_pre_attn_scalar: head_dim, but in the 27B of 62 layers
         wide = config.get("num_hidden_layers") == 62
-        scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
+        scalar = config.get("head_dim", 256)
+        if wide and config.get("num_attention_heads"):
+            scalar = config.get("hidden_size", 0) // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = scalar
     if architecture == "deepseek2":
         gguf_latent(config)

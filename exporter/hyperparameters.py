@@ -84,6 +84,8 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
         return given
     if architecture.windows == "pattern" and (not isinstance(pattern, int) or pattern <= 0):
         keys.refuse("sliding_window_pattern", "must be a positive integer: fetch the file again")
+    if keys.get("_sliding_window_pattern", pattern) != pattern:  # written beside layer_types, and never read again
+        keys.refuse("_sliding_window_pattern", "means nothing without layer_types: fetch the file again")
     slides = {
         "none": lambda layer: False,
         "all": lambda layer: on,
@@ -109,9 +111,18 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
             tables.append(parameters)
         index[layer_type] = tables.index(parameters)
     scale *= rope.softmax_mscale(tables[0]) if architecture.mla else 1
+    seq_len = sizes["seq_len"]
+    if tables and "rope_local_base_freq" not in architecture.defaults:  # Gemma 3's has the factor in it
+        seq_len = rope.extended_context(tables[0], seq_len)
+    if not 0 < seq_len < 1 << 31:
+        keys.refuse("max_position_embeddings", f"with the factor of rope_scaling it is {seq_len}: fetch the file again")
     tables = [rope.table(parameters, sizes.get("qk_rope_head_dim", width)) for parameters in tables]
+    for inv_freq, factor in tables:
+        if not (np.isfinite(inv_freq).all() and (inv_freq > 0).all() and 0 < factor < 1e6):
+            keys.refuse("rope_scaling", "gives frequencies that are not positive: fetch the file again")
     window = keys.positive("sliding_window") if SLIDING in types else 0
     return dict(
+        seq_len=seq_len,
         attention_scale=scale,
         window=[window if layer_type == SLIDING else 0 for layer_type in types],
         rope=[index.get(layer_type, -1) for layer_type in types],

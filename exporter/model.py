@@ -32,6 +32,11 @@ def build(source: Source) -> Model:
     tied, ahead = keys.flag("tie_word_embeddings"), keys.count("num_nextn_predict_layers")
     keys.finish()
 
+    if config["n_layers"] > len(source.tensors):  # before anything is made for each of them
+        raise ExportError(
+            f"{source.where}: num_hidden_layers is {config['n_layers']}, but there are {len(source.tensors)} tensors: "
+            "fetch the checkpoint again, with all its files"
+        )
     tensors = canonical_tensors(source, architecture, config["n_layers"], ahead)
     if tied:
         tensors.pop("lm_head.weight", None)
@@ -41,7 +46,7 @@ def build(source: Source) -> Model:
             "again, with all its files"
         )
     arrange(source, architecture, config, interleaved, tensors)
-    slowed = tensors.pop("rope_freqs.weight", None)
+    slowed = tensors.pop("rope_freqs.weight", None) if tables else None
     check_shapes(source, config, tensors, needs)
     for i, inv_freq in enumerate(tables):
         tensors[f"rope.{i}.inv_freq"] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
@@ -65,4 +70,9 @@ def slowdown(source: Source, factors: Tensor | None, shape: tuple[int, ...]) -> 
         raise ExportError(
             f"{source.path}: tensor rope_freqs.weight is {list(factors.shape)}, not {list(shape)}: fetch the file again"
         )
-    return factors.float32()
+    values = factors.float32()
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ExportError(
+            f"{source.path}: tensor rope_freqs.weight holds a factor that is not positive: fetch it again"
+        )
+    return values

@@ -75,7 +75,8 @@ GGUF_TOP = {
     "rope_freqs": "rope_freqs",
 }
 IGNORED = re.compile(
-    r"^freq_cis$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\."
+    r"^freq_cis$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.attn\.(masked_)?bias$|(^|\.)position_ids$"
+    r"|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:(\d+)\.)?(.+)")
 EXPERT_MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -116,6 +117,8 @@ def canonical_tensors(source: Source, architecture: Architecture, n_layers: int,
         layer = re.search(r"(?:layers|h|blk)\.(\d+)\.", name)
         if IGNORED.search(name) or (layer and n_layers <= int(layer[1]) < n_layers + ahead):
             continue
+        if tensor.problem:
+            raise ExportError(tensor.problem)
         target = canonical_name(source, architecture, name)
         if target is None:
             raise ExportError(

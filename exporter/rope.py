@@ -9,6 +9,8 @@ import numpy as np
 
 from exporter.config import Keys, is_number
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+LARGEST = {"rope_theta": 1e30, "original_max_position_embeddings": 1 << 31}
 NEVER = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 KINDS = {  # rope_type -> its own parameters
     "default": set(),
@@ -19,18 +21,8 @@ KINDS = {  # rope_type -> its own parameters
 
 
 def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
-    """The parameters of the layers of a type, from rope_parameters (transformers 5) or rope_theta and rope_scaling.
-
-    rope_scaling is for the layers of full attention alone where a model has two kinds of layers (Gemma 3).
-    """
-    given = keys.get("rope_parameters")
-    theta, scaling = keys.get(theta_key), keys.get("rope_scaling")
-    if given is not None:
-        name, chosen = "rope_parameters", given.get(layer_type, given) if isinstance(given, dict) else given
-    else:
-        name, chosen = "rope_scaling", scaling if layer_type == "full_attention" else None
-    if not isinstance(chosen, dict | None):
-        keys.refuse(name, "must be an object: fetch the file again")
+    """The parameters of the layers of a type, from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
+    theta, (name, chosen) = keys.get(theta_key), settings(keys, layer_type)
     chosen = {key: value for key, value in (chosen or {}).items() if value is not None}
     kind = chosen.get("rope_type", chosen.get("type", "default"))
     if not isinstance(kind, str) or kind not in KINDS:
@@ -42,8 +34,11 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     for key, value in chosen.items():
         if key not in KINDS[kind] | NEVER:
             keys.refuse(name, f"{key} is not known for rope_type {kind!r}: export a model without it")
-        if (not is_number(value) or value < 0) and key not in ("type", "rope_type", "truncate"):
-            keys.refuse(name, f"{key} must be a positive number: fetch the file again")
+        most = LARGEST.get(key, 1e6)  # a table of float32 comes out of them
+        if key not in ("type", "rope_type", "truncate") and not (
+            is_number(value) and (value == 0 or 1e-6 <= value <= most)
+        ):
+            keys.refuse(name, f"{key} must be a positive number, {most:g} at most: fetch the file again")
     if chosen.get("partial_rotary_factor", 1) != 1:
         keys.refuse(name, "partial_rotary_factor must be 1: export a model that rotates whole heads")
     for key in {"factor", "low_freq_factor", "high_freq_factor"} & KINDS[kind]:
@@ -51,11 +46,45 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
             keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
     rope = {"original_max_position_embeddings": keys.positive("max_position_embeddings"), "rope_theta": theta} | chosen
     for key in ("rope_theta", "original_max_position_embeddings"):
-        if not is_number(rope[key]) or rope[key] <= 1:
+        if not is_number(rope[key]) or not 1 < rope[key] <= LARGEST[key]:
             keys.refuse(name if key in chosen else theta_key, f"{key} must be a number above 1: fetch the file again")
     if kind == "llama3" and chosen["high_freq_factor"] <= chosen["low_freq_factor"]:
         keys.refuse(name, "high_freq_factor must be more than low_freq_factor: fetch the file again")
     return rope | {"rope_type": kind}
+
+
+def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
+    """The key that the layers of this type go by, and its object.
+
+    As transformers 5 (convert_rope_params_to_dict): rope_scaling takes the place of rope_parameters where both are
+    there. Where a model has two kinds of layers (Gemma 3), rope_parameters has an object for each, and rope_scaling
+    changes that of full attention alone.
+    """
+    both = {key: keys.get(key) for key in ("rope_parameters", "rope_scaling")}
+    for key, value in both.items():
+        if not isinstance(value, dict | None):
+            keys.refuse(key, "must be an object: fetch the file again")
+    given, scaling = both["rope_parameters"] or {}, both["rope_scaling"] or {}
+    if not any(kind in given for kind in LAYER_TYPES):
+        if scaling and (layer_type == "full_attention"):
+            return "rope_scaling", scaling
+        return "rope_parameters", given
+    own = given.get(layer_type) or {}
+    if not isinstance(own, dict):
+        keys.refuse("rope_parameters", f"{layer_type} must be an object: fetch the file again")
+    if scaling and layer_type == "full_attention":
+        return "rope_scaling", own | scaling
+    return "rope_parameters", own
+
+
+def extended_context(rope: dict, seq_len: int) -> int:
+    """The longest context, as vLLM derives it (_get_and_verify_max_len): YaRN's and linear scaling's factor times more.
+
+    Llama 3's max_position_embeddings has the factor in it already.
+    """
+    if rope["rope_type"] == "yarn":
+        return int(rope["original_max_position_embeddings"] * rope["factor"])
+    return int(seq_len * rope["factor"]) if rope["rope_type"] == "linear" else seq_len
 
 
 def table(rope: dict, dim: int) -> tuple[np.ndarray, float]:

@@ -1,6 +1,8 @@
 """What every source of a model gives: a config, lazily read tensors, and what the tokenizer needs."""
 
 import mmap
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ class Source:
     config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
     metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
     folder: a Hugging Face folder, None elsewhere. tokenizer_file: --tokenizer, None where not given.
+    notes: what a reader of the summary should know, such as files and keys that were passed over.
     """
 
     def __init__(self, kind: str, path: Path, where: Path, tokenizer_file: Path | None):
@@ -26,16 +29,26 @@ class Source:
         self.config: dict = {}
         self.metadata: dict = {}
         self.tensors: dict[str, Tensor] = {}
+        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
+
+
+def open_file(path: Path):
+    """A regular file, opened for reading: a pipe would wait for a writer, and a device need never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ExportError(f"{path}: a folder, a pipe or a device: give a regular file")
+    return file
 
 
 def map_file(path: Path) -> np.ndarray:
     """The file's bytes, mapped."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise ExportError(f"{path}: {error.strerror}: give a file that can be read") from error

@@ -41,7 +41,7 @@ def arrange(
             if re.search(r"(qkv|o|up|down)_proj\.weight$", name):
                 tensors[name] = apply(tensor, np.transpose, shape=tensor.shape[::-1])
     if architecture.fused:
-        split_qkv(source.path, qkv_rows(config, architecture.fused), tensors)
+        split_qkv(source.path, config, architecture.fused, tensors)
     if architecture.mla:
         split_kv_b(source.path, config, tensors)
     if config.get("n_routed_experts"):
@@ -63,15 +63,17 @@ def neighbours_to_halves(n_heads: int, kept: int, rotated: int) -> np.ndarray:
     return (np.arange(n_heads)[:, None] * (kept + rotated) + head).reshape(-1)
 
 
-def split_qkv(where: Path, rows: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
+def split_qkv(where: Path, config: dict, layout: str, tensors: dict[str, Tensor]) -> None:
+    n = (config["n_heads"] + 2 * config["n_kv_heads"]) * config["head_dim"]
     for name in [name for name in tensors if ".qkv_proj." in name]:
         fused = tensors.pop(name)
-        if fused.n != sum(map(len, rows.values())):
+        shape = (n, config["dim"]) if name.endswith("weight") else (n,)
+        if fused.shape != shape:
             raise ExportError(
-                f"{where}: tensor {name} has {fused.n} rows, not {sum(map(len, rows.values()))} for q, k and v "
+                f"{where}: tensor {name} is {list(fused.shape)}, not {list(shape)} for q, k and v "
                 "(num_attention_heads, multi_query, hidden_size): fetch the checkpoint again"
             )
-        for part, index in rows.items():
+        for part, index in qkv_rows(config, layout).items():
             tensors[name.replace("qkv_proj", part)] = select(fused, index)
 
 
@@ -86,20 +88,25 @@ def qkv_rows(config: dict, layout: str) -> dict[str, np.ndarray]:
 def split_kv_b(where: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """kv_b_proj [n_heads (nope + v), rank] -> w_uk [n_heads, nope, rank], w_uv [n_heads, v, rank]."""
     heads, nope, v, rank = (config[key] for key in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
-    rows = np.arange(heads * (nope + v)).reshape(heads, -1)
+
+    def pop(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = tensors.pop(name)
+        if tensor.shape != shape:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(tensor.shape)}, the config says {list(shape)} "
+                f"({FIELDS['kv_b_proj']}): fetch both again"
+            )
+        return tensor
+
     for name in list(tensors):
         stem = name.removesuffix("weight").rpartition("kv_b_proj")[0]
         if name.endswith("kv_b_proj.weight"):
-            whole = tensors.pop(name)
-            if whole.shape != (rows.size, rank):
-                raise ExportError(
-                    f"{where}: tensor {name} is {list(whole.shape)}, the config says {[rows.size, rank]} "
-                    f"({FIELDS['kv_b_proj']}): fetch both again"
-                )
+            whole = pop(name, (heads * (nope + v), rank))
+            rows = np.arange(whole.n).reshape(heads, -1)
             tensors[stem + "w_uk.weight"] = select(whole, rows[:, :nope].reshape(-1), (heads, nope, rank))
             tensors[stem + "w_uv.weight"] = select(whole, rows[:, nope:].reshape(-1), (heads, v, rank))
         elif name.endswith("k_b_proj.weight"):  # GGUF: already split, w_uk turned for the absorbed form
-            turned = tensors.pop(name)
+            turned = pop(name, (heads, rank, nope))
             stem = name.removesuffix("k_b_proj.weight")
             tensors[stem + "w_uk.weight"] = apply(turned, lambda x: x.transpose(0, 2, 1), shape=(heads, nope, rank))
         elif name.endswith(".v_b_proj.weight"):
@@ -114,6 +121,12 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
                 f"{where}: tensor {name} is there for expert 0 but not for expert {parts.index(None)} of the {n} that "
                 f"the config has ({FIELDS['experts']}): fetch both again"
             )
+        odd = next((i for i, part in enumerate(parts) if part.shape != parts[0].shape), None)
+        if odd is not None:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(parts[0].shape)}, expert {odd}'s is {list(parts[odd].shape)}: "
+                "fetch the checkpoint again"
+            )
         tensors[name.replace(".experts.0.", ".experts.")] = concat(parts, (n, *parts[0].shape))
     for name in tensors:
         if re.search(r"\.experts\.\d+\.", name):
@@ -123,6 +136,11 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
             )
     for name in [name for name in tensors if name.endswith("experts.gate_up_proj.weight")]:
         both = tensors.pop(name)
+        if len(both.shape) != 3 or both.shape[1] % 2:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(both.shape)}, not [experts, 2 moe_intermediate_size, hidden_size]: "
+                "fetch the checkpoint again"
+            )
         hidden = both.shape[1] // 2
         rows = np.arange(both.n).reshape(both.shape[0], 2, hidden)
         for half, part in enumerate(("gate_proj", "up_proj")):
@@ -134,17 +152,14 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
 def to_halves(config: dict, tensors: dict[str, Tensor]) -> None:
     heads, nope, rotated = config["n_heads"], config.get("qk_nope_head_dim", 0), config.get("qk_rope_head_dim")
     if rotated:
-        q = neighbours_to_halves(heads, nope, rotated)
-        rows = dict(q_proj=q, q_b_proj=q, kv_a_proj=neighbours_to_halves(1, config["kv_lora_rank"], rotated))
+        q = (heads, nope, rotated)
+        layout = dict(q_proj=q, q_b_proj=q, kv_a_proj=(1, config["kv_lora_rank"], rotated))
     else:
-        rows = dict(
-            q_proj=neighbours_to_halves(heads, 0, config["head_dim"]),
-            k_proj=neighbours_to_halves(config["n_kv_heads"], 0, config["head_dim"]),
-        )
+        layout = dict(q_proj=(heads, 0, config["head_dim"]), k_proj=(config["n_kv_heads"], 0, config["head_dim"]))
     for name, tensor in tensors.items():
-        index = rows.get(name.split(".")[-2])
-        if index is not None and len(index) == tensor.n:  # a wrong shape is refused by check_shapes
-            tensors[name] = select(tensor, index, tensor.shape)
+        heads, kept, rotated = layout.get(name.split(".")[-2], (0, 0, 0))
+        if heads and heads * (kept + rotated) == tensor.n:  # a wrong shape is refused by check_shapes
+            tensors[name] = select(tensor, neighbours_to_halves(heads, kept, rotated), tensor.shape)
 
 
 def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...], bool]]:

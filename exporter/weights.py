@@ -6,6 +6,7 @@ so that an export needs the memory of a few rows, whatever the size of the model
 (permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -86,21 +87,31 @@ class Tensor:
     read: Callable[[np.ndarray], Weight]
     keep: str = ""  # the type to write it in where that is not `type`: the source's is none of ours
     note: str = ""  # the source's type then, for the summary
+    problem: str = ""  # why it cannot be read: an error where a model needs it, and nothing where none does
 
     @property
     def k(self) -> int:
-        return 1 if len(self.shape) == 1 else self.shape[-1]
+        return 1 if len(self.shape) < 2 else self.shape[-1]
 
     @property
     def n(self) -> int:
-        return size(self.shape) // self.k
+        return size(self.shape) // self.k if self.k else 0
 
     def float32(self) -> np.ndarray:
         return self.read(np.arange(self.n)).float32().reshape(self.shape)
 
 
 def size(shape) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)  # exact: a file may hold any number
+
+
+def unreadable(shape: tuple[int, ...], problem: str) -> Tensor:
+    """A tensor whose bytes mean nothing here; canonical_tensors refuses it where the model has a place for it."""
+
+    def read(index: np.ndarray) -> Weight:
+        raise ExportError(problem)
+
+    return Tensor(shape, "", read, problem=problem)
 
 
 def of_array(array: np.ndarray) -> Tensor:

@@ -61,14 +61,15 @@ def layout(model: Model, type: str | None) -> tuple[dict, list]:
     return header, entries
 
 
-def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str) -> Counter:
-    """Writes `path`, and returns the bytes of each type."""
+def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str, made_from: str = "") -> Counter:
+    """Writes `path`, and returns the bytes of each type. source: for people; made_from: made_from.record."""
     header, entries = layout(model, type)
     header["__metadata__"] = {
         "format": "attn.cu 1",
         "config": json.dumps(model.config),
         "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
         "source": source,
+        "made_from": made_from,
     }
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 64 + 56)  # the data starts at a multiple of 64
@@ -98,6 +99,13 @@ def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
         except ExportError as error:
             raise ExportError(f"{source}: tensor {name} {error}") from error
         for field, (offset, row_bytes) in places.items():
-            data = np.ascontiguousarray(getattr(weight, field))
-            os.pwrite(file.fileno(), data.data.cast("B"), start + offset + first * row_bytes)
+            data = np.ascontiguousarray(getattr(weight, field)).data.cast("B")
+            write_at(file.fileno(), data, start + offset + first * row_bytes)
             bar.update(data.nbytes)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of it: a disk that fills up takes a part, and says so only when asked for the rest."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

@@ -132,7 +132,7 @@ class Header {
     if (!value.object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
     for (const auto& [key, text] : *value.object()) {
       if (!text.string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
-      if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source")
+      if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source" && key != "made_from")
         fail("%s: __metadata__ has an unknown key \"%s\"", path_.c_str(), key.c_str());
       metadata_[key] = *text.string();
     }
