@@ -223,6 +223,7 @@ class Keys:
 
     def __init__(self, source: Source, values: dict, defaults: dict):
         self.where = source.where
+        self.notes = source.notes
         self.names = {}  # canonical name -> the file's
         self.values = {}
         self.read = set()

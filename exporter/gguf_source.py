@@ -56,6 +56,8 @@ GGUF_KEYS = {
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
     "leading_dense_block_count": "first_k_dense_replace",
+    "attention.causal": "is_causal",
+    "use_parallel_residual": "use_parallel_residual",
 }
 GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
 

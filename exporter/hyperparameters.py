@@ -75,6 +75,7 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
     given = keys.get("layer_types")
     window, pattern = keys.get("sliding_window"), keys.get("sliding_window_pattern", 0)
     first = keys.count("max_window_layers")
+    beside = keys.get("_sliding_window_pattern", pattern)  # transformers writes it beside layer_types
     on = keys.flag("use_sliding_window", True) and window is not None
     if given is not None:
         if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, SLIDING}:
@@ -84,7 +85,7 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
         return given
     if architecture.windows == "pattern" and (not isinstance(pattern, int) or pattern <= 0):
         keys.refuse("sliding_window_pattern", "must be a positive integer: fetch the file again")
-    if keys.get("_sliding_window_pattern", pattern) != pattern:  # written beside layer_types, and never read again
+    if beside != pattern:
         keys.refuse("_sliding_window_pattern", "means nothing without layer_types: fetch the file again")
     slides = {
         "none": lambda layer: False,

@@ -66,7 +66,9 @@ def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
             keys.refuse(key, "must be an object: fetch the file again")
     given, scaling = both["rope_parameters"] or {}, both["rope_scaling"] or {}
     if not any(kind in given for kind in LAYER_TYPES):
-        if scaling and (layer_type == "full_attention"):
+        if scaling and layer_type == "full_attention":
+            if given:
+                keys.notes.append(f"rope_parameters of {keys.where.name}: not read, rope_scaling comes first")
             return "rope_scaling", scaling
         return "rope_parameters", given
     own = given.get(layer_type) or {}

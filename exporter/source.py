@@ -49,11 +49,14 @@ def map_file(path: Path) -> np.ndarray:
     """The file's bytes, mapped."""
     try:
         with open_file(path) as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise ExportError(f"{path}: {error.strerror}: give a file that can be read") from error
     except ValueError as error:
         raise ExportError(f"{path}: empty file: fetch it again") from error
+    if bytes(data[:20]) == b"version https://git-":
+        raise ExportError(f"{path}: a pointer of Git LFS in place of the file: fetch it with git lfs pull")
+    return data
 
 
 def array_tensor(data: np.ndarray, dtype: str, type: str, shape: tuple[int, ...]) -> Tensor:

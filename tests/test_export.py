@@ -13,6 +13,7 @@ import tracemalloc
 from pathlib import Path
 
 import checkpoints
+import fuzz_export
 import gguf
 import gguf_models
 import numpy as np
@@ -654,3 +655,77 @@ def test_summary(tmp_path, capsys):
 def test_errors_are_one_kind():
     with pytest.raises(ExportError, match="infinite"):
         quantize(np.full((1, 32), np.nan, np.float32), "q8")
+
+
+# ---- Which source, and where to
+
+
+def test_damaged_sources():
+    """The first files of `python tests/fuzz_export.py`: exported, or refused in one line."""
+    assert fuzz_export.fuzz(0, 1, least=150) == []
+
+
+def test_the_single_file_comes_before_shards(tmp_path, capsys):
+    """transformers' order: model.safetensors, then the index; consolidated files and adapters are passed over."""
+    reference = checkpoints.load("llama_gqa")
+    source = checkpoints.build(reference | {"shards": 2, "seed": 99}, tmp_path / "source")
+    old = run(source, tmp_path / "old.safetensors")[1]
+    new = run(checkpoints.build(reference, tmp_path / "new"), tmp_path / "new.safetensors")[1]
+    checkpoints.build(reference, source)
+    for name in ("consolidated", "adapter_model"):
+        (source / f"{name}.safetensors").write_bytes(b"never read")
+    capsys.readouterr()
+    got = run(source, tmp_path / "m.safetensors")[1]
+    assert all(np.array_equal(got[name], new[name]) for name in new)
+    assert not np.array_equal(got["norm.weight"], old["norm.weight"])
+    assert "consolidated.safetensors" in capsys.readouterr().out
+
+
+def test_an_export_is_found_by_what_it_was_made_from(tmp_path, capsys):
+    """Two folders of one name, one rewritten in place, a new side file: each is exported when it must be, and once."""
+    made = {}
+    for run_, seed in (("runA", 1), ("runB", 2)):
+        source = checkpoints.build(checkpoints.load("llama_gqa") | {"seed": seed}, tmp_path / run_ / "checkpoint-500")
+
+        def export_into(source=source):
+            assert export.main([str(source), "--into", str(tmp_path / "models")]) == 0
+            output, summary = capsys.readouterr()
+            return Path(output.strip()), bool(summary)
+
+        made[run_], exported = export_into()
+        assert exported and not export_into()[1]
+        for change in ("config.json", "chat_template.jinja"):
+            file = source / change
+            file.write_text(file.read_text() if file.exists() else "x")
+            assert export_into() == (made[run_], True) and not export_into()[1]
+    assert made["runA"] != made["runB"]
+    assert str(tmp_path).encode() not in made["runA"].read_bytes()
+
+
+def test_output_never_replaces_the_source(tmp_path, capsys):
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source")
+    weights = source / "model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    (tmp_path / "hard.safetensors").hardlink_to(weights)
+    for output in (weights, tmp_path / "link.safetensors", tmp_path / "hard.safetensors"):
+        assert str(output) in refused(capsys, source, "-o", output)
+    assert weights.read_bytes() == before
+    (tmp_path / "other.safetensors").symlink_to(tmp_path / "real.safetensors")
+    run(source, tmp_path / "other.safetensors")
+    assert (tmp_path / "other.safetensors").is_symlink() and (tmp_path / "real.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "seq_len"),
+    [
+        ("llama_linear", {"max_position_embeddings": 64}, 256),
+        ("qwen3_yarn", {"max_position_embeddings": 64}, 256),
+        ("llama3", {}, 256),
+        ("gemma3_long", {}, 256),
+    ],
+)
+def test_scaling_raises_the_context(name, config, seq_len, tmp_path):
+    """As vLLM: by the factor of linear and YaRN; Llama 3 and Gemma 3 have it in max_position_embeddings."""
+    source = checkpoints.build(changed(name, **config), tmp_path / "source")
+    assert run(source, tmp_path / "m.safetensors")[0]["seq_len"] == seq_len
