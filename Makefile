@@ -217,7 +217,8 @@ build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h host/*.h kernels/*.h test
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -o $@ $(FUZZ_SOURCES) -ljansson
-fuzz: build/fuzz/fuzz_loader
+fuzz: build/fuzz/fuzz_loader .venv/installed
+	@$(PYTHON) tests/fuzz_export.py $(FUZZ_SECONDS)
 	@mkdir -p build/fuzz/corpus
 	@OMP_NUM_THREADS=1 build/fuzz/fuzz_loader -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
@@ -254,7 +255,7 @@ help:
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make test             every test (SANITIZE=1: under AddressSanitizer and UndefinedBehaviorSanitizer)'
 	@echo 'make lint             formatting and style'
-	@echo 'make fuzz             the loader on mutated files, for FUZZ_SECONDS=$(FUZZ_SECONDS)'
+	@echo 'make fuzz             export.py and the loader on mutated files, each for FUZZ_SECONDS=$(FUZZ_SECONDS)'
 	@echo 'make bench            speed, beside llama.cpp where it has the like; results in lab/results/'
 	@echo '     BENCH="$(BENCH)"  BENCH_ROUNDS=$(BENCH_ROUNDS)    what, how often'
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
