@@ -7,8 +7,8 @@
 ## make lines            how long each stage is, from the model file and ids to logits
 
 FUZZ_SECONDS ?= 60
-PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev nlohmann-json3-dev)
-PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev libomp-dev nlohmann-json3-dev)
+PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
+PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev libomp-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
