@@ -14,10 +14,10 @@ ARGS ?= -n 128
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices below, the rest once.
 
-CHOSEN := transformer attention kvcache
-KERNELS := kernels/mlp kernels/matmul kernels/layers kernels/device
-HOST := host/loader host/json host/tokenizer host/sampler host/engine host/scheduler host/blocks
-CLI := cli/options cli/session cli/talk cli/requests cli/measure cli/report
+CHOSEN := attention kvcache
+KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
+HOST := $(addprefix host/,loader json tokenizer sampler engine scheduler blocks error)
+CLI := $(addprefix cli/,options session talk requests measure report)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
 LIGHT := host/loader host/json host/scheduler cli/session cli/talk cli/requests cli/report
@@ -51,7 +51,7 @@ OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERN
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o): private OPTIMIZE := -O1
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
-CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fopenmp -Wall -Wextra -Wpedantic -Wconversion \
+CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
   -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 ifeq ($(SANITIZE),1)
 CXXFLAGS += -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all

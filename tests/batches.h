@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "kvcache.h"
+#include "kernels/batch.h"
 
 // Tokens first .. first + n - 1 of a sequence.
 struct Piece {

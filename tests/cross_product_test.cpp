@@ -9,9 +9,9 @@
 #include <set>
 
 #include "host/engine.h"
+#include "kernels/build.h"
 #include "tiny_model.h"
 #include "transformer.h"
-#include "variants.h"
 
 namespace {
 
@@ -76,7 +76,7 @@ std::vector<Request> requests_of_a_block(int block_size) {
 // block, or lay in the block before.
 struct Machine {
   int block_size;
-  std::function<float*(const Batch&)> forward;
+  Engine::Forward forward;
 };
 using Maker = Machine (*)(const Model&, const Limits&);
 
@@ -89,7 +89,7 @@ void poison(KVCache<Kv, Block>& cache, int block, int first_slot) {
   batch.n_tokens = static_cast<int>(slots.size()), batch.slot_mapping = slots.data();
   const auto nan = [&](int dim) { return std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN); };
   for (int layer = 0; layer < shape.n_layers; layer++)
-    cache.append(layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
+    cache.append(Team(), layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
 }
 
 // The slots that the batch writes, and all behind them. A block that is copied first keeps what it holds.
@@ -106,15 +106,15 @@ template <class Attention, class Kernel, class Kv, int Block>
 Machine make(const Model& model, const Limits& limits) {
   const auto transformer = std::make_shared<Transformer<Attention, Kernel, Kv, Block>>(model, limits);
   auto& cache = transformer->cache();
-  std::memset(cache.memory().data(), 0xff, cache.memory().size());
-  return {cache.block_size(), [transformer, &cache](const Batch& b) {
+  std::memset(cache.memory(), 0xff, transformer->taken().kv);
+  return {cache.block_size(), [transformer, &cache](const Batch& b, int n_threads) {
             poison_written(cache, b);
             // What is -1 in the tables leads far out of the cache.
             std::vector<int> table(b.block_table, b.block_table + b.n_sequences * b.max_blocks);
             std::replace(table.begin(), table.end(), -1, INT32_MIN);
             Batch poisoned = b;
             poisoned.block_table = table.data();
-            return transformer->forward(poisoned);
+            return transformer->forward(poisoned, test_threads(), n_threads);
           }};
 }
 
@@ -129,9 +129,10 @@ struct Setting {
 class World {
  public:
   World(Maker maker, const Model& model, const Setting& s) : vocab_size_(model.config.vocab_size) {
-    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, s.form};
+    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, 2, s.form};
     const Machine machine = maker(model, limits);
-    engine_ = std::make_unique<Engine>(machine.forward, limits, machine.block_size, vocab_size_, s.window, s.hash);
+    engine_ = std::make_unique<Engine>(machine.forward, test_threads(), limits, machine.block_size, vocab_size_,
+                                       s.window, s.hash);
   }
   void submit(Request r) {
     const size_t i = texts_.size();
@@ -249,9 +250,8 @@ TEST_P(CrossProduct, WhatLiesBehindTheWindowsIsNotRead) {
   check_windows(GetParam().variant, GetParam().block, GetParam().maker);
 }
 
-#define COMBINATION(Attention, Kernel, Kv, Block)                                         \
-  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, name(Attention::variant), Block, \
-              make<Attention, Kernel, Kv, Block>},
+#define COMBINATION(Attention, Kernel, Kv, Block) \
+  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, Attention::name, Block, make<Attention, Kernel, Kv, Block>},
 const Combination COMBINATIONS[] = {FOR_EACH_TRANSFORMER(COMBINATION)};
 INSTANTIATE_TEST_SUITE_P(Engine, CrossProduct, testing::ValuesIn(COMBINATIONS),
                          [](const auto& c) { return std::string(c.param.name); });

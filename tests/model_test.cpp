@@ -5,13 +5,14 @@
 
 #include <filesystem>
 
+#include "host/error.h"
 #include "tiny_model.h"
 
 namespace {
 
 std::string refusal(const std::string& path) {
   try {
-    load_model(path);
+    load_model(path, test_threads());
   } catch (const Error& e) {
     return e.what();
   }
@@ -51,20 +52,26 @@ const std::string& good(const char* variant = "gqa") {
   return bytes;
 }
 
+Matrix group(Matrix m, int g) {
+  m.data += static_cast<size_t>(g) * packed_bytes(m.type, m.n, m.k);
+  m.groups = 1;
+  return m;
+}
+
 TEST(Model, LoadsWhatTheFileHolds) {
   const TinyModel tiny = tiny_model("gqa", true, 3);
   const TemporaryFile file(tiny.bytes());
-  const Model m = load_model(file.path());
+  const Model m = load_model(file.path(), test_threads());
   EXPECT_EQ(m.config.n_kv_heads, 2);
   EXPECT_EQ(m.config.window, (std::vector<int>{7, 0}));
   EXPECT_EQ(m.lm_head.weight.data, m.embed_tokens.data) << "tied";
-  EXPECT_EQ(m.layers[1].experts.size(), 4u);
+  EXPECT_EQ(m.layers[1].experts.up.weight.groups, 4);
   EXPECT_FALSE(m.layers[1].mlp.up);
   EXPECT_FALSE(m.layers[0].q_norm);
   // A matrix comes back as it was, experts too.
   const Array& up = tiny.tensors.at("layers.1.experts.up_proj.weight");
   std::vector<float> row(24);
-  unpack_row(m.layers[1].experts[3].up.weight, 15, row.data());
+  unpack_row(group(m.layers[1].experts.up.weight, 3), 15, row.data());
   EXPECT_EQ(row, std::vector<float>(up.row(3 * 16 + 15), up.row(3 * 16 + 15) + 24));
 }
 
@@ -75,13 +82,13 @@ TEST(Model, TellsWhatItTakesBeforeItTakesIt) {
     const TemporaryFile disk(tiny.bytes());
     ModelFile file(disk.path());
     EXPECT_EQ(file.model.packed.size() + file.model.vectors.size(), 0u);
-    EXPECT_EQ(name(file.model.config.attention), std::string(variant));
+    EXPECT_EQ(file.model.config.attention, variant);
     double parameters = 0;
     for (const auto& [name, a] : tiny.tensors) parameters += static_cast<double>(a.data.size());
     EXPECT_EQ(file.model.n_parameters, parameters);
     EXPECT_GT(file.model.weight_bytes, file.model.weight_bytes_per_token);  // half of the experts
     const size_t planned = file.model.weight_bytes;
-    file.pack();
+    file.pack(test_threads());
     EXPECT_EQ(planned, file.model.packed.size() + file.model.vectors.size() * sizeof(float));
     EXPECT_EQ(planned, file.model.weight_bytes);
   }
@@ -90,12 +97,12 @@ TEST(Model, TellsWhatItTakesBeforeItTakesIt) {
 TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {
   const TinyModel tiny = tiny_model("mla", false, 3);
   const TemporaryFile file(tiny.bytes());
-  const Model m = load_model(file.path());
+  const Model m = load_model(file.path(), test_threads());
   const Array& w_uk = tiny.tensors.at("layers.0.w_uk.weight");  // [6, 6, 16]
   std::vector<float> row(16), column(6);
-  unpack_row(m.layers[0].w_uk[2], 4, row.data());
+  unpack_row(group(m.layers[0].w_uk.weight, 2), 4, row.data());
   EXPECT_EQ(row, std::vector<float>(w_uk.row(2 * 6 + 4), w_uk.row(2 * 6 + 4) + 16));
-  unpack_row(m.layers[0].w_uk_t[2], 9, column.data());
+  unpack_row(group(m.layers[0].w_uk_t.weight, 2), 9, column.data());
   for (int i = 0; i < 6; i++) EXPECT_EQ(column[static_cast<size_t>(i)], w_uk.row(2 * 6 + i)[9]);
 }
 

@@ -8,14 +8,12 @@
 
 FUZZ_SECONDS ?= 60
 PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
-PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev libomp-dev)
+PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
 TOOLS := tokenize
 
-# Threads that wait sleep: spinning, with other programs on the cores, made attention_test 15 times slower.
-test gtest: export OMP_WAIT_POLICY := passive
 test: .venv/tests
 	@$(MAKE) gtest
 	@for level in $(LEVELS); do $(MAKE) gtest ARCH=$$level $(OF_KERNELS) || exit 1; done
@@ -30,7 +28,7 @@ cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
 OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
-  CHOSEN="$(filter-out transformer,$(CHOSEN))" KERNELS="$(filter-out kernels/mlp,$(KERNELS))" HOST= CLI=
+  HOST=host/error CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
@@ -44,14 +42,14 @@ lint: .venv/tests
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZED := tests/fuzz_loader host/loader host/json kernels/matmul kernels/device
+FUZZED := tests/fuzz_loader host/loader host/json host/error kernels/matmul kernels/layers kernels/team kernels/device
 build/fuzz/loader: $(FUZZED:%=%.cpp) $(wildcard *.h */*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 	  -o $@ $(filter %.cpp,$^) -ljansson
 fuzz: build/fuzz/loader
 	@mkdir -p build/fuzz/corpus
-	@OMP_NUM_THREADS=1 $< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
+	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 # From the model file and ids to logits on one device; a stage's header and source are one line.
 lines:

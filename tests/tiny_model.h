@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "host/json.h"
+#include "kernels/team.h"
 #include "model.h"
 
 // A JSON object to change by name.
@@ -191,9 +192,15 @@ inline TinyModel tiny_model(const std::string& variant, bool experts, unsigned s
   return m;
 }
 
+// The tests' threads; no result depends on how many of them a step has.
+inline Threads& test_threads() {
+  static Threads threads(3);
+  return threads;
+}
+
 inline Model load(const TinyModel& tiny) {
   const TemporaryFile file(tiny.bytes());
-  return load_model(file.path());
+  return load_model(file.path(), test_threads());
 }
 
 // n ids of its vocabulary.

@@ -3,15 +3,15 @@
 #include "transformer.h"
 
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 
 #include "batches.h"
+#include "host/error.h"
+#include "kernels/build.h"
 #include "tiny_model.h"
-#include "variants.h"
 
 namespace {
 
@@ -184,7 +184,7 @@ constexpr int CONTEXT = 40;
 using Logits = std::vector<std::vector<float>>;  // of each sequence [T, vocab_size]
 
 // Runs the schedule and returns the logits of every position of every sequence.
-Logits run_schedule(const std::function<float*(const Batch&)>& forward, Batches& batches,
+Logits run_schedule(const std::function<const float*(const Batch&)>& forward, Batches& batches,
                     const std::vector<std::vector<int>>& sequences, const Schedule& schedule) {
   std::vector<int> done(sequences.size());
   Logits out(sequences.size());
@@ -207,11 +207,12 @@ Logits run_schedule(const std::function<float*(const Batch&)>& forward, Batches&
 
 template <class T, int Block>
 Logits run(const Model& model, const std::vector<std::vector<int>>& sequences, const Schedule& schedule,
-           MlaForm form = MlaForm::automatic) {
+           MlaForm form = MlaForm::automatic, int n_threads = 2) {
   const int S = static_cast<int>(sequences.size());
   Batches batches(S, CONTEXT, Block);
-  T transformer(model, {S * CONTEXT, S, S * CONTEXT, CONTEXT, batches.n_blocks(), form});
-  return run_schedule([&](const Batch& b) { return transformer.forward(b); }, batches, sequences, schedule);
+  T transformer(model, {S * CONTEXT, S, S * CONTEXT, CONTEXT, batches.n_blocks(), n_threads, form});
+  const auto forward = [&](const Batch& b) { return transformer.forward(b, test_threads(), n_threads); };
+  return run_schedule(forward, batches, sequences, schedule);
 }
 
 // Largest difference to the reference, relative to the largest logit.
@@ -263,21 +264,21 @@ struct Case {
 
 template <class Attention>
 const Case& the_case() {
-  static const Case c(tiny_model(name(Attention::variant), true, 7));
+  static const Case c(tiny_model(Attention::name, true, 7));
   return c;
 }
 
-using RunCase = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm);
+using RunCase = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm, int);
 
 void check(const Case& c, RunCase run_case, double tolerated) {
   for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
-    const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form);
+    const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form, 2);
     EXPECT_LT(error(whole[0], c.reference[0]), tolerated);
     EXPECT_LT(error(whole[1], c.reference[1]), tolerated);
     // Prompt chunks and decode tokens, alone or mixed, in both orders.
     const Schedule mixed = {{{0, 5}}, {{1, 1}, {0, 7}}, {{0, 1}, {1, 4}}, {{1, 1}, {0, 1}}, {{0, 7}, {1, 3}}};
-    EXPECT_EQ(whole, run_case(c.model, c.sequences, mixed, form));
-    if (c.model.config.attention != Variant::mla) break;
+    EXPECT_EQ(whole, run_case(c.model, c.sequences, mixed, form, 3));
+    if (c.model.config.attention != "mla") break;
   }
 }
 
@@ -306,14 +307,9 @@ void check_threads() {
   using T = Transformer<Attention, Flash, KvF16, 16>;
   const Case& c = the_case<Attention>();
   const Schedule schedule = {{{0, 20}, {1, 8}}, {{0, 1}, {1, 1}}};
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(1);
-  const auto one = run<T, 16>(c.model, c.sequences, schedule);
-  for (const int threads : {2, 3}) {
-    omp_set_num_threads(threads);
-    EXPECT_EQ(one, (run<T, 16>(c.model, c.sequences, schedule))) << threads << " threads";
-  }
-  omp_set_num_threads(before);
+  const auto one = run<T, 16>(c.model, c.sequences, schedule, MlaForm::automatic, 1);
+  for (const int threads : {2, 3})
+    EXPECT_EQ(one, (run<T, 16>(c.model, c.sequences, schedule, MlaForm::automatic, threads))) << threads << " threads";
 }
 
 TEST(Transformer, ThreadsDoNotChangeABit) {
@@ -337,7 +333,7 @@ TEST(Transformer, MlaFormsShareABatch) {
   const Schedule schedule = {{{1, 8}}, {{0, 20}, {1, 1}}, {{0, 1}}};
   const RunCase runs[] = {run<Transformer<Mla, Naive, KvF32, 16>, 16>, run<Transformer<Mla, Flash, KvF32, 16>, 16>};
   for (const RunCase run_case : runs) {
-    const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic);
+    const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic, 2);
     EXPECT_LT(error(logits[0], c.reference[0]), tolerance<KvF32>());
     EXPECT_LT(error(logits[1], c.reference[1]), tolerance<KvF32>());
   }
@@ -384,7 +380,7 @@ TEST(Transformer, MlaWithLatentsOfTenThousand) {
 
 TEST(Transformer, RefusesAnotherVariant) {
   const Case& c = the_case<Gqa>();
-  const Limits limits{8, 1, 1, 8, 1, MlaForm::automatic};
+  const Limits limits{8, 1, 1, 8, 1, 1, MlaForm::automatic};
   try {
     Transformer<Mla, Flash, KvF32, 0> t(c.model, limits);
     FAIL() << "a GQA model was taken by an MLA build";
