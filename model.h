@@ -4,7 +4,7 @@
 // The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 1"), "config" (one JSON object,
 // whose keys are the fields of Config below, to the letter), "tokenizer_sha256" (of NAME.tokenizer.bin) and
 // "source" (for people). All that differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which
-// tensors are present; the runtime has no per-architecture code. README.md, "The model file", lists every key
+// tensors are present; the runtime has no per-architecture code. docs/model-file.md lists every key
 // and tensor.
 #pragma once
 
