@@ -48,7 +48,7 @@ DEFINES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL
 
 # ---- One folder for each combination; the stages that no choice changes are compiled once, for all of them.
 
-CHOSEN_STAGES := kvcache attention
+CHOSEN_STAGES := kvcache attention kernels/flash
 COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard cli/*.cpp host/*.cpp kernels/*.cpp *.cpp)))
 
 sanitize_suffix_1 := -sanitize
@@ -191,7 +191,7 @@ test_levels_0 := $(LEVELS)
 test: .venv/installed
 	@$(MAKE) gtest
 	@for level in $(test_levels_$(SANITIZE)); do $(MAKE) gtest ARCH=$$level TESTS="$(KERNEL_TESTS)" TEST_TOOLS= \
-	  COMMON_STAGES="kernels/device kernels/matmul kernels/layers" CHOSEN_STAGES="kvcache attention" || exit 1; done
+	  COMMON_STAGES="host/error kernels/device kernels/team kernels/matmul kernels/layers" CHOSEN_STAGES="kvcache attention kernels/flash" || exit 1; done
 	@$(PYTHON) -m pytest
 
 # One after the other: each uses all cores.
