@@ -576,8 +576,9 @@ struct Schedule {
     }
     const int threads = call.team.size, slots = SLOTS_PER_THREAD * threads;
     if (threads == 1 || longest * threads * 4 <= total || query_tiles * 2 > slots) return;
-    splits_at_once = std::min(longest, slots / query_tiles);
-    rounds = (longest + splits_at_once - 1) / splits_at_once;
+    const int most = slots / query_tiles;
+    rounds = (longest + most - 1) / most;
+    splits_at_once = (longest + rounds - 1) / rounds;
   }
 };
 
@@ -599,15 +600,20 @@ void attend_query_tiles(const Call& call, const KVCache<Kv, Block>& cache, int l
 template <class Kv, int Block>
 void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
   const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
+  const int all = schedule.query_tiles * at_once;
+  const int half_a_share = std::max(1, all / (2 * call.team.size));  // a thread prefetches from a split to the next
   for (int round = 0; round < schedule.rounds; round++) {
-    call.team.for_each_dynamic(schedule.query_tiles * at_once, [&](int slot) {
-      const QueryTile queries = call.query_tile(slot / at_once);
-      const int split = queries.first_split() + round * at_once + slot % at_once;
-      if (split >= queries.last_split()) return;
-      const CacheRows rows(cache.view(), layer, queries);
-      load_queries(call.q, queries, rows.k_major(), call.scratch);
-      attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
-    });
+    call.team.for_each_dynamic(
+        all,
+        [&](int slot) {
+          const QueryTile queries = call.query_tile(slot / at_once);
+          const int split = queries.first_split() + round * at_once + slot % at_once;
+          if (split >= queries.last_split()) return;
+          const CacheRows rows(cache.view(), layer, queries);
+          load_queries(call.q, queries, rows.k_major(), call.scratch);
+          attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
+        },
+        half_a_share);
     call.team.for_each(schedule.query_tiles * rows_each, [&](int index) {
       const QueryTile queries = call.query_tile(index / rows_each);
       const int row = index % rows_each;
