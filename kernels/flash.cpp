@@ -65,9 +65,9 @@ struct QueryTile {
 // The columns (tokens) of a tile that a row sees: from .. to - 1.
 struct Mask {
   const QueryTile& queries;
-  int tile;  // position of column 0
-  int to(int row) const { return std::clamp(queries.position(row) + 1 - tile, 0, TILE); }
-  int from(int row) const { return std::clamp(queries.first_seen(row) - tile, 0, to(row)); }
+  int start;  // position of column 0
+  int to(int row) const { return std::clamp(queries.position(row) + 1 - start, 0, TILE); }
+  int from(int row) const { return std::clamp(queries.first_seen(row) - start, 0, to(row)); }
   int registers(int row) const { return (to(row) + LANES - 1) / LANES; }
 };
 
@@ -96,44 +96,44 @@ struct Scratch {
   Scratch(Arena& arena, const AttentionShape& shape);
 };
 
-// Where a tile's rows lie, in `Rows`: a source of K and V rows, below.
+// A tile of the context at work. Rows: where K and V rows come from, see below.
 template <class Rows>
 struct TileRows;
 template <class Rows>
-void score_bundles(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int last, const Scratch& s);
+struct Tile {
+  const TileRows<Rows>&now, &next;  // where its rows lie; and those of the next tile, to be prefetched
+  const Mask mask;
+  const int first, last;  // some row sees columns first .. last - 1
+};
 template <class Rows>
-void score_rows(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int first, int last,
-                const Scratch& s);
+void score_bundles(const Tile<Rows>& tile, const Scratch& s);
+template <class Rows>
+void score_rows(const Tile<Rows>& tile, const Scratch& s);
 void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out);
 template <class Rows>
-void add_values(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int first, int last,
-                const float* rescale, const Scratch& s, const Partial& out);
+void add_values(const Tile<Rows>& tile, const float* rescale, const Scratch& s, const Partial& out);
 
 // out = attention of the query tile over split `split`, from nothing. s.q holds its queries.
 template <class Rows>
 void attend_split(const Rows& rows, const QueryTile& queries, int split, const Scratch& s, const Partial& out) {
   const int n_rows = queries.n_rows(), begin = queries.begin();
   const int end = std::min(queries.end(), (split + 1) * SPLIT), rows_end = rows.end(queries.end());
-  TileRows<Rows> tiles[2];
-  const auto find = [&](int tile, TileRows<Rows>& to) {
-    to.find(rows, queries.shape, tile, std::max(begin, tile), std::min(rows_end, tile + TILE));
+  TileRows<Rows> places[2];
+  const auto find = [&](int at, TileRows<Rows>& to) {
+    to.find(rows, queries.shape, at, std::max(begin, at), std::min(rows_end, at + TILE));
   };
   std::fill_n(out.max, n_rows, NONE);
   std::fill_n(s.sums, n_rows * LANES, 0.0f);
-  int tile = std::max(split * SPLIT, begin / TILE * TILE);
-  find(tile, tiles[0]);
-  for (bool odd = false, begun = false; tile < end; tile += TILE, odd = !odd, begun = true) {
-    const int first = std::max(begin - tile, 0), last = std::min(end - tile, TILE);
-    const Mask mask{queries, tile};
-    const bool more = tile + TILE < rows_end;  // the next split's first tile included
-    if (more) find(tile + TILE, tiles[!odd]);
-    const TileRows<Rows>&now = tiles[odd], &next = tiles[more ? !odd : odd];
-    if (rows.k_major())
-      score_bundles(now, next, mask, last, s);
-    else
-      score_rows(now, next, mask, first, last, s);
-    softmax_tile(mask, s, out);
-    add_values(now, next, mask, first, last, begun ? s.rescale : nullptr, s, out);
+  int at = std::max(split * SPLIT, begin / TILE * TILE);
+  find(at, places[0]);
+  for (bool odd = false, begun = false; at < end; at += TILE, odd = !odd, begun = true) {
+    const bool more = at + TILE < rows_end;  // the next split's first tile included
+    if (more) find(at + TILE, places[!odd]);
+    const Tile<Rows> tile{
+        places[odd], places[more ? !odd : odd], {queries, at}, std::max(begin - at, 0), std::min(end - at, TILE)};
+    rows.k_major() ? score_bundles(tile, s) : score_rows(tile, s);
+    softmax_tile(tile.mask, s, out);
+    add_values(tile, begun ? s.rescale : nullptr, s, out);
   }
   for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
 }
@@ -146,7 +146,8 @@ inline void prefetch(const std::byte* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// A tile's bundles. Only those of tokens first .. last - 1 may be read: the entries around them repeat the nearest.
+// The bundles of the tile at position `start`. Only those of tokens first .. last - 1 may be read: the entries around
+// them repeat the nearest.
 template <class Rows>
 struct TileRows {
   static constexpr int BUNDLE = Rows::BUNDLE;
@@ -155,11 +156,11 @@ struct TileRows {
   const std::byte* k(size_t i) const { return k_bundles[i / BUNDLE] + i % BUNDLE * k_stride; }  // of the tile's token i
   const std::byte* v(size_t i) const { return v_bundles[i / BUNDLE] + i % BUNDLE * v_stride; }
 
-  void find(const Rows& rows, const AttentionShape& shape, int tile, int first, int last) {
-    const int begin = (first - tile) / BUNDLE, end = (last - tile + BUNDLE - 1) / BUNDLE;
+  void find(const Rows& rows, const AttentionShape& shape, int start, int first, int last) {
+    const int begin = (first - start) / BUNDLE, end = (last - start + BUNDLE - 1) / BUNDLE;
     for (int i = begin; i < end; i++) {
-      k_bundles[i] = rows.k(tile + i * BUNDLE);
-      v_bundles[i] = shape.v_is_k ? k_bundles[i] : rows.v(tile + i * BUNDLE);
+      k_bundles[i] = rows.k(start + i * BUNDLE);
+      v_bundles[i] = shape.v_is_k ? k_bundles[i] : rows.v(start + i * BUNDLE);
     }
     for (const std::byte** bundles : {k_bundles, v_bundles}) {
       std::fill(bundles, bundles + begin, bundles[begin]);
@@ -185,13 +186,13 @@ struct KeyColumns {
 
 // k-major keys: a register holds a query row's scores of LANES tokens.
 template <class Rows>
-void score_bundles(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int last,
-                   const Scratch& s) {
+void score_bundles(const Tile<Rows>& tile, const Scratch& s) {
+  const Mask& mask = tile.mask;
   const AttentionShape& shape = mask.queries.shape;
-  const auto registers = [&](int row) { return std::min(mask.registers(row), (last + LANES - 1) / LANES); };
+  const KeyColumns<Rows> keys{tile.now, tile.next, shape.k_dim};
+  const auto registers = [&](int row) { return std::min(mask.registers(row), (tile.last + LANES - 1) / LANES); };
   const auto depth = [&](int) { return shape.k_dim; };
-  gemm::product(s.q, Widths(shape).k_pad, mask.queries.n_rows(), KeyColumns<Rows>{now, next, shape.k_dim}, registers,
-                depth, nullptr, s.scores, TILE);
+  gemm::product(s.q, Widths(shape).k_pad, mask.queries.n_rows(), keys, registers, depth, nullptr, s.scores, TILE);
 }
 
 // Elements first .. last - 1 of a row; those of the row `next` are prefetched, unless it is null.
@@ -203,21 +204,21 @@ void load_strip(const std::byte* row, const std::byte* next, int dim, int first,
 
 // Token-major keys: a register holds a token's scores of LANES query rows.
 template <class Rows>
-void score_rows(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int first, int last,
-                const Scratch& s) {
-  const int k_dim = mask.queries.shape.k_dim, n_rows = mask.queries.n_rows();
-  const size_t stride = Widths(mask.queries.shape).rows;
+void score_rows(const Tile<Rows>& tile, const Scratch& s) {
+  const QueryTile& queries = tile.mask.queries;
+  const int k_dim = queries.shape.k_dim, n_rows = queries.n_rows(), first = tile.first, last = tile.last;
+  const size_t stride = Widths(queries.shape).rows;
   const auto registers = [&](int) { return (n_rows + LANES - 1) / LANES; };
   std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
   for (int strip = 0; strip < k_dim; strip += STRIP) {
     const int end = std::min(k_dim, strip + STRIP);
     for (int i = first; i < last; i++)
-      load_strip<typename Rows::KvType>(now.k(to_size(i)), next.k(to_size(i)), k_dim, strip, end,
+      load_strip<typename Rows::KvType>(tile.now.k(to_size(i)), tile.next.k(to_size(i)), k_dim, strip, end,
                                         s.strip + (i - first) * STRIP);
-    gemm::product(
-        s.strip, STRIP, last - first, gemm::PlainColumns{s.q + to_size(strip) * stride, stride}, registers,
-        [&](int) { return end - strip; }, strip > 0 ? s.rescale : nullptr, s.scores_t + to_size(first) * stride,
-        stride);
+    const gemm::PlainColumns q{s.q + to_size(strip) * stride, stride};
+    const auto depth = [&](int) { return end - strip; };
+    gemm::product(s.strip, STRIP, last - first, q, registers, depth, strip > 0 ? s.rescale : nullptr,
+                  s.scores_t + to_size(first) * stride, stride);
   }
   for (int column = first / LANES * LANES; column < last; column += LANES) {
     const float* from[LANES];
@@ -289,30 +290,30 @@ struct ValueColumns {
 // acc = rescale * acc + weights V. V goes straight from the cache into the product, again for every panel of rows:
 // widening keeps other ports busy than fma does. Rows that are not whole registers are expanded first.
 template <class Rows>
-void add_values(const TileRows<Rows>& now, const TileRows<Rows>& next, const Mask& mask, int first, int last,
-                const float* rescale, const Scratch& s, const Partial& out) {
+void add_values(const Tile<Rows>& tile, const float* rescale, const Scratch& s, const Partial& out) {
+  const Mask& mask = tile.mask;
   const AttentionShape& shape = mask.queries.shape;
   const size_t v_pad = Widths(shape).v_pad;
-  const int n_rows = mask.queries.n_rows(), dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
+  const int n_rows = mask.queries.n_rows(), first = tile.first, dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
   const auto depth = [&](int row) { return std::max(0, mask.to(row) - first); };
   const float* weights = s.scores + first;
   if (shape.v_dim % LANES == 0) {
-    const ValueColumns<Rows> v{now, next, to_size(first), dim};
+    const ValueColumns<Rows> v{tile.now, tile.next, to_size(first), dim};
     const auto registers = [&](int) { return shape.v_dim / LANES; };
     return gemm::product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, v_pad);
   }
   for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
     const int end = std::min(shape.v_dim, strip + STRIP);
-    for (int i = first; i < last; i++)
-      load_strip<typename Rows::KvType>(now.v(to_size(i)), shape.v_is_k ? nullptr : next.v(to_size(i)), dim, strip, end,
-                                        s.strip + (i - first) * STRIP);
+    for (int i = first; i < tile.last; i++)
+      load_strip<typename Rows::KvType>(tile.now.v(to_size(i)), shape.v_is_k ? nullptr : tile.next.v(to_size(i)), dim,
+                                        strip, end, s.strip + (i - first) * STRIP);
     const auto registers = [&](int) { return (end - strip + LANES - 1) / LANES; };
     gemm::product(weights, TILE, n_rows, gemm::PlainColumns{s.strip, STRIP}, registers, depth, rescale, out.acc + strip,
                   v_pad);
   }
 }
 
-// --- one split: where rows come from ---------------------------------------------------------------------------------
+// --- one split: what goes in: rows and queries -----------------------------------------------------------------------
 
 // A source of rows for one KV head of one sequence: KvType, BUNDLE, k_major, and addresses of tokens. k and v of a
 // multiple of BUNDLE are the first rows of a bundle; `end` is how far there are rows of a context of n tokens.
@@ -600,21 +601,20 @@ void attend_query_tiles(const Call& call, const KVCache<Kv, Block>& cache, int l
 template <class Kv, int Block>
 void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
   const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
-  const int all = schedule.query_tiles * at_once;
-  const int half_a_share = std::max(1, all / (2 * call.team.size));  // a thread prefetches from a split to the next
+  const int n_slots = schedule.query_tiles * at_once;
+  // Neighbours go to the same thread, which prefetches from one into the next; half of a slow thread's share can still
+  // go to another.
+  const int half_a_share = std::max(1, n_slots / (2 * call.team.size));
   for (int round = 0; round < schedule.rounds; round++) {
-    call.team.for_each_dynamic(
-        all,
-        [&](int slot) {
-          const QueryTile queries = call.query_tile(slot / at_once);
-          const int split = queries.first_split() + round * at_once + slot % at_once;
-          if (split >= queries.last_split()) return;
-          const CacheRows rows(cache.view(), layer, queries);
-          load_queries(call.q, queries, rows.k_major(), call.scratch);
-          attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
-        },
-        half_a_share);
-    call.team.for_each(schedule.query_tiles * rows_each, [&](int index) {
+    const auto fill_slot = [&](int slot) {
+      const QueryTile queries = call.query_tile(slot / at_once);
+      const int split = queries.first_split() + round * at_once + slot % at_once;
+      if (split >= queries.last_split()) return;
+      const CacheRows rows(cache.view(), layer, queries);
+      load_queries(call.q, queries, rows.k_major(), call.scratch);
+      attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
+    };
+    const auto merge_row = [&](int index) {
       const QueryTile queries = call.query_tile(index / rows_each);
       const int row = index % rows_each;
       if (row >= queries.n_rows()) return;
@@ -624,7 +624,9 @@ void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer,
       for (int i = 0; i < std::min(left, at_once); i++)
         state.merge(call.memory.slots[index / rows_each * at_once + i], row, call.memory.slots.widths.v_pad);
       if (round == schedule.rounds - 1) state.finish();
-    });
+    };
+    call.team.for_each_dynamic(n_slots, fill_slot, half_a_share);
+    call.team.for_each(schedule.query_tiles * rows_each, merge_row);
   }
 }
 
