@@ -14,7 +14,7 @@ ARGS ?= -n 128
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices below, the rest once.
 
-CHOSEN := attention kvcache
+CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 HOST := $(addprefix host/,loader json tokenizer sampler engine scheduler blocks error)
 CLI := $(addprefix cli/,options session talk requests measure report)
