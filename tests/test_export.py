@@ -80,7 +80,7 @@ def test_source_precision_is_kept(dtype, tmp_path):
     assert data[start + begin : start + end] == want.tobytes()
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
         assert set(file.keys()) == set(header) - {"__metadata__"}
-        assert file.metadata()["format"] == "attn.cu 1"
+        assert file.metadata()["format"] == "attn.cu 2"
 
 
 def test_config_keys_are_those_of_the_readme(tmp_path):

@@ -21,7 +21,7 @@ struct Array {
 };
 
 struct TinyModel {
-  nlohmann::json config;
+  nlohmann::json config, types = nlohmann::json::object();
   std::map<std::string, Array> tensors;
   std::mt19937 random;
 
@@ -41,7 +41,8 @@ struct TinyModel {
   // The bytes of a safetensors file; all tensors float32.
   std::string bytes() const {
     nlohmann::json header;
-    header["__metadata__"] = {{"format", "attn.cu 1"}, {"config", config.dump()}, {"tokenizer_sha256", ""}};
+    header["__metadata__"] = {
+        {"format", "attn.cu 2"}, {"config", config.dump()}, {"types", types.dump()}, {"tokenizer_sha256", ""}};
     std::string data;
     for (const auto& [name, a] : tensors) {
       const size_t begin = data.size();
