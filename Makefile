@@ -16,11 +16,11 @@ ARGS ?= -n 128
 
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
-HOST := $(addprefix host/,loader json tokenizer sampler engine scheduler blocks error)
+HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error)
 CLI := $(addprefix cli/,options session talk requests measure report)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
-LIGHT := host/loader host/json host/scheduler cli/session cli/talk cli/requests cli/report
+LIGHT := host/loader host/safetensors host/json host/scheduler cli/session cli/talk cli/requests cli/report
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 

@@ -16,7 +16,7 @@ from exporter.weights import Tensor, of_array
 
 @dataclass
 class Model:
-    """What is written: config as README.md lists it, tensors by the model file's names."""
+    """What is written: config as docs/model-file.md lists it, tensors by the model file's names."""
 
     config: dict
     tensors: dict[str, Tensor]

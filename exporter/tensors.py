@@ -148,7 +148,7 @@ def to_halves(config: dict, tensors: dict[str, Tensor]) -> None:
 
 
 def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Every tensor of a model with this config: its shape, and whether it must be there (README.md)."""
+    """Every tensor of a model with this config: its shape, and whether it must be there (docs/model-file.md)."""
     c = config
     dim, heads, vocab = c["dim"], c["n_heads"], c["vocab_size"]
     shapes = {

@@ -1,6 +1,6 @@
 """Weight types, and tensors that are read row by row only when they are written.
 
-The types are those of README.md, "The model file": f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
+The types are those of docs/model-file.md: f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
 scale, in q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows,
 so that an export needs the memory of a few rows, whatever the size of the model. Choosing, repeating and joining rows
 (permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.

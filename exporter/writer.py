@@ -61,12 +61,18 @@ def layout(model: Model, type: str | None) -> tuple[dict, list]:
     return header, entries
 
 
+def named_types(entries: list) -> dict[str, str]:
+    """The type of each matrix that is not plain floats, whose dtype says it."""
+    return {name.removesuffix(".weight"): kind for name, _, kind, _ in entries if kind in QUANTIZED}
+
+
 def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str) -> Counter:
     """Writes `path`, and returns the bytes of each type."""
     header, entries = layout(model, type)
     header["__metadata__"] = {
-        "format": "attn.cu 1",
+        "format": "attn.cu 2",
         "config": json.dumps(model.config),
+        "types": json.dumps(named_types(entries)),
         "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
         "source": source,
     }

@@ -1,15 +1,8 @@
-// loader.cpp: reads a model file and packs its matrices. Nothing in the file is trusted: every length, offset
-// and size is checked before it is used, and whatever is not expected is refused by name.
+// loader.cpp: makes a model of a model file: hyper-parameters, then tensors by name, then packing. Whatever is not
+// expected is refused by name.
 #include "model.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -18,189 +11,38 @@
 
 #include "host/error.h"
 #include "host/json.h"
+#include "host/safetensors.h"
 #include "variants.h"
 
 namespace {
 
-constexpr const char* FORMAT = "attn.cu 1";
+constexpr const char* FORMAT = "attn.cu 2";
 constexpr int MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27, MAX_PRODUCT = 1 << 26;
-constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
 
-// ---- The file.
-
-class MappedFile {
+// What __metadata__ may hold.
+class Metadata {
  public:
-  explicit MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
-    if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
-    struct stat info {};
-    const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && info.st_size >= 8) {
-      size_ = static_cast<size_t>(info.st_size);
-      void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-      data_ = p == MAP_FAILED ? nullptr : static_cast<const std::byte*>(p);
-    }
-    close(fd);
-    if (!regular) fail("%s: not a file; give the .safetensors that export.py wrote", path.c_str());
-    if (size_ == 0)
-      fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info.st_size));
-    if (!data_) fail("%s: cannot map %zu bytes: %s", path.c_str(), size_, std::strerror(errno));
-  }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() { munmap(const_cast<std::byte*>(data_), size_); }
-
-  const std::byte* data() const { return data_; }
-  size_t size() const { return size_; }
-
-  // The pages of [first, last) leave this process; the page cache keeps them. Resident memory is then the
-  // packed copy.
-  void release(const void* first, const void* last) const {
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto begin = (reinterpret_cast<uintptr_t>(first) + page - 1) / page * page;
-    const auto end = reinterpret_cast<uintptr_t>(last) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  Metadata(const std::string& path, const Header& header) : path_(path), values_(header.metadata()) {
+    if ((*this)["format"] != FORMAT)
+      fail(
+          "%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make it anew: "
+          ".venv/bin/python export.py SOURCE -o %s",
+          path.c_str(), (*this)["format"].c_str(), FORMAT, path.c_str());
+    for (const auto& [key, text] : values_)
+      if (key != "format" && key != "config" && key != "types" && key != "tokenizer_sha256" && key != "source")
+        fail("%s: __metadata__ has an unknown key \"%s\"", path.c_str(), key.c_str());
   }
 
- private:
-  const std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-struct Entry {
-  std::string dtype;
-  std::vector<int64_t> shape;
-  const std::byte* data = nullptr;
-  size_t bytes = 0;
-  bool used = false;
-};
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-size_t element_bytes(const std::string& dtype) {
-  static const std::map<std::string, size_t> known = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
-  const auto found = known.find(dtype);
-  return found == known.end() ? 0 : found->second;
-}
-
-// The header of a safetensors file: 8 bytes of length, then JSON. Data follows without holes or overlaps.
-class Header {
- public:
-  Header(const std::string& path, const MappedFile& file) : path_(path) {
-    uint64_t length = 0;
-    std::memcpy(&length, file.data(), 8);
-    if (length > MAX_HEADER || length > file.size() - 8)
-      fail("%s: header length %" PRIu64 " does not fit the file's %zu bytes; truncated or not a safetensors file",
-           path.c_str(), length, file.size());
-    const char* text = reinterpret_cast<const char*>(file.data()) + 8;
-    const Json json = parse_json({text, length}, path + ": the header");
-    if (!json.object()) fail("%s: the header is not a JSON object", path.c_str());
-    const std::byte* data = file.data() + 8 + length;
-    const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
-    for (const auto& [name, value] : *json.object()) {
-      if (name == "__metadata__")
-        read_metadata(value);
-      else
-        entries_.emplace(name, read_entry(name, value, data, data_bytes));
-    }
-    check_layout(data, data_bytes);
-  }
-
-  const std::string& metadata(const char* key) const {
-    const auto found = metadata_.find(key);
-    if (found == metadata_.end())
+  const std::string& operator[](const char* key) const {
+    const auto found = values_.find(key);
+    if (found == values_.end())
       fail("%s: __metadata__ has no \"%s\"; make the file with export.py", path_.c_str(), key);
     return found->second;
   }
 
-  Entry* find(const std::string& name) {
-    const auto found = entries_.find(name);
-    return found == entries_.end() ? nullptr : &found->second;
-  }
-
-  void refuse_unused() const {
-    for (const auto& [name, entry] : entries_)
-      if (!entry.used)
-        fail("%s: tensor %s %s is not one that this model's config calls for", path_.c_str(), name.c_str(),
-             shape_text(entry.shape).c_str());
-  }
-
  private:
-  void read_metadata(const Json& value) {
-    if (!value.object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
-    for (const auto& [key, text] : *value.object()) {
-      if (!text.string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
-      if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source")
-        fail("%s: __metadata__ has an unknown key \"%s\"", path_.c_str(), key.c_str());
-      metadata_[key] = *text.string();
-    }
-  }
-
-  Entry read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const {
-    const auto bad = [&](const char* field, const char* why) {
-      fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
-    };
-    const Json *dtype = value.find("dtype"), *shape = value.find("shape"), *offsets = value.find("data_offsets");
-    if (!dtype || !shape || !offsets || value.object()->size() != 3)
-      bad("entry", "must hold dtype, shape and data_offsets and nothing else");
-    Entry entry;
-    if (!dtype->string()) bad("dtype", "is not a string");
-    entry.dtype = *dtype->string();
-    const size_t element = element_bytes(entry.dtype);
-    if (!element) bad("dtype", ("is " + entry.dtype + ", not one of F32, BF16, F16, I8, U8").c_str());
-    if (!shape->array() || shape->array()->size() > 3) bad("shape", "is not an array of at most 3 integers");
-    size_t bytes = element;
-    for (const Json& d : *shape->array()) {
-      const int n = d.integer<int>().value_or(-1);
-      if (n < 0) bad("shape", "has a size that is not 0 .. 2^31 - 1");
-      entry.shape.push_back(n);
-      if (__builtin_mul_overflow(bytes, static_cast<size_t>(n), &bytes)) bad("shape", "overflows");
-    }
-    const auto offset = [&](size_t i) {
-      const auto x =
-          offsets->array() && offsets->array()->size() == 2 ? (*offsets->array())[i].integer<uint64_t>() : std::nullopt;
-      if (!x) bad("data_offsets", "is not two integers");
-      return *x;
-    };
-    const uint64_t begin = offset(0), end = offset(1);
-    if (begin > end || end > data_bytes)
-      fail("%s: tensor %s: data_offsets [%" PRIu64 ", %" PRIu64
-           "] lie outside the file's %zu bytes of data; truncated?",
-           path_.c_str(), name.c_str(), begin, end, data_bytes);
-    if (end - begin != bytes)
-      fail("%s: tensor %s: %s %s needs %zu bytes, data_offsets give %" PRIu64, path_.c_str(), name.c_str(),
-           entry.dtype.c_str(), shape_text(entry.shape).c_str(), bytes, end - begin);
-    entry.data = data + begin;
-    entry.bytes = bytes;
-    if (reinterpret_cast<uintptr_t>(entry.data) % element != 0)
-      bad("data_offsets", "are not aligned to the element's size; make the file with export.py");
-    return entry;
-  }
-
-  void check_layout(const std::byte* data, size_t data_bytes) const {
-    std::vector<std::pair<const Entry*, const std::string*>> order;
-    for (const auto& [name, entry] : entries_) order.emplace_back(&entry, &name);
-    std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
-      return std::pair(a.first->data, a.first->bytes) < std::pair(b.first->data, b.first->bytes);
-    });
-    const std::byte* end = data;
-    for (const auto& [entry, name] : order) {
-      if (entry->data != end)
-        fail("%s: tensor %s: data_offsets %s the tensor before", path_.c_str(), name->c_str(),
-             entry->data < end ? "overlap" : "leave a hole after");
-      end = entry->data + entry->bytes;
-    }
-    if (end != data + data_bytes)
-      fail("%s: %zu bytes after the last tensor", path_.c_str(), static_cast<size_t>(data + data_bytes - end));
-  }
-
   std::string path_;
-  std::map<std::string, std::string> metadata_;
-  std::map<std::string, Entry> entries_;
+  const std::map<std::string, std::string>& values_;
 };
 
 // ---- Hyper-parameters.
@@ -399,9 +241,52 @@ Config read_config(const std::string& path, const std::string& text) {
 
 // ---- Tensors.
 
+// The weight types that the file names: "types" of __metadata__, an object of matrix name to type name.
+class NamedTypes {
+ public:
+  NamedTypes(const std::string& path, const std::string& text) : path_(path) {
+    const Json json = parse_json(text, path + ": __metadata__ \"types\"");
+    if (!json.object()) fail("%s: __metadata__ \"types\" is not a JSON object", path.c_str());
+    std::string known;
+    for (const WeightFormat& format : weight_formats()) known += (known.empty() ? "" : ", ") + std::string(format.name);
+    for (const auto& [matrix, value] : *json.object()) {
+      const auto type = value.string() ? find_weight_type(*value.string()) : std::nullopt;
+      if (!type)
+        fail("%s: __metadata__ \"types\": %s is %s, not one of %s", path.c_str(), matrix.c_str(), value.text().c_str(),
+             known.c_str());
+      left_.emplace(matrix, *type);
+    }
+  }
+
+  // The type of a matrix, once; none where the file does not name it.
+  std::optional<WeightType> take(const std::string& matrix) {
+    const auto found = left_.extract(matrix);
+    return found ? std::optional(found.mapped()) : std::nullopt;
+  }
+
+  void refuse_unused() const {
+    if (!left_.empty())
+      fail("%s: __metadata__ \"types\" names %s, which is not a matrix that this model's config calls for",
+           path_.c_str(), left_.begin()->first.c_str());
+  }
+
+ private:
+  std::string path_;
+  std::map<std::string, WeightType> left_;
+};
+
+// The float type that is stored as this dtype: what a matrix is whose type is not named.
+std::optional<WeightType> float_type(const std::string& dtype) {
+  for (size_t i = 0; i < weight_formats().size(); i++)
+    if (const WeightFormat& f = weight_formats()[i]; f.quant_group == 1 && f.parts[0].dtype == dtype)
+      return static_cast<WeightType>(i);
+  return {};
+}
+
 // A matrix to pack and where its description goes.
 struct PackJob {
   TensorView source;
+  size_t row_bytes[MAX_PARTS];  // of each part
   bool transposed;
   Matrix* out;
 };
@@ -410,47 +295,16 @@ struct PackJob {
 // known.
 class Collector {
  public:
-  Collector(const std::string& path, Header& header) : path_(path), header_(header) {}
+  Collector(const std::string& path, Header& header, NamedTypes types)
+      : path_(path), header_(header), types_(std::move(types)) {}
 
   bool has(const std::string& name) { return header_.find(name) != nullptr; }
-
-  // A matrix [n, k] (or, stacked, [count, n, k]) of any weight type: its `count` views. Empty where it may be
-  // absent.
-  std::vector<TensorView> views(const std::string& name, int count, int n, int k, bool floats_only) {
-    const std::string weight = name + ".weight";
-    const Entry& e = entry(weight);
-    TensorView v;
-    v.n = n;
-    v.k = k;
-    v.type = e.dtype == "F32"    ? DType::f32
-             : e.dtype == "BF16" ? DType::bf16
-             : e.dtype == "F16"  ? DType::f16
-             : e.dtype == "I8"   ? DType::q8
-                                 : DType::q4;
-    const bool quantised = v.type == DType::q8 || v.type == DType::q4;
-    if (quantised && floats_only) refuse(weight, e, "F32, BF16 or F16", {count, n, k});
-    if (quantised && k % GROUP != 0)
-      refuse(weight, e, "F32, BF16 or F16, since the inputs are no multiple of 32", {n, k});
-    expect(weight, e, {count, n, v.type == DType::q4 ? k / 2 : k});
-    v.data = e.data;
-    if (quantised) v.scale = halves(name + ".scale", {count, n, k / GROUP});
-    if (v.type == DType::q4) v.min = halves(name + ".min", {count, n, k / GROUP});
-
-    std::vector<TensorView> all;
-    const size_t stride = e.bytes / static_cast<size_t>(count),
-                 groups = static_cast<size_t>(n) * static_cast<size_t>(k / GROUP);
-    for (int i = 0; i < count; i++) {
-      all.push_back(v);
-      v.data = static_cast<const std::byte*>(v.data) + stride;
-      if (v.scale) v.scale += groups;
-      if (v.min) v.min += groups;
-    }
-    return all;
+  void refuse_unused() const {
+    types_.refuse_unused();
+    header_.refuse_unused();
   }
 
-  void matrix(const std::string& name, int n, int k, Matrix& out) {
-    jobs.push_back({views(name, 1, n, k, false)[0], false, &out});
-  }
+  void matrix(const std::string& name, int n, int k, Matrix& out) { group(name, 1, n, k, false, false, out); }
 
   // [groups, n, k] in one.
   void grouped(const std::string& name, int groups, int n, int k, Matrix& out) {
@@ -474,16 +328,14 @@ class Collector {
     if (out.weight) return optional_vector(name + ".bias", {n}, out.bias);
   }
 
-  void vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
-    const Entry& e = entry(name);
-    if (e.dtype != "F32") refuse(name, e, "F32", shape);
-    expect(name, e, shape);
+  void vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
+    const Entry& e = typed(name, "F32", shape);
     vectors.emplace_back(&e, &out);
     out = reinterpret_cast<const float*>(e.data);  // until pack() copies it
   }
 
-  void optional_vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
-    if (has(name)) vector(name, std::move(shape), out);
+  void optional_vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
+    if (has(name)) vector(name, shape, out);
   }
 
   int64_t length(const std::string& name) {
@@ -496,12 +348,43 @@ class Collector {
   std::vector<std::pair<const Entry*, const float**>> vectors;
 
  private:
+  // A matrix [groups, n, k]: a job for each group. transposed: each is packed as [k, n].
   void group(const std::string& name, int groups, int n, int k, bool floats_only, bool transposed, Matrix& out) {
-    out.groups = groups;
-    for (TensorView& view : views(name, groups, n, k, floats_only)) {
-      if (transposed) std::swap(view.n, view.k);
-      jobs.push_back({view, transposed, &out});
+    const WeightType type = type_of(name, groups, n, k, floats_only);
+    const WeightFormat& format = weight_format(type);
+    PackJob job{{type, n, k}, {}, transposed, &out};
+    size_t group_bytes[MAX_PARTS] = {};
+    for (size_t i = 0; i < format.parts.size(); i++) {
+      const WeightPart& part = format.parts[i];
+      const Entry& e = typed(name + "." + part.name, part.dtype, {groups, n, k / format.quant_group * part.elements});
+      job.source.parts[i] = e.data;
+      group_bytes[i] = e.bytes / static_cast<size_t>(groups);
+      job.row_bytes[i] = group_bytes[i] / static_cast<size_t>(n);
     }
+    if (transposed) std::swap(job.source.n, job.source.k);
+    out.groups = groups;
+    for (int g = 0; g < groups; g++) {
+      jobs.push_back(job);
+      for (size_t i = 0; i < format.parts.size(); i++)
+        job.source.parts[i] = static_cast<const std::byte*>(job.source.parts[i]) + group_bytes[i];
+    }
+  }
+
+  WeightType type_of(const std::string& name, int groups, int n, int k, bool floats_only) {
+    const std::string weight = name + ".weight";
+    auto known = seen_.find(name);  // MLA takes its key matrix twice
+    if (known != seen_.end()) return known->second;
+    const std::optional<WeightType> named = types_.take(name);
+    const Entry& e = entry(weight);
+    const std::optional<WeightType> type = named ? named : float_type(e.dtype);
+    if (!type) refuse(weight, e, "F32, BF16 or F16, or a type that __metadata__ \"types\" names,", {groups, n, k});
+    const WeightFormat& format = weight_format(*type);
+    if (format.quant_group != 1 && floats_only) refuse(weight, e, "F32, BF16 or F16", {groups, n, k});
+    if (k % format.quant_group != 0)
+      fail("%s: __metadata__ \"types\": %s is %s, whose rows are multiples of %d inputs; it has %d", path_.c_str(),
+           name.c_str(), std::string(format.name).c_str(), format.quant_group, k);
+    seen_.emplace(name, *type);
+    return *type;
   }
 
   Entry& entry(const std::string& name) {
@@ -511,11 +394,12 @@ class Collector {
     return *e;
   }
 
-  const uint16_t* halves(const std::string& name, std::vector<int64_t> shape) {
+  // The tensor of this name, which must be of this dtype and shape.
+  const Entry& typed(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
     const Entry& e = entry(name);
-    if (e.dtype != "F16") refuse(name, e, "F16", shape);
+    if (e.dtype != dtype) refuse(name, e, dtype, shape);
     expect(name, e, shape);
-    return reinterpret_cast<const uint16_t*>(e.data);
+    return e;
   }
 
   // A leading size of 1 may be left out: [1, n, k] is [n, k].
@@ -532,6 +416,8 @@ class Collector {
 
   std::string path_;
   Header& header_;
+  NamedTypes types_;
+  std::map<std::string, WeightType> seen_;
 };
 
 void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& mlp) {
@@ -590,13 +476,31 @@ void collect(Collector& t, Model& m) {
 
 constexpr size_t RELEASE_EVERY = size_t{8} << 20;  // bytes of the file that are resident at most while packing
 
-size_t source_row_bytes(const TensorView& v) {
-  const auto k = static_cast<size_t>(v.k);
-  return v.type == DType::f32 ? 4 * k : v.type == DType::q8 ? k : v.type == DType::q4 ? k / 2 : 2 * k;
-}
-
 size_t packed_bytes(const PackJob& j) {
   return packed_bytes(j.source.type, j.source.n, j.source.k);
+}
+
+void pack_matrix(const MappedFile& file, const PackJob& j, std::byte* out, Threads& threads) {
+  const TensorView& s = j.source;
+  const int all = panels(s.n);
+  const size_t panel_rows = static_cast<size_t>(s.n + all - 1) / static_cast<size_t>(all);
+  size_t row_bytes = 0;
+  for (const size_t bytes : j.row_bytes) row_bytes += bytes;
+  // A transposed source is read by columns: all of it at once.
+  const int step = j.transposed ? all : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row_bytes * panel_rows)));
+  const int source_rows = j.transposed ? s.k : s.n;
+  for (int first = 0; first < all; first += step) {
+    const int last = std::min(all, first + step);
+    threads.run(threads.most(), [&](const Team& team) {
+      team.for_each(last - first, [&](int p) { pack(s, j.transposed, first + p, out); });
+    });
+    const size_t done = j.transposed ? static_cast<size_t>(source_rows)
+                                     : std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * panel_rows);
+    for (size_t i = 0; i < MAX_PARTS; i++) {
+      const auto* data = static_cast<const std::byte*>(s.parts[i]);
+      file.release(data, data + j.row_bytes[i] * done);
+    }
+  }
 }
 
 void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m, Threads& threads) {
@@ -605,21 +509,8 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
-    const TensorView& s = j.source;
-    const int blocks = row_blocks(s.n);
-    const size_t block_rows = static_cast<size_t>(s.n + blocks - 1) / static_cast<size_t>(blocks);
-    const size_t row = source_row_bytes(s);
-    // A transposed source is read by columns: all of it at once.
-    const int step = j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
-    for (int first = 0; first < blocks; first += step) {
-      const int last = std::min(blocks, first + step);
-      threads.run(threads.most(), [&](const Team& team) {
-        team.for_each(last - first, [&](int b) { pack(s, j.transposed, first + b, at); });
-      });
-      const auto* data = static_cast<const std::byte*>(s.data);
-      file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
-    }
-    if (!j.out->data) *j.out = {s.type, s.n, s.k, j.out->groups, at};  // the first of its groups
+    pack_matrix(file, j, at, threads);
+    if (!j.out->data) *j.out = {j.source.type, j.source.n, j.source.k, j.out->groups, at};  // the first of its groups
     at += packed_bytes(j);
   }
 }
@@ -653,7 +544,7 @@ void count(const Collector& tensors, Model& m) {
     const auto bytes = static_cast<double>(packed_bytes(j));
     const double parameters = static_cast<double>(j.source.n) * j.source.k;
     m.weight_bytes += packed_bytes(j);
-    if (!j.transposed) by_type[name(j.source.type)] += parameters;
+    if (!j.transposed) by_type[std::string(weight_format(j.source.type).name)] += parameters;
     if (routed.count(j.out))
       read += bytes * c.num_experts_per_tok / c.n_routed_experts;
     else if (!not_read.count(j.out))
@@ -673,17 +564,15 @@ void count(const Collector& tensors, Model& m) {
   }
 }
 
-Config read_checked_config(const std::string& path, const Header& header) {
-  if (header.metadata("format") != FORMAT)
-    fail("%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make the file again with export.py",
-         path.c_str(), header.metadata("format").c_str(), FORMAT);
-  return read_config(path, header.metadata("config"));
+NamedTypes read_types(const std::string& path, const Header& header) {
+  return {path, Metadata(path, header)["types"]};
 }
 
 }  // namespace
 
 struct ModelFile::Contents {
-  explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
+  explicit Contents(const std::string& path)
+      : file(path), header(path, file), tensors(path, header, read_types(path, header)) {}
   MappedFile file;
   Header header;
   Collector tensors;
@@ -691,10 +580,11 @@ struct ModelFile::Contents {
 
 ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
   model.path = path;
-  model.config = read_checked_config(path, contents_->header);
-  model.tokenizer_sha256 = contents_->header.metadata("tokenizer_sha256");
+  const Metadata metadata(path, contents_->header);
+  model.config = read_config(path, metadata["config"]);
+  model.tokenizer_sha256 = metadata["tokenizer_sha256"];
   collect(contents_->tensors, model);
-  contents_->header.refuse_unused();
+  contents_->tensors.refuse_unused();
   count(contents_->tensors, model);
 }
 

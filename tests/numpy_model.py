@@ -1,4 +1,4 @@
-"""A float64 forward pass over a model file, written from README.md's formulas: the witness of what export.py writes."""
+"""A float64 forward pass over a model file, written from the papers' formulas: the witness of what export.py writes."""
 
 import json
 import math

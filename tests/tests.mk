@@ -42,7 +42,7 @@ lint: .venv/tests
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZED := tests/fuzz_loader host/loader host/json host/error kernels/matmul kernels/layers kernels/team kernels/device
+FUZZED := tests/fuzz_loader $(addprefix host/,loader safetensors json error) kernels/matmul kernels/layers kernels/team kernels/device
 build/fuzz/loader: $(FUZZED:%=%.cpp) $(wildcard *.h */*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \

@@ -34,7 +34,7 @@ struct Array {
 };
 
 struct TinyModel {
-  Members config;
+  Members config, types;
   std::map<std::string, Array> tensors;
   std::mt19937 random;
 
@@ -63,9 +63,10 @@ struct TinyModel {
 
   // The bytes of a safetensors file; all tensors float32.
   std::string bytes() const {
-    Json::Object header = {
-        {"__metadata__",
-         Json::Object{{"format", "attn.cu 1"}, {"config", json(config).text()}, {"tokenizer_sha256", ""}}}};
+    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 2"},
+                                                         {"config", json(config).text()},
+                                                         {"types", json(types).text()},
+                                                         {"tokenizer_sha256", ""}}}};
     std::string data;
     for (const auto& [name, a] : tensors) {
       const size_t begin = data.size();
