@@ -1,4 +1,4 @@
-"""The hyper-parameters of the model file (docs/model-file.md) from a source's config: a function for each group of keys."""
+"""The model file's hyper-parameters (docs/model-file.md) from a source's config: a function for each group of keys."""
 
 import math
 
