@@ -99,9 +99,16 @@ OF_SOME = {
     "multi_query",
     "num_experts",
     "num_nextn_predict_layers",
+    "original_max_position_embeddings",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
 }
 
-# Keys that do, of which this project has one value; null stands for "not set".
+# Keys that do, of which architectures without a default for them have one value; null stands for "not set".
 FIXED = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -110,6 +117,9 @@ FIXED = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
+    "interpolate_factor": (1,),
+    "full_attn_mod": (1,),
+    "lm_head_bias": (False,),
 }
 
 
@@ -135,7 +145,7 @@ class Keys:
                 self.names[key], self.values[key] = name, value
         self.defaults = defaults
         for key, allowed in FIXED.items():
-            if self.get(key, allowed[0]) not in allowed:
+            if key not in defaults and self.get(key, allowed[0]) not in allowed:
                 self.refuse(key, f"only {allowed[0]!r} is supported: export another model")
 
     def refuse(self, key: str, expected: str):

@@ -25,7 +25,10 @@ MODULES = {  # Hugging Face's names inside a layer
     "mlp.c_proj": "down_proj",
 } | {
     f"self_attn.{name}": name
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "q_a_proj", "q_b_proj", "kv_b_proj")
+    for name in (
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"),
+        *("q_a_proj", "q_b_proj", "kv_b_proj"),
+    )
 }
 TOP = {
     "embed_tokens": "embed_tokens",
@@ -89,7 +92,7 @@ def canonical_name(source: Source, architecture: Architecture, name: str) -> str
     if suffix not in ("weight", "bias"):
         stem, suffix = name, "weight"
     if source.kind == "gguf":
-        layer, modules, top = re.fullmatch(r"blk\.(\d+)\.(.+)", stem), GGUF_MODULES, GGUF_TOP
+        layer, modules, top = re.fullmatch(r"blk\.(\d+)\.(.+)", stem), GGUF_MODULES | architecture.modules, GGUF_TOP
     else:
         stem = re.sub(r"^(language_model\.|model\.|transformer\.)+", "", stem)
         layer, modules, top = re.fullmatch(r"(?:layers|h)\.(\d+)\.(.+)", stem), MODULES | architecture.modules, TOP
@@ -102,7 +105,7 @@ def canonical_name(source: Source, architecture: Architecture, name: str) -> str
     elif expert:
         number, part = expert.groups()
         module = ".".join(filter(None, ("experts", number, EXPERT_MODULES.get(part, part))))
-    elif source.kind == "hf" and re.fullmatch(r"mlp\.(shared_experts\.)?(gate|up|down)_proj", module):
+    elif source.kind == "hf" and re.fullmatch(r"mlp\.(shared_experts\.)?(gate|up|gate_up|down)_proj", module):
         module = module.removeprefix("mlp.")
     else:
         return None

@@ -43,7 +43,7 @@ def weight(name, shape, seed, model_type):
     """
     unit = uniform(name, shape, seed)
     if ("norm" in name or "ln_" in name) and name.endswith("weight"):
-        return (0.3 * unit + (0 if model_type.startswith("gemma3") else 1)).astype(np.float32)  # Gemma adds the 1
+        return (0.3 * unit + (0 if model_type.startswith("gemma") else 1)).astype(np.float32)  # Gemma adds the 1
     if name.endswith("bias"):
         return (0.1 * unit).astype(np.float32)
     if name.split(".")[-2] in (
@@ -52,7 +52,7 @@ def weight(name, shape, seed, model_type):
         "wpe",
     ):  # small beside what the layers add, or tied models repeat themselves
         return (0.03 * unit).astype(np.float32)
-    wide = ("q_proj", "k_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "c_attn", "gate")
+    wide = ("q_proj", "k_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "c_attn", "qkv_proj", "gate")
     gain = 1.5 if name.split(".")[-2] in wide else 1.0
     fan_in = shape[0] if model_type == "gpt2" else shape[-1]  # GPT-2 keeps [inputs, outputs]
     return (gain / math.sqrt(fan_in) * unit).astype(np.float32)

@@ -54,6 +54,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 3.0, 7.0, 12.0, 20.0],
+}
 DEEPSEEK_YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 
 
@@ -157,6 +162,114 @@ def gemma3(**changes):
         "cache_implementation": "hybrid",
         "pad_token_id": 0,
     } | changes
+
+
+def gemma(**changes):
+    own = ("sliding_window", "sliding_window_pattern", "query_pre_attn_scalar", "rope_local_base_freq")
+    own += ("attn_logit_softcapping", "final_logit_softcapping", "cache_implementation", "rope_scaling")
+    first = {key: value for key, value in gemma3().items() if key not in own}
+    return first | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "rope_theta": 10000.0} | changes
+
+
+def gemma2(**changes):
+    second = {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 12,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "cache_implementation": "hybrid",
+    }
+    return gemma(num_key_value_heads=2) | second | changes
+
+
+def phi3(**changes):
+    fused = {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 256,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "pad_token_id": 0,
+    }
+    return llama() | fused | changes
+
+
+def phi4_mini(**changes):
+    """Three quarters of a head rotate; at more than original_max_position_embeddings the long factors hold."""
+    own = {
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONGROPE,
+        "tie_word_embeddings": True,
+        "interpolate_factor": 1,
+        "full_attn_mod": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 262144,
+    }
+    return phi3() | own | changes
+
+
+def olmo2(**changes):
+    own = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "pad_token_id": 0}
+    return llama(num_key_value_heads=3) | own | changes
+
+
+def glm(model_type, **changes):
+    own = {
+        "model_type": model_type,
+        "architectures": ["Glm4ForCausalLM" if model_type == "glm4" else "GlmForCausalLM"],
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+    }
+    return llama() | own | changes
+
+
+def smollm3(**changes):
+    own = {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "num_hidden_layers": 5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_window_layers": 28,
+        "no_rope_layer_interval": 4,
+        "pad_token_id": 0,
+        "pretraining_tp": 2,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    return llama() | own | changes
+
+
+def granite(**changes):
+    own = {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "embedding_multiplier": 4.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 5.0,
+        "pad_token_id": 0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+    }
+    return llama() | own | changes
 
 
 def deepseek_v2(**changes):
@@ -529,6 +642,88 @@ MODELS = {
     "qwen3_moe_plain": {
         "config": qwen3_moe(num_hidden_layers=3, mlp_only_layers=[1], norm_topk_prob=False, num_key_value_heads=1),
         "matters": {"normalisation": {"norm_topk_prob": True}, "top-k": {"num_experts_per_tok": 2}},
+        "dtype": "BF16",
+    },
+    "gemma": {
+        "config": gemma(hidden_act="gelu"),  # as first published: it means tanh's form
+        "matters": {"activation": {"hidden_act": "silu"}, "theta": {"rope_theta": 500.0}, "norms": ("norm", -0.5)},
+        "dtype": "BF16",
+    },
+    "gemma2": {
+        "config": gemma2(),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "window + 1": {"sliding_window": 13},
+            "pattern": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "scale": {"query_pre_attn_scalar": 32},
+            "attention cap": {"attn_logit_softcapping": None},
+            "logit cap": {"final_logit_softcapping": None},
+        }
+        | {name: (rf"{name}_feedforward_layernorm.weight", 0.0) for name in ("pre", "post")}
+        | {"post_attention": (r"post_attention_layernorm.weight", 0.0)},
+    },
+    "phi3": {
+        "config": phi3(sliding_window=14, num_key_value_heads=6),
+        "matters": {"window": {"sliding_window": None}, "theta": {"rope_theta": 500.0}},
+        "dtype": "BF16",
+    },
+    "phi4_mini": {
+        "config": phi4_mini(max_position_embeddings=1024),
+        "matters": {
+            "rope scaling": {"rope_scaling": None},
+            "attention factor": {"rope_scaling": LONGROPE | {"attention_factor": 1.0}},
+            "rotated part": {"rope_scaling": None, "partial_rotary_factor": 0.5},
+        },
+    },
+    "phi4_mini_long": {
+        "config": phi4_mini(original_max_position_embeddings=32, num_key_value_heads=1),
+        "matters": {"original length": {"original_max_position_embeddings": 256}},
+        "dtype": "BF16",
+    },
+    "olmo2": {
+        "config": olmo2(),
+        "matters": {name: (rf"{name}.weight", 1.0) for name in ("q_norm", "k_norm", "post_attention_layernorm")}
+        | {"post_feedforward": (r"post_feedforward_layernorm.weight", 1.0)},
+    },
+    "olmo2_mha": {
+        "config": olmo2(num_attention_heads=3, num_key_value_heads=3),
+        "matters": {"theta": {"rope_theta": 500.0}},
+        "dtype": "BF16",
+        "shards": 2,
+    },
+    "glm": {
+        "config": glm("glm"),
+        "matters": {"rotated part": {"partial_rotary_factor": 1.0}, "biases": (r"[qv]_proj.bias", 0.0)},
+        "dtype": "BF16",
+    },
+    "glm4": {
+        "config": glm("glm4", num_attention_heads=4, num_key_value_heads=1),
+        "matters": {"rotated part": {"partial_rotary_factor": 1.0}, "biases": (r"[qv]_proj.bias", 0.0)}
+        | {name: (rf"{name}_layernorm.weight", 1.0) for name in ("post_self_attn", "post_mlp", "post_attention")},
+    },
+    "smollm3": {
+        "config": smollm3(),
+        "matters": {"layers without RoPE": {"no_rope_layers": [1] * 5}},
+        "dtype": "BF16",
+    },
+    "smollm3_window": {  # as transformers writes it again: a list of layers
+        "config": smollm3(
+            no_rope_layers=[1, 0, 1, 1, 0],
+            use_sliding_window=True,
+            sliding_window=12,
+            num_key_value_heads=6,
+        ),
+        "matters": {
+            "layers without RoPE": {"no_rope_layers": [1] * 5},
+            "window": {"use_sliding_window": False},
+        },
+    },
+    "granite": {
+        "config": granite(),
+        "matters": {
+            name: {name: 1.0}
+            for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+        },
         "dtype": "BF16",
     },
 }

@@ -65,12 +65,19 @@ class NumpyModel:
         x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c["norm_eps"]) * self.t[name + ".weight"]
         return x + self.t[name + ".bias"] if name + ".bias" in self.t else x
 
+    def norm_runs(self, name, x):
+        """x [T, width], normed in runs as long as the weight: each head, or the whole row."""
+        if name + ".weight" not in self.t:
+            return x
+        return self.norm(name, x.reshape(len(x), -1, len(self.t[name + ".weight"]))).reshape(x.shape)
+
     def rotate(self, layer, x):
         """x [T, heads, width]: element i of the first half with i + n."""
         index = self.c["rope"][layer]
         if index < 0:
             return x
-        inv_freq = self.t[f"rope.{index}.inv_freq"]
+        long = "long_" if 0 < self.c["original_seq_len"] < len(x) else ""
+        inv_freq = self.t[f"rope.{index}.{long}inv_freq"]
         n = len(inv_freq)
         angle = np.arange(len(x))[:, None, None] * inv_freq
         cos, sin = np.cos(angle) * self.c["rope_scale"][index], np.sin(angle) * self.c["rope_scale"][index]
@@ -91,8 +98,10 @@ class NumpyModel:
         c, p, T = self.c, f"layers.{layer}.", len(x)
         heads = c["n_heads"]
         if c["attention"] != "mla":
-            q = self.norm(p + "q_norm", self.linear(p + "q_proj", x).reshape(T, heads, -1))
-            k = self.norm(p + "k_norm", self.linear(p + "k_proj", x).reshape(T, c["n_kv_heads"], -1))
+            q, k = (
+                self.norm_runs(p + f"{one}_norm", self.linear(p + f"{one}_proj", x)).reshape(T, -1, c["head_dim"])
+                for one in "qk"
+            )
             v = self.linear(p + "v_proj", x).reshape(T, c["n_kv_heads"], -1)
             return self.linear(p + "o_proj", self.attend(layer, self.rotate(layer, q), self.rotate(layer, k), v))
         if c["q_lora_rank"]:
@@ -154,10 +163,12 @@ class NumpyModel:
             x = x + self.t["position_embedding.weight"][: len(tokens)]
         for layer in range(c["n_layers"]):
             p = f"layers.{layer}."
-            x = x + self.norm(p + "attention_post_norm", self.attention(layer, self.norm(p + "attention_norm", x)))
+            h = self.norm(p + "attention_norm", x)
+            x = x + c["residual_scale"] * self.norm(p + "attention_post_norm", self.attention(layer, h))
             h = self.norm(p + "mlp_norm", x)
             moe = c.get("n_routed_experts") and c["moe_layers"][layer]
-            x = x + self.norm(p + "mlp_post_norm", self.experts(p, h) if moe else self.mlp(p, h))
+            y = self.norm(p + "mlp_post_norm", self.experts(p, h) if moe else self.mlp(p, h))
+            x = x + c["residual_scale"] * y
         x = self.norm("norm", x)
         classifier = "lm_head" if "lm_head.weight" in self.t else "embed_tokens"
-        return cap(self.linear(classifier, x), c["logit_softcap"])
+        return cap(c["logit_scale"] * self.linear(classifier, x), c["logit_softcap"])
