@@ -41,6 +41,7 @@ struct Config {
   std::vector<int> window;        // [n_layers] a token sees this many tokens, itself included; 0: all before it
   std::vector<int> rope;          // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
   std::vector<float> rope_scale;  // [tables] factor on cos and sin (YaRN's attention factor)
+  int original_seq_len = 0;  // in a longer context rope.I.long_inv_freq holds (LongRoPE, arXiv 2402.13753); 0: never
 
   // mixture of experts; n_routed_experts 0: none
   int n_routed_experts = 0, num_experts_per_tok = 0, n_shared_experts = 0, moe_intermediate_size = 0;
@@ -102,10 +103,11 @@ struct Model {
   const float* position_embedding = nullptr;  // [seq_len, dim] learned positions (GPT-2)
   Norm final_norm;
   struct Rope {
-    const float* inv_freq;  // [n] for 2n rotated elements
+    const float* inv_freq;       // [n] for 2n rotated elements
+    const float* long_inv_freq;  // [n] for contexts longer than original_seq_len; null where that is 0
     int n;
   };
-  std::vector<Rope> rope;  // rope.I.inv_freq
+  std::vector<Rope> rope;  // rope.I.inv_freq, rope.I.long_inv_freq
   std::vector<Layer> layers;
 
   // For the report: bytes of the packed weights, parameters.

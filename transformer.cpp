@@ -28,8 +28,9 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
   MatmulWorkspace matmul_workspace;
   AttentionWorkspace attention_workspace;
   std::vector<Angles> angles;  // one for each RoPE table
-  Buffer<float> x, h, y;       // [max_tokens, dim]
-  Buffer<float> logits;        // [max_logits, vocab_size]
+  const bool long_context;  // the longest that a sequence may become chooses, so that no key rotates anew as it grows
+  Buffer<float> x, h, y;    // [max_tokens, dim]
+  Buffer<float> logits;     // [max_logits, vocab_size]
 
   Impl(const Model& m, const Limits& limits)
       : model(m),
@@ -38,6 +39,7 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
         mlp(m.config, limits.max_tokens),
         matmul_workspace(workspace_bytes<Attention>(m.config, limits)),
         attention_workspace(Attention::attention_bytes(m.config, limits, omp_get_max_threads())),
+        long_context(m.config.original_seq_len > 0 && limits.context > m.config.original_seq_len),
         x(area(limits.max_tokens, m.config.dim)),
         h(area(limits.max_tokens, m.config.dim)),
         y(area(limits.max_tokens, m.config.dim)),
@@ -54,8 +56,8 @@ struct Transformer<Attention, Kernel, Kv, Block>::Impl {
     cache.copy_blocks(batch);
     embed(model.embed_tokens, model.position_embedding, batch.tokens, batch.positions, T, c.embedding_scale, step.x);
     for (size_t i = 0; i < angles.size(); i++)
-      rope_angles(batch.positions, T, model.rope[i].inv_freq, angles[i].n, c.rope_scale[i], angles[i].cos.data(),
-                  angles[i].sin.data());
+      rope_angles(batch.positions, T, long_context ? model.rope[i].long_inv_freq : model.rope[i].inv_freq, angles[i].n,
+                  c.rope_scale[i], angles[i].cos.data(), angles[i].sin.data());
     for (int l = 0; l < c.n_layers; l++) {
       const Layer& layer = model.layers[static_cast<size_t>(l)];
       step.norm_x(layer.attention_norm, step.h);

@@ -378,6 +378,7 @@ Config read_config(const std::string& path, const std::string& text) {
   f.number("residual_scale", c.residual_scale);
   f.integers("window", c.window, c.n_layers, 0, MAX_LENGTH);
   f.numbers("rope_scale", c.rope_scale);
+  f.integer("original_seq_len", c.original_seq_len, 0, MAX_LENGTH, false);
   f.integers("rope", c.rope, c.n_layers, -1, static_cast<int>(c.rope_scale.size()) - 1);
   read_experts(f, path, c);
   f.refuse_unused();
@@ -592,13 +593,14 @@ void collect(Collector& t, Model& m) {
   const int rotated = c.attention == Variant::mla ? c.qk_rope_head_dim : c.head_dim;
   m.rope.resize(c.rope_scale.size());
   for (size_t i = 0; i < m.rope.size(); i++) {
-    const std::string name = "rope." + std::to_string(i) + ".inv_freq";
+    const std::string at = "rope." + std::to_string(i) + ".", name = at + "inv_freq";
     const int64_t n = t.length(name);
     if (2 * n > rotated || n < 1)
       fail("%s: tensor %s has %lld frequencies; a head has 1 to %d", m.path.c_str(), name.c_str(),
            static_cast<long long>(n), rotated / 2);
     m.rope[i].n = static_cast<int>(n);
     t.vector(name, {n}, m.rope[i].inv_freq);
+    if (c.original_seq_len > 0) t.vector(at + "long_inv_freq", {n}, m.rope[i].long_inv_freq);
   }
   m.layers.resize(static_cast<size_t>(c.n_layers));
   for (int i = 0; i < c.n_layers; i++) {
