@@ -56,8 +56,9 @@ struct Config {
 };
 
 struct Norm {
-  const float* weight = nullptr;  // null: this norm is absent
-  const float* bias = nullptr;
+  const float* weight = nullptr;  // [n]; null: this norm is absent
+  const float* bias = nullptr;    // [n] or null
+  int n = 0;                      // elements that are normed together
   explicit operator bool() const { return weight != nullptr; }
 };
 
@@ -77,7 +78,7 @@ struct Layer {
   Norm mlp_norm, mlp_post_norm;
   // MHA, MQA, GQA
   Linear q_proj, k_proj, v_proj;  // [n_heads head_dim, dim], [n_kv_heads head_dim, dim] twice
-  Norm q_norm, k_norm;            // [head_dim], over each head
+  Norm q_norm, k_norm;            // [head_dim], over each head, or as wide as the projection, over its whole row
   Linear o_proj;                  // [dim, n_heads head_dim]; MLA: [dim, n_heads v_head_dim]
   // MLA; q_proj [n_heads (nope + rope), dim] where there is no q_lora_rank
   Linear q_a_proj, q_b_proj;   // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]

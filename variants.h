@@ -46,8 +46,8 @@ class Gqa {
     const Product projections[] = {product(w.q_proj, step.h, T, q_.data()), product(w.k_proj, step.h, T, k_.data()),
                                    product(w.v_proj, step.h, T, v_.data())};
     matmul(projections, 3, step.workspace);
-    if (w.q_norm) norm(c.norm, c.norm_eps, w.q_norm, q_.data(), d, T * c.n_heads, d, q_.data(), d);
-    if (w.k_norm) norm(c.norm, c.norm_eps, w.k_norm, k_.data(), d, T * c.n_kv_heads, d, k_.data(), d);
+    norm_heads(c, w.q_norm, T, c.n_heads * d, q_.data());
+    norm_heads(c, w.k_norm, T, c.n_kv_heads * d, k_.data());
     const int table = c.rope[static_cast<size_t>(layer)];
     if (table >= 0) {
       const Angles& a = step.angles[static_cast<size_t>(table)];
@@ -60,6 +60,12 @@ class Gqa {
   }
 
  private:
+  // x [T, width], in runs as long as the norm's weight: heads, or whole rows
+  static void norm_heads(const Config& c, const Norm& weights, int T, int width, float* x) {
+    const int n = weights.n;
+    if (weights) norm(c.norm, c.norm_eps, weights, x, n, T * (width / n), n, x, n);
+  }
+
   static AttentionShape shape(const Config& c, int layer) {
     AttentionShape s;
     s.n_heads = c.n_heads;

@@ -471,8 +471,15 @@ class Collector {
   }
 
   void norm(const std::string& name, int n, Norm& out) {
+    out.n = n;
     optional_vector(name + ".weight", {n}, out.weight);
     if (out.weight) return optional_vector(name + ".bias", {n}, out.bias);
+  }
+
+  // The norm of `heads` heads of n elements: of each, or of all together, as long as its weight is.
+  void norm_of_heads(const std::string& name, int heads, int n, Norm& out) {
+    const bool row = has(name + ".weight") && length(name + ".weight") == int64_t{heads} * n;
+    norm(name, row ? heads * n : n, out);
   }
 
   void vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
@@ -533,8 +540,8 @@ void collect_attention(Collector& t, const std::string& at, const Config& c, Lay
     t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
     t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
-    t.norm(at + "q_norm", c.head_dim, l.q_norm);
-    t.norm(at + "k_norm", c.head_dim, l.k_norm);
+    t.norm_of_heads(at + "q_norm", c.n_heads, c.head_dim, l.q_norm);
+    t.norm_of_heads(at + "k_norm", c.n_kv_heads, c.head_dim, l.k_norm);
     return;
   }
   const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
