@@ -119,9 +119,17 @@ ARCHITECTURES = {
         needs=f"{QK_NORMS}|{POST_NORMS}",
         lacks=r"(attention|mlp)_norm\.weight",
     ),
-    "glm": Architecture(GLM, interleaved=True, biased="[qkv]_proj"),
+    "glm": Architecture(
+        GLM,
+        gguf_modules=FUSED_UP,
+        fused="blocks",
+        interleaved=True,
+        gguf_interleaved=True,
+        biased="[qkv]_proj",
+    ),
     "glm4": Architecture(
         GLM,
+        fused="blocks",
         modules=GLM4_MODULES,
         gguf_modules=FUSED_UP,
         interleaved=True,

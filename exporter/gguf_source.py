@@ -40,6 +40,10 @@ GGUF_KEYS = {
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.q_lora_rank": "q_lora_rank",
@@ -207,7 +211,15 @@ GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without lo
 }
 
 
-MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "starcoder": "gpt_bigcode",
+    "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v2",
+    "chatglm": "glm",
+}
+# llama.cpp has no query_pre_attn_scalar: it is head_dim, but in the 27B, known by its layers, hidden_size / heads.
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 def gguf_config(source: Source) -> dict:
@@ -234,13 +246,15 @@ def gguf_config(source: Source) -> dict:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
     if config.get("num_experts"):
         gguf_experts(config)
-    if architecture == "gemma3":  # llama.cpp has no query_pre_attn_scalar: head_dim, but in the 27B of 62 layers
-        wide = config.get("num_hidden_layers") == 62
+    if architecture in GEMMA_27B_LAYERS:
+        wide = config.get("num_hidden_layers") == GEMMA_27B_LAYERS[architecture]
         scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
         config["query_pre_attn_scalar"] = scalar
+    if architecture == "phi3":
+        config["sliding_window"] = config.get("sliding_window") or None  # the converter's 0 is none
     if architecture == "deepseek2":
         gguf_latent(config)
-    gguf_rope(config)
+    gguf_rope(source, config)
     return config
 
 
@@ -269,16 +283,25 @@ def gguf_latent(config: dict) -> None:
     config.setdefault("q_lora_rank", None)
 
 
-def gguf_rope(config: dict) -> None:
-    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin."""
+def gguf_rope(source: Source, config: dict) -> None:
+    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin.
+
+    LongRoPE has no kind there: it is where the tensors of its factors are.
+    """
     names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
     kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
-    if not kind or kind == "none":
+    factors = {name: source.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
+    if None not in factors.values():
+        kind = "longrope"
+        scaling |= {f"{name}_factor": tensor.float32().reshape(-1).tolist() for name, tensor in factors.items()}
+        if extra:
+            scaling["attention_factor"] = extra
+    elif not kind or kind == "none":
         return
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    if extra not in (0, 1):
+    if kind != "longrope" and extra not in (0, 1):
         own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
     config["rope_scaling"] = scaling | {"rope_type": kind}

@@ -78,7 +78,7 @@ GGUF_TOP = {
     "rope_freqs": "rope_freqs",
 }
 IGNORED = re.compile(
-    r"^freq_cis$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\."
+    r"^freq_cis$|^rope_factors_(short|long)\.weight$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:(\d+)\.)?(.+)")
 EXPERT_MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

@@ -55,15 +55,15 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
         factors = chosen.get(key, [1])
         if not isinstance(factors, list) or not all(is_number(x) and 0 < x < 1e9 for x in factors):
             keys.refuse(name, f"{key} must be a list of positive numbers: fetch the file again")
+    length = keys.positive("max_position_embeddings")
     rope = dict(
-        original_max_position_embeddings=keys.positive("max_position_embeddings"),
-        max_position_embeddings=keys.positive("max_position_embeddings"),
+        original_max_position_embeddings=keys.get("original_max_position_embeddings", length),
+        max_position_embeddings=length,
         partial_rotary_factor=keys.number("partial_rotary_factor", 1),
         rope_theta=theta,
     )
-    rope |= chosen
-    own = keys.get("original_max_position_embeddings")  # of the config itself, and then stronger
-    rope |= {} if own is None else {"original_max_position_embeddings": own}
+    own = "original_max_position_embeddings"  # of the config itself, and then stronger
+    rope |= {key: value for key, value in chosen.items() if key != own or key not in keys.values}
     for key in ("rope_theta", "original_max_position_embeddings"):
         if not is_number(rope[key]) or rope[key] <= 1:
             keys.refuse(name if key in chosen else theta_key, f"{key} must be a number above 1: fetch the file again")

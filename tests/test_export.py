@@ -261,17 +261,30 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "deepseek_v2_lite",
         "deepseek_v3",
         "deepseek_v3_plain",
+        "gemma",
+        "gemma2",
+        "phi3",
+        "phi4_mini",
+        "phi4_mini_long",
+        "olmo2",
+        "glm",
+        "glm4",
+        "smollm3",
+        "granite",
     ],
 )
 def test_gguf_means_what_the_checkpoint_means(name, tmp_path):
     """Permuted heads, turned matrices, stacked experts, split latents and metadata: the same file from both."""
     reference = checkpoints.load(name)
     reference["dtype"] = "F32"
+    if name == "gemma2":  # GGUF has no key for it
+        reference["config"]["query_pre_attn_scalar"] = reference["config"]["head_dim"]
     a = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors", "--type", "f32")
     b = run(gguf_models.build(reference, tmp_path / "m.gguf"), tmp_path / "b.safetensors", "--type", "f32")
     assert a[0].keys() == b[0].keys() and a[1].keys() == b[1].keys()
     for key, value in a[0].items():
-        same = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value  # GGUF keeps float32
+        numbers = isinstance(value, float) or key == "rope_scale"
+        same = pytest.approx(value, rel=1e-6) if numbers else value  # GGUF keeps float32
         assert b[0][key] == same, key
     for key, value in a[1].items():
         assert np.array_equal(b[1][key], value), key
@@ -396,6 +409,11 @@ def test_yarn_table():
         ("gpt2", "mla", "mla"),
         ("llama3", "mla", "mla"),
         ("qwen3", "mha", "mha"),
+        ("olmo2", "mha", "mha"),
+        ("phi4_mini", "mla", "mla"),
+        ("glm", "mla", "mla"),
+        ("smollm3", "mla", "mla"),
+        ("granite", "mla", "mla"),
     ],
 )
 def test_rewrites_are_exact(name, layout, variant, tmp_path):
@@ -434,6 +452,20 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama_gqa", {"rope_scaling": 4}, "rope_scaling is 4"),
         ("llama_gqa", {"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ("phi4_mini", {"partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1: 1 of 16 elements"),
+        ("phi4_mini", {"partial_rotary_factor": 0.5}, "short_factor must be 4 numbers"),
+        ("phi4_mini", {"rope_scaling": {"type": "su", "long_factor": [1.0] * 6}}, "short_factor is missing"),
+        (
+            "phi4_mini",
+            {"rope_scaling": {"type": "su", "long_factor": [0] * 6, "short_factor": [1]}},
+            "long_factor must",
+        ),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias is True"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
+        ("glm4", {"attention_bias": False, "num_key_value_heads": 3}, "num_key_value_heads is 3"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("olmo2", {"num_hidden_layers": 1}, "layers.1."),
+        ("llama_gqa", {"residual_multiplier": 0.5}, "residual_multiplier is 0.5: this key is not known"),
         ("llama_gqa", {"hidden_act": "relu2"}, "hidden_act is 'relu2'"),
         ("llama_gqa", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("llama_gqa", {"num_key_value_heads": 5}, "num_key_value_heads is 5"),
@@ -501,10 +533,11 @@ def test_refused_folders(tmp_path, capsys):
     assert "model.safetensors" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
+NEWER = ["gemma2", "phi4_mini_long", "glm4", "smollm3", "granite"]
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
 
 
-@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3", *NEWER])
 def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
     """Never another exception than the one that becomes a line."""
     reference = checkpoints.load(name)
@@ -516,7 +549,7 @@ def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
             build(source)
 
 
-@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "deepseek_v3", *NEWER])
 def test_any_value_of_any_gguf_key_is_taken_or_refused(name, tmp_path):
     source = open_source(gguf_models.build(checkpoints.load(name), tmp_path / "m.gguf"))
     whole = source.metadata
