@@ -9,6 +9,7 @@
 #include "cli/options.h"
 #include "cli/report.h"
 #include "host/engine.h"
+#include "host/error.h"
 #include "host/tokenizer.h"
 
 // The lines of a file, or of standard input as they come. They end in \n or \r\n.
@@ -42,6 +43,7 @@ struct Session {
   const Options& options;
   const Model& model;
   const Tokenizer& tokenizer;
+  Threads& threads;
   std::string text;           // the prompt, or the text to score
   std::vector<int> prompt;    // its ids
   std::vector<int> stop_ids;  // tokens that end a text
