@@ -97,8 +97,8 @@ def test_exported_file(name):
 def test_logits(name, kernel, tmp_path):
     reference, weights = tiny(name)
     binary = run_binary(attention=variant(weights), kernel=kernel, kv="f32")
-    for form in ("absorbed", "expanded") if variant(weights) == "mla" else (None,):
-        flags = ["--mla", form] if form else []
+    forms = {"naive": ["absorbed"], "flash": ["absorbed", "expanded"]}[kernel]  # what the kernel has of MLA
+    for flags in [["--mla", form] for form in forms] if variant(weights) == "mla" else [[]]:
         run(binary, weights, "-i", reference["prompt"], "--logits", tmp_path / "logits.npy", *flags)
         check_logits(np.load(tmp_path / "logits.npy"), reference)
 
