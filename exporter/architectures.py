@@ -28,6 +28,7 @@ class Architecture:
     lacks: str = "$"  # names of tensors of other models that must not
     biased: str = r"[qkvo]_proj"  # what attention_bias gives a bias
     experts: dict = field(default_factory=dict)  # how experts are chosen, where the file has no say
+    turned_experts: bool = False  # stored [expert, inputs, outputs], the outputs of gate and up taking turns
 
 
 LLAMA = dict(hidden_act="silu", tie_word_embeddings=False, rope_theta=10000.0, norm_eps=1e-6)
@@ -70,6 +71,26 @@ SMOLLM3 = LLAMA | dict(
     no_rope_layer_interval=4,
 )
 GRANITE = LLAMA | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
+GPT_OSS = LLAMA | dict(
+    norm_eps=1e-5,
+    rope_theta=150000.0,
+    rope_scaling=dict(
+        rope_type="yarn",
+        factor=32.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=False,
+        original_max_position_embeddings=4096,
+    ),
+    head_dim=64,
+    attention_bias=True,
+    sliding_window=128,
+    sliding_window_pattern=2,
+    layer_types=None,
+    num_experts=128,
+    num_experts_per_tok=4,
+    swiglu_limit=7.0,
+)
 GPT2 = dict(tie_word_embeddings=True, scale_attn_weights=True, norm_eps=1e-5)
 DEEPSEEK = LLAMA | dict(
     num_experts=None,
@@ -161,6 +182,14 @@ ARCHITECTURES = {
         windows="all",
         needs=QK_NORMS,
     ),
+    "gpt_oss": Architecture(
+        GPT_OSS,
+        windows="pattern",
+        gguf_modules={"post_attention_norm": "mlp_norm"},
+        needs=r"sinks|router\.logit_bias|(gate|up|down)_proj\.bias",
+        experts=dict(norm_topk_prob=True),
+        turned_experts=True,
+    ),
     "deepseek_v2": Architecture(
         DEEPSEEK
         | dict(
@@ -220,5 +249,6 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
             fused=architecture.fused and "blocks",
             interleaved=architecture.gguf_interleaved,
             modules=architecture.gguf_modules,
+            turned_experts=False,
         )
     return architecture, values

@@ -17,6 +17,7 @@ ALIASES = {  # the same thing under other architectures' names
     "rms_norm_eps": "norm_eps",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
@@ -58,6 +59,7 @@ NO_EFFECT = {
     "attn_implementation",
     "pretraining_tp",
     "n_ctx",
+    "initial_context_length",
     "initializer_range",
     "attention_dropout",
     "resid_pdrop",
@@ -106,6 +108,7 @@ OF_SOME = {
     "attention_multiplier",
     "residual_multiplier",
     "logits_scaling",
+    "swiglu_limit",
 }
 
 # Keys that do, of which architectures without a default for them have one value; null stands for "not set".
@@ -120,6 +123,7 @@ FIXED = {
     "interpolate_factor": (1,),
     "full_attn_mod": (1,),
     "lm_head_bias": (False,),
+    "swiglu_alpha": (1.702,),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from exporter.errors import ExportError
 from exporter.rope import yarn_mscale
 from exporter.source import Source, map_file
-from exporter.weights import GROUP, Tensor, Weight, size
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -149,7 +149,8 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
     rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
     if kind.name in GGUF_TYPES:
         type, unpack = GGUF_TYPES[kind.name]
-        return Tensor(shape, type, lambda index: unpack(rows[index]))
+        note = kind.name if kind.name == "MXFP4" else ""
+        return Tensor(shape, type, lambda index: unpack(rows[index]), note=note)
     return Tensor(
         shape,
         "f32",
@@ -200,6 +201,12 @@ def q5_0(rows: np.ndarray) -> Weight:
     return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
 
 
+def mxfp4_blocks(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("e", "u1"), ("q", "u1", GROUP // 2)])
+    codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
+    return mxfp4(codes.reshape(len(rows), -1), blocks["e"])
+
+
 GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
     "F32": ("f32", float_rows("<f4", "f32")),
     "F16": ("f16", float_rows("<f2", "f16")),
@@ -208,6 +215,7 @@ GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without lo
     "Q5_0": ("q8", q5_0),
     "Q4_0": ("q4", q4_0),
     "Q4_1": ("q4", q4_1),
+    "MXFP4": ("q8", mxfp4_blocks),
 }
 
 
@@ -217,6 +225,7 @@ MODEL_TYPES = {
     "qwen3moe": "qwen3_moe",
     "deepseek2": "deepseek_v2",
     "chatglm": "glm",
+    "gpt-oss": "gpt_oss",
 }
 # llama.cpp has no query_pre_attn_scalar: it is head_dim, but in the 27B, known by its layers, hidden_size / heads.
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -304,4 +313,6 @@ def gguf_rope(source: Source, config: dict) -> None:
     if kind != "longrope" and extra not in (0, 1):
         own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
+    if config["model_type"] == "gpt_oss":
+        scaling["truncate"] = False  # GGUF has no key for it
     config["rope_scaling"] = scaling | {"rope_type": kind}

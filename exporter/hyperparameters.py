@@ -26,6 +26,8 @@ def hyperparameters(keys: Keys, architecture: Architecture) -> tuple[dict, dict[
     kinds = dict(
         norm=architecture.norm, norm_eps=keys.number("norm_eps"), activation=keys.choice("hidden_act", ACTIVATIONS)
     )
+    if "swiglu_limit" in architecture.defaults:
+        kinds |= dict(activation="swiglu_oai", swiglu_limit=keys.number("swiglu_limit"))
     attended, tables = attention(keys, architecture, sizes, types)
     config = dict(attention=variant(sizes)) | sizes | kinds | attended | experts(keys, architecture, sizes)
     return config, tables

@@ -15,7 +15,9 @@ MODULES = {  # Hugging Face's names inside a layer
     "self_attn.kv_a_proj_with_mqa": "kv_a_proj",
     "self_attn.kv_a_layernorm": "kv_a_norm",
     "self_attn.q_a_layernorm": "q_a_norm",
+    "self_attn.sinks": "sinks",
     "mlp.gate": "router",
+    "mlp.router": "router",
     "mlp.gate.e_score_correction_bias": "router.bias",
     "ln_1": "attention_norm",
     "ln_2": "mlp_norm",
@@ -50,6 +52,7 @@ GGUF_MODULES = {
     "attn_output": "o_proj",
     "attn_q_norm": "q_norm",
     "attn_k_norm": "k_norm",
+    "attn_sinks": "sinks",
     "attn_q_a": "q_a_proj",
     "attn_q_a_norm": "q_a_norm",
     "attn_q_b": "q_b_proj",
@@ -62,7 +65,7 @@ GGUF_MODULES = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
     "ffn_gate_inp": "router",
-    "exp_probs_b": "router",
+    "exp_probs_b": "router.bias",
     "ffn_gate_exps": "experts.gate_proj",
     "ffn_up_exps": "experts.up_proj",
     "ffn_down_exps": "experts.down_proj",
@@ -81,6 +84,7 @@ IGNORED = re.compile(
     r"^freq_cis$|^rope_factors_(short|long)\.weight$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:(\d+)\.)?(.+)")
+WHOLE_NAMES = ("router.bias", "sinks")  # in the model file, with neither .weight nor .bias after them
 EXPERT_MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -104,12 +108,18 @@ def canonical_name(source: Source, architecture: Architecture, name: str) -> str
         module = modules[module]
     elif expert:
         number, part = expert.groups()
+        if part.endswith("_bias"):
+            part, suffix = part.removesuffix("_bias"), "bias"
         module = ".".join(filter(None, ("experts", number, EXPERT_MODULES.get(part, part))))
     elif source.kind == "hf" and re.fullmatch(r"mlp\.(shared_experts\.)?(gate|up|gate_up|down)_proj", module):
         module = module.removeprefix("mlp.")
     else:
         return None
-    return f"layers.{index}.{module}" if module == "router.bias" else f"layers.{index}.{module}.{suffix}"
+    if module in WHOLE_NAMES:
+        return f"layers.{index}.{module}"
+    if (module, suffix) == ("router", "bias"):
+        suffix = "logit_bias"  # of its logits; router.bias is one of the choice alone
+    return f"layers.{index}.{module}.{suffix}"
 
 
 def canonical_tensors(source: Source, architecture: Architecture, n_layers: int, ahead: int) -> dict[str, Tensor]:

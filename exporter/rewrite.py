@@ -64,6 +64,8 @@ def as_mla(model: Model) -> Model:
         raise ExportError(
             f"--as mla: {norm}: a norm of each head's keys has no place in a latent row: use --as mha or gqa:G"
         )
+    if any(name.endswith(".sinks") for name in model.tensors):
+        raise ExportError("--as mla: a model with attention sinks has no form as mla: use --as mha or gqa:G")
     for name in model.tensors:  # a row of the latent is biased whole
         other = name.replace("k_proj", "v_proj") if "k_proj" in name else name.replace("v_proj", "k_proj")
         if other not in model.tensors:

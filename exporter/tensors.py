@@ -8,7 +8,7 @@ import numpy as np
 from exporter.architectures import Architecture
 from exporter.errors import ExportError
 from exporter.source import Source
-from exporter.weights import Tensor, apply, concat, select
+from exporter.weights import Tensor, apply, concat, select, turn_each
 
 FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
     "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
@@ -48,6 +48,7 @@ def arrange(
         split_kv_b(source.path, config, tensors)
     if config.get("n_routed_experts"):
         stack_experts(source.path, config["n_routed_experts"], tensors)
+        split_experts(source.path, architecture, tensors)
     if interleaved:
         to_halves(config, interleaved, tensors)
     if architecture.norm_plus_one:
@@ -131,14 +132,26 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
                 f"{where}: tensor {name} is there, but the config has {n} experts ({FIELDS['experts']}): "
                 "fetch both again"
             )
-    for name in [name for name in tensors if name.endswith("experts.gate_up_proj.weight")]:
+
+
+def split_experts(where: Path, architecture: Architecture, tensors: dict[str, Tensor]) -> None:
+    """experts.gate_up_proj [experts, 2 hidden, dim] and its bias [experts, 2 hidden] -> gate_proj, up_proj."""
+    for name in [name for name in tensors if ".experts." in name] if architecture.turned_experts else ():
+        if len(tensors[name].shape) == 3 and tensors[name].note != "MXFP4":  # which lies [expert, outputs, inputs]
+            tensors[name] = turn_each(tensors[name])
+    for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
         both = tensors.pop(name)
-        hidden = both.shape[1] // 2
-        rows = np.arange(both.n).reshape(both.shape[0], 2, hidden)
+        if len(both.shape) < 2 or both.shape[1] % 2:
+            raise ExportError(f"{where}: tensor {name} is {list(both.shape)}, not two of a kind: fetch it again")
+        n, hidden = both.shape[0], both.shape[1] // 2
+        rows = np.arange(2 * n * hidden)
+        rows = rows.reshape(n, hidden, 2).swapaxes(1, 2) if architecture.turned_experts else rows.reshape(n, 2, hidden)
         for half, part in enumerate(("gate_proj", "up_proj")):
-            tensors[name.replace("gate_up_proj", part)] = select(
-                both, rows[:, half].reshape(-1), (len(rows), hidden, both.k)
-            )
+            own, target = rows[:, half], name.replace("gate_up_proj", part)
+            if name.endswith(".bias"):
+                tensors[target] = apply(both, lambda x, own=own: x.reshape(-1)[own], (n, hidden))
+            else:
+                tensors[target] = select(both, own.reshape(-1), (n, hidden, both.k))
 
 
 def to_halves(config: dict, rotated: int, tensors: dict[str, Tensor]) -> None:
@@ -179,7 +192,7 @@ def expected_shapes(
         for module, shape in modules.items():
             for suffix in suffixes:
                 shapes[f"{prefix}{module}.{suffix}"] = (
-                    shape if suffix == "weight" else shape[:1],
+                    shape if suffix == "weight" or len(shape) == 1 else shape[:-1],
                     required and suffix == "weight",
                 )
 
@@ -207,6 +220,7 @@ def expected_shapes(
     for layer in range(c["n_layers"]):
         prefix = f"layers.{layer}."
         add(prefix, projections)
+        shapes |= {} if c["attention"] == "mla" else {prefix + "sinks": ((heads,), False)}
         add(prefix, dict(attention_norm=(dim,), mlp_norm=(dim,)))
         add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
         if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
@@ -215,7 +229,8 @@ def expected_shapes(
             continue
         n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
         add(prefix, dict(router=(n, dim)))
-        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()}, suffixes=("weight",))
+        shapes[prefix + "router.logit_bias"] = ((n,), False)
+        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()})
         if c["n_shared_experts"]:
             add(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
     needs, lacks = (

@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "glm4": gguf.MODEL_ARCH.GLM4,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "granite": gguf.MODEL_ARCH.GRANITE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "gpt_bigcode": gguf.MODEL_ARCH.STARCODER,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
@@ -74,6 +75,15 @@ def turned(name, x, config):
         return [(name, x.T)]
     if kind.startswith("gemma") and name.endswith("norm.weight"):
         return [(name, x + 1)]
+    if kind == "gpt_oss" and ".experts." in name:  # two of a kind take turns, matrices are [inputs, outputs]
+        suffix = ".bias" if name.endswith("_bias") else ".weight"
+        x = x if x.ndim == 2 else x.swapaxes(1, 2)
+        stem = name.removesuffix("_bias")
+        if "gate_up" not in stem:
+            return [(stem + suffix, x)]
+        return [(stem.replace("gate_up", part) + suffix, x[:, i::2]) for i, part in enumerate(("gate", "up"))]
+    if name.endswith(".sinks"):
+        return [(name + ".weight", x)]
     if name.endswith("kv_b_proj.weight"):
         heads = config["num_attention_heads"]
         x = x.reshape(heads, -1, x.shape[-1])
@@ -95,7 +105,7 @@ def write_config(w, c):
         (w.add_layer_norm_eps, get("layer_norm_epsilon")),
         (w.add_rope_freq_base, get("rope_theta")),
         (w.add_sliding_window, get("sliding_window") if c["model_type"].startswith("gemma") else None),
-        (w.add_sliding_window, (get("sliding_window") or 0) if c["model_type"] == "phi3" else None),
+        (w.add_sliding_window, (get("sliding_window") or 0) if c["model_type"] in ("phi3", "gpt_oss") else None),
         (w.add_attn_logit_softcapping, get("attn_logit_softcapping")),
         (w.add_final_logit_softcapping, get("final_logit_softcapping")),
         (w.add_attention_scale, get("attention_multiplier")),
@@ -104,7 +114,10 @@ def write_config(w, c):
         (w.add_logit_scale, get("logits_scaling")),
         (w.add_expert_count, experts(c)),
         (w.add_expert_used_count, get("num_experts_per_tok")),
-        (w.add_expert_feed_forward_length, get("moe_intermediate_size")),
+        (
+            w.add_expert_feed_forward_length,
+            get("moe_intermediate_size", *["intermediate_size"] * (c["model_type"] == "gpt_oss")),
+        ),
     ]
     if "kv_lora_rank" in c:
         rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
@@ -145,6 +158,12 @@ def write_config(w, c):
         w.add_rope_scaling_factor(scaling["factor"])
     if kind == "yarn":
         w.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        for add, key in (
+            (w.add_rope_scaling_yarn_beta_fast, "beta_fast"),
+            (w.add_rope_scaling_yarn_beta_slow, "beta_slow"),
+        ):
+            if key in scaling:
+                add(scaling[key])
     if kind == "longrope":
         original = c["original_max_position_embeddings"]
         w.add_rope_scaling_orig_ctx_len(original)

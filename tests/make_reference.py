@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import checkpoints
@@ -268,6 +269,39 @@ def granite(**changes):
         "pad_token_id": 0,
         "rope_scaling": None,
         "tie_word_embeddings": False,
+    }
+    return llama() | own | changes
+
+
+def gpt_oss(**changes):
+    own = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 32,
+        "hidden_size": 96,
+        "initial_context_length": 64,
+        "intermediate_size": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "experts_per_token": 2,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "rope_scaling": {
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 12,
+        "swiglu_limit": 0.8,
     }
     return llama() | own | changes
 
@@ -726,6 +760,33 @@ MODELS = {
         },
         "dtype": "BF16",
     },
+    "gpt_oss": {
+        "config": gpt_oss(),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "window + 1": {"sliding_window": 13},
+            "pattern": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "clamp": {"swiglu_limit": 7.0},
+            "sinks": ("sinks", -20.0),
+            "router bias": (r"router.bias", 0.0),
+            "gate and up bias": (r"gate_up_proj_bias", 0.0),
+            "down bias": (r"down_proj_bias", 0.0),
+            "rope scaling": {"rope_scaling": {"rope_type": "default"}},
+        },
+        "dtype": "BF16",
+    },
+    "gpt_oss_mxfp4": {  # as published
+        "config": gpt_oss(
+            num_key_value_heads=1,
+            quantization_config={
+                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+                "quant_method": "mxfp4",
+            },
+        ),
+        "matters": {},
+        "dtype": "BF16",
+        "mxfp4": r"experts\.(gate_up|down)_proj$",
+    },
 }
 
 
@@ -747,16 +808,27 @@ def tensor_shapes(spec):
     if "fp8" in spec:
         for name in [name for name in shapes if re.search(spec["fp8"], name)]:
             shapes[name + "_scale_inv"] = [(side + 127) // 128 for side in shapes[name]]
+    for name in [name for name in shapes if "mxfp4" in spec and re.search(spec["mxfp4"], name)]:
+        count, inputs, outputs = shapes.pop(name)
+        shapes |= {
+            name + "_blocks": [count, outputs, inputs // 32, 16],
+            name + "_scales": [count, outputs, inputs // 32],
+        }
     return dict(sorted(shapes.items()))
 
 
-def without_float8(reference, folder):
-    """The same checkpoint with torch's own float8 decoding, for transformers on the CPU."""
+def dequantized(reference, folder):
+    """The same checkpoint with torch's own float8 decoding and transformers' of MXFP4, for the CPU."""
     plain = {}
     for name in reference["tensors"]:
         dtype, array = checkpoints.stored(name, reference["tensors"], reference)
-        if name.endswith("_scale_inv"):
+        if name.endswith(("_scale_inv", "_scales")):
             continue
+        if name.endswith("_blocks"):
+            _, scales = checkpoints.stored(name.replace("_blocks", "_scales"), reference["tensors"], reference)
+            parts = torch.from_numpy(array), torch.from_numpy(scales)
+            name, dtype = name.removesuffix("_blocks"), "F32"
+            array = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy()
         if dtype == "F8_E4M3":
             values = torch.from_numpy(array).view(torch.float8_e4m3fn).float()
             _, scale = checkpoints.stored(name + "_scale_inv", reference["tensors"], reference)
@@ -826,8 +898,8 @@ def make_tiny(name, spec, number):
         reference["seed"] = seed
         with tempfile.TemporaryDirectory() as temporary:
             folder = checkpoints.build(reference, temporary)
-            if "fp8" in spec:
-                without_float8(reference, folder)
+            if "fp8" in spec or "mxfp4" in spec:
+                dequantized(reference, folder)
             model = load_model(folder, spec["config"], spec.get("extra", {}))
             logits = all_logits(model, ids)
             text, lead = greedy(model, ids, N_GREEDY)

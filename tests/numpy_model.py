@@ -40,7 +40,11 @@ def load(path):
     return json.loads(metadata["config"]), tensors, metadata
 
 
-def softmax(x):
+def softmax(x, sinks=None):
+    """sinks: a score more in each row, without a share of its own."""
+    if sinks is not None:
+        sinks = np.broadcast_to(sinks, (*x.shape[:-1], 1))
+        return softmax(np.concatenate([x, sinks], axis=-1))[..., :-1]
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -92,7 +96,9 @@ class NumpyModel:
         t, s = np.arange(len(q))[:, None], np.arange(len(q))
         window = self.c["window"][layer] or len(q)
         scores = np.where((s <= t) & (s > t - window), scores, -np.inf)
-        return np.einsum("hts,shd->thd", softmax(scores), v).reshape(len(q), -1)
+        sinks = self.t.get(f"layers.{layer}.sinks")
+        share = softmax(scores, None if sinks is None else sinks[:, None, None])
+        return np.einsum("hts,shd->thd", share, v).reshape(len(q), -1)
 
     def attention(self, layer, x):
         c, p, T = self.c, f"layers.{layer}.", len(x)
@@ -126,16 +132,21 @@ class NumpyModel:
             return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
+    def gated(self, gate, up):
+        if self.c["activation"] != "swiglu_oai":
+            return self.activate(gate) * up
+        limit = self.c["swiglu_limit"]
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+
     def mlp(self, p, x):
         up = self.linear(p + "up_proj", x)
-        gated = p + "gate_proj.weight" in self.t
-        return self.linear(
-            p + "down_proj", self.activate(self.linear(p + "gate_proj", x)) * up if gated else self.activate(up)
-        )
+        gate = self.linear(p + "gate_proj", x) if p + "gate_proj.weight" in self.t else None
+        return self.linear(p + "down_proj", self.activate(up) if gate is None else self.gated(gate, up))
 
     def experts(self, p, x):
         c = self.c
-        logits = x @ self.t[p + "router.weight"].T
+        logits = x @ self.t[p + "router.weight"].T + self.t.get(p + "router.logit_bias", 0)
         scores = softmax(logits) if c["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits))
         choice = scores + self.t.get(p + "router.bias", 0)
         groups = choice.reshape(len(x), c["n_group"], -1)
@@ -149,10 +160,14 @@ class NumpyModel:
         if c["norm_topk_prob"]:
             weight = weight / weight.sum(axis=-1, keepdims=True)
         out = np.zeros_like(x)
-        gate, up, down = (self.t[p + f"experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
+
+        def expert(e, part, x):
+            name = f"{p}experts.{part}_proj."
+            return self.t[name + "weight"][e] @ x + (self.t[name + "bias"][e] if name + "bias" in self.t else 0)
+
         for t in range(len(x)):
             for e, w in zip(top[t], weight[t] * c["routed_scaling_factor"], strict=True):
-                out[t] += w * (down[e] @ (self.activate(gate[e] @ x[t]) * (up[e] @ x[t])))
+                out[t] += w * expert(e, "down", self.gated(expert(e, "gate", x[t]), expert(e, "up", x[t])))
         return out + self.mlp(p + "shared_experts.", x) if c["n_shared_experts"] else out
 
     def logits(self, tokens):

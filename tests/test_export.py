@@ -22,7 +22,7 @@ from numpy_model import NumpyModel, load
 from safetensors import safe_open
 
 import export
-from exporter import rope, writer
+from exporter import gguf_source, rope, writer
 from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
@@ -234,6 +234,21 @@ def test_gguf_types_import_without_loss(kind, tmp_path):
         assert file.get_slice("layers.0.q_proj.weight").get_dtype() == stored
 
 
+def test_mxfp4_is_held_as_it_is(tmp_path):
+    """Every code with scales from the smallest that float16 has to large ones, as the gguf package reads them; in a
+    checkpoint of Hugging Face the codes lie in another order (test_reference.py)."""
+    random = np.random.RandomState(5)
+    exponents = np.arange(104, 136, dtype=np.uint8)  # half of 2^-23 to half of 2^8
+    blocks = np.concatenate([exponents[:, None], random.randint(0, 256, (32, 16)).astype(np.uint8)], axis=1)
+    rows = blocks.reshape(4, -1)
+    got = gguf_source.GGUF_TYPES["MXFP4"][1](rows)
+    want = gguf.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
+    assert got.type == "q8" and np.array_equal(got.float32(), want) and len(np.unique(np.abs(want))) > 32
+    blocks[0, 0] = 200
+    with pytest.raises(ExportError, match="more than float16"):
+        gguf_source.GGUF_TYPES["MXFP4"][1](blocks.reshape(4, -1))
+
+
 def test_gguf_types_that_we_lack(tmp_path, capsys):
     """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
     want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
@@ -271,14 +286,18 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "glm4",
         "smollm3",
         "granite",
+        "gpt_oss",
     ],
 )
 def test_gguf_means_what_the_checkpoint_means(name, tmp_path):
     """Permuted heads, turned matrices, stacked experts, split latents and metadata: the same file from both."""
     reference = checkpoints.load(name)
     reference["dtype"] = "F32"
-    if name == "gemma2":  # GGUF has no key for it
+    # GGUF has no keys for these: they are what the published models have.
+    if name == "gemma2":
         reference["config"]["query_pre_attn_scalar"] = reference["config"]["head_dim"]
+    if name == "gpt_oss":
+        reference["config"]["swiglu_limit"] = 7.0
     a = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors", "--type", "f32")
     b = run(gguf_models.build(reference, tmp_path / "m.gguf"), tmp_path / "b.safetensors", "--type", "f32")
     assert a[0].keys() == b[0].keys() and a[1].keys() == b[1].keys()
@@ -414,6 +433,7 @@ def test_yarn_table():
         ("glm", "mla", "mla"),
         ("smollm3", "mla", "mla"),
         ("granite", "mla", "mla"),
+        ("gpt_oss", "mha", "mha"),
     ],
 )
 def test_rewrites_are_exact(name, layout, variant, tmp_path):
@@ -474,6 +494,10 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"num_hidden_layers": 1}, "layers.1."),
         ("llama_gqa", {"attention_bias": True}, "q_proj.bias"),
         ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
+        ("gpt_oss_mxfp4", {"quantization_config": {"quant_method": "fp8"}}, "down_proj_blocks"),
+        ("gpt_oss_mxfp4", {"num_local_experts": 4}, "says [4, 96]"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0"),
+        ("gpt_oss", {"swiglu_alpha": 2.0}, "swiglu_alpha is 2.0"),
         ("llama_gqa", {"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
         (
             "deepseek_v3_fp8",
@@ -533,7 +557,7 @@ def test_refused_folders(tmp_path, capsys):
     assert "model.safetensors" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
-NEWER = ["gemma2", "phi4_mini_long", "glm4", "smollm3", "granite"]
+NEWER = ["gemma2", "phi4_mini_long", "glm4", "smollm3", "granite", "gpt_oss"]
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
 
 
