@@ -15,7 +15,7 @@
 #include "kernels/matmul.h"
 
 enum class NormKind { rms, layer };
-enum class Activation { silu, gelu, gelu_tanh };
+enum class Activation { silu, gelu, gelu_tanh, swiglu_oai };  // swiglu_oai: gpt-oss's, of gate and up together
 enum class Scoring { softmax, sigmoid };
 enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 
@@ -32,6 +32,7 @@ struct Config {
   NormKind norm = NormKind::rms;
   float norm_eps = 1e-5f;
   Activation activation = Activation::silu;
+  float swiglu_limit = 0;       // swiglu_oai clamps its inputs to this
   float attention_scale = 0;    // factor on q . k
   float attention_softcap = 0;  // s -> cap tanh(s / cap); 0: none
   float logit_softcap = 0;
@@ -88,7 +89,7 @@ struct Layer {
   Linear w_uv;                // a group a head: [v_head_dim, kv_lora_rank]
   Mlp mlp;
   // experts
-  Linear router;                       // [n_routed_experts, dim], float32
+  Linear router;                       // [n_routed_experts, dim], float32; its bias joins the logits
   const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
   Mlp experts;                         // groups of n_routed_experts, hidden = moe_intermediate_size
   Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
