@@ -22,6 +22,7 @@ class Architecture:
     row_norms: bool = False  # q_norm and k_norm run over the whole row, not over each head
     norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight
     scaled_embedding: bool = False  # by sqrt(hidden_size)
+    local_theta: str = ""  # key of the sliding layers' own rope_theta, which no rope_scaling changes; "": as all layers
     windows: str = "none"  # 'none', 'all', 'upper' (from max_window_layers), 'pattern', 'unrotated' (without RoPE)
     mla: bool = False
     needs: str = "$"  # names of tensors, beyond those of every model, that must be there
@@ -70,6 +71,9 @@ SMOLLM3 = LLAMA | dict(
     no_rope_layers=None,
     no_rope_layer_interval=4,
 )
+OLMO3 = LLAMA | dict(
+    norm_eps=1e-5, rope_theta=500000.0, sliding_window=4096, sliding_window_pattern=4, layer_types=None
+)
 GRANITE = LLAMA | dict(embedding_multiplier=1.0, attention_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0)
 GPT_OSS = LLAMA | dict(
     norm_eps=1e-5,
@@ -107,6 +111,11 @@ GPT2_NEEDS = r"(norm|[qkvo]_proj|up_proj|down_proj)\.bias|position_embedding\.we
 GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 POST_NORMS = r"(attention|mlp)_post_norm\.weight"
 GLM4_MODULES = {"post_self_attn_layernorm": "attention_post_norm", "post_mlp_layernorm": "mlp_post_norm"}
+GRANITE_MODULES = {
+    "block_sparse_moe.router.layer": "router",
+    "block_sparse_moe.input_linear": "experts.gate_up_proj",
+    "block_sparse_moe.output_linear": "experts.down_proj",
+}
 FUSED_UP = {"ffn_up": "gate_up_proj"}
 
 ARCHITECTURES = {
@@ -126,6 +135,7 @@ ARCHITECTURES = {
     ),
     "gemma3_text": Architecture(
         GEMMA3,
+        local_theta="rope_local_base_freq",
         windows="pattern",
         modules=GEMMA_MODULES,
         norm_plus_one=True,
@@ -137,6 +147,15 @@ ARCHITECTURES = {
         LLAMA | dict(norm_eps=1e-5),
         modules=GEMMA_MODULES,
         row_norms=True,
+        needs=f"{QK_NORMS}|{POST_NORMS}",
+        lacks=r"(attention|mlp)_norm\.weight",
+    ),
+    "olmo3": Architecture(
+        OLMO3,
+        modules=GEMMA_MODULES,
+        row_norms=True,
+        local_theta="rope_theta",
+        windows="pattern",
         needs=f"{QK_NORMS}|{POST_NORMS}",
         lacks=r"(attention|mlp)_norm\.weight",
     ),
@@ -160,6 +179,12 @@ ARCHITECTURES = {
     ),
     "smollm3": Architecture(SMOLLM3, windows="unrotated", gguf_interleaved=True),
     "granite": Architecture(GRANITE, gguf_interleaved=True),
+    "granitemoe": Architecture(
+        GRANITE | dict(num_experts=8, num_experts_per_tok=2),
+        modules=GRANITE_MODULES,
+        gguf_interleaved=True,
+        experts=dict(norm_topk_prob=True),
+    ),
     "gpt2": Architecture(
         GPT2 | dict(hidden_act="gelu_new"), norm="layer", rotates=False, fused="blocks", conv1d=True, needs=GPT2_NEEDS
     ),

@@ -17,6 +17,7 @@ ALIASES = {  # the same thing under other architectures' names
     "rms_norm_eps": "norm_eps",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
+    "sliding_window_size": "sliding_window",
     "experts_per_token": "num_experts_per_tok",
     "num_mtp_layers": "num_nextn_predict_layers",
 }

@@ -114,10 +114,8 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
     for key in ("rope_theta", "rope_scaling", "rope_parameters") if architecture.rotates else ():
         keys.get(key)  # known, whatever the kinds of the layers
     for layer_type in dict.fromkeys(types) if architecture.rotates else ():
-        local = layer_type == SLIDING and "rope_local_base_freq" in architecture.defaults
-        parameters = rope.parameters(
-            keys, layer_type if local else FULL, "rope_local_base_freq" if local else "rope_theta"
-        )
+        local = layer_type == SLIDING and architecture.local_theta
+        parameters = rope.parameters(keys, layer_type if local else FULL, local or "rope_theta")
         if parameters not in kinds:
             kinds.append(parameters)
         index[layer_type] = kinds.index(parameters)

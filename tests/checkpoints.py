@@ -52,7 +52,18 @@ def weight(name, shape, seed, model_type):
         "wpe",
     ):  # small beside what the layers add, or tied models repeat themselves
         return (0.03 * unit).astype(np.float32)
-    wide = ("q_proj", "k_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "c_attn", "qkv_proj", "gate", "router")
+    wide = (
+        "q_proj",
+        "k_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "c_attn",
+        "qkv_proj",
+        "gate",
+        "router",
+        "layer",
+    )
     gain = 1.5 if name.split(".")[-2] in wide else 1.0
     turned = model_type == "gpt2" or (model_type == "gpt_oss" and ".experts." in name)  # [inputs, outputs]
     fan_in = shape[-2] if turned and len(shape) > 1 else shape[-1]

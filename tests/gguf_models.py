@@ -24,13 +24,14 @@ ARCHITECTURES = {
     "glm4": gguf.MODEL_ARCH.GLM4,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
     "granite": gguf.MODEL_ARCH.GRANITE,
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
     "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "gpt_bigcode": gguf.MODEL_ARCH.STARCODER,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
 }
-PERMUTED = ("llama", "mixtral", "smollm3", "granite")
+PERMUTED = ("llama", "mixtral", "smollm3", "granite", "granitemoe")
 
 
 def arrays(reference):
@@ -82,6 +83,9 @@ def turned(name, x, config):
         if "gate_up" not in stem:
             return [(stem + suffix, x)]
         return [(stem.replace("gate_up", part) + suffix, x[:, i::2]) for i, part in enumerate(("gate", "up"))]
+    if name.endswith("input_linear.weight"):
+        parts = zip(("w1", "w3"), np.split(x, 2, axis=1), strict=True)
+        return [(name.replace("input_linear", f"experts.{part}"), half) for part, half in parts]
     if name.endswith(".sinks"):
         return [(name + ".weight", x)]
     if name.endswith("kv_b_proj.weight"):

@@ -787,6 +787,49 @@ MODELS = {
         "dtype": "BF16",
         "mxfp4": r"experts\.(gate_up|down)_proj$",
     },
+    "olmo3": {
+        "config": olmo2(
+            model_type="olmo3",
+            architectures=["Olmo3ForCausalLM"],
+            rope_theta=500000.0,
+            num_hidden_layers=4,
+            sliding_window=12,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+            max_position_embeddings=512,
+        ),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "rope scaling": {"rope_scaling": None},
+            "layer types": {"layer_types": ["full_attention"] + ["sliding_attention"] * 3},
+        },
+        "dtype": "BF16",
+    },
+    "granitemoe": {
+        "config": granite(
+            model_type="granitemoe",
+            architectures=["GraniteMoeForCausalLM"],
+            intermediate_size=48,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            output_router_logits=False,
+            router_aux_loss_coef=0.0,
+            num_key_value_heads=3,
+        )
+        | {"mlp_bias": None},
+        "matters": {
+            "top-k": {"num_experts_per_tok": 2},
+            "router": (r"block_sparse_moe.router", 0.0),
+            "residual": {"residual_multiplier": 1.0},
+        },
+    },
 }
 
 

@@ -286,6 +286,7 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "glm4",
         "smollm3",
         "granite",
+        "granitemoe",
         "gpt_oss",
     ],
 )

@@ -118,6 +118,19 @@ def test_text(name):
     )
 
 
+@pytest.mark.parametrize("context, long", [(256, False), (257, True)])
+def test_the_chosen_context_picks_the_factors_of_longrope(context, long, tmp_path):
+    """As vLLM does, and not the length that a text has so far: no key has to rotate anew as it grows."""
+    reference, weights = tiny("phi4_mini")
+    model = NumpyModel(weights)
+    assert model.c["original_seq_len"] == 256
+    model.c["original_seq_len"] = 1 if long else 256
+    reference["logits"] = model.logits(list(reference["prompt"].encode()))[reference["positions"]]
+    binary = run_binary(attention=variant(weights), kv="f32")
+    run(binary, weights, "-i", reference["prompt"], "-c", context, "--logits", tmp_path / "logits.npy")
+    check_logits(np.load(tmp_path / "logits.npy"), reference)
+
+
 @pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")
 def test_llama2c_tells_its_story(tmp_path):
     weights = exported(STORIES, tmp_path / "m.safetensors", tokenizer=STORIES.with_name("tok512.bin"))
