@@ -105,7 +105,8 @@ def dequantize_mxfp4(source: Source) -> None:
     for name in [name for name in source.tensors if name.endswith("_blocks")]:
         stem = name.removesuffix("_blocks")
         blocks, scales = source.tensors.pop(name), source.tensors.pop(stem + "_scales", None)
-        if scales is None or blocks.type != "u8" or blocks.shape != (*scales.shape, GROUP // 2):
+        known = scales is not None and (scales.type, blocks.type) == ("u8", "u8") and len(scales.shape) > 1
+        if not known or blocks.shape != (*scales.shape, GROUP // 2):
             raise ExportError(
                 f"{source.path}: tensor {name} is MXFP4, and {stem}_scales with one scale for each 32 elements is not "
                 "there: export another checkpoint"

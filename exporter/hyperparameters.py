@@ -78,7 +78,7 @@ def layer_types(keys: Keys, architecture: Architecture, n_layers: int) -> list[s
     first = keys.count("max_window_layers")
     on = keys.flag("use_sliding_window", True) and window is not None
     if given is not None:
-        if not isinstance(given, list) or len(given) != n_layers or not set(given) <= {FULL, SLIDING}:
+        if not isinstance(given, list) or len(given) != n_layers or not all(one in (FULL, SLIDING) for one in given):
             keys.refuse(
                 "layer_types", f"must be one of {FULL}, {SLIDING} for each of the {n_layers} layers: fetch it again"
             )
@@ -101,7 +101,7 @@ def rotating_layers(keys: Keys, n_layers: int) -> list[bool]:
     given, interval = keys.get("no_rope_layers"), keys.count("no_rope_layer_interval")
     if given is None:
         return [not interval or (layer + 1) % interval != 0 for layer in range(n_layers)]
-    if not isinstance(given, list) or len(given) < n_layers or not set(given) <= {0, 1}:
+    if not isinstance(given, list) or len(given) < n_layers or not all(one in (0, 1) for one in given):
         keys.refuse("no_rope_layers", f"must be 1 (rotates) or 0 for each of the {n_layers} layers: fetch it again")
     return [bool(rotates) for rotates in given[:n_layers]]
 

@@ -74,7 +74,7 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
 
 def rotated(keys: Keys, rope: dict, width: int) -> int:
     """Elements at the start of a head of `width` that rotate; GGUF counts them, Hugging Face has a factor."""
-    n = keys.get("rope_dim", int(width * rope["partial_rotary_factor"]))
+    n = keys.get("rope_dim", int(width * min(rope["partial_rotary_factor"], 2)))
     if n != width and "partial_rotary_factor" not in keys.defaults:
         name = "rope_dim" if keys.get("rope_dim") is not None else "partial_rotary_factor"
         keys.refuse(name, f"must be all of a head's {width} elements: export a model that rotates whole heads")

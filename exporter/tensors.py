@@ -141,7 +141,7 @@ def split_experts(where: Path, architecture: Architecture, tensors: dict[str, Te
             tensors[name] = turn_each(tensors[name])
     for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
         both = tensors.pop(name)
-        if len(both.shape) < 2 or both.shape[1] % 2:
+        if len(both.shape) != (2 if name.endswith(".bias") else 3) or both.shape[1] % 2:
             raise ExportError(f"{where}: tensor {name} is {list(both.shape)}, not two of a kind: fetch it again")
         n, hidden = both.shape[0], both.shape[1] // 2
         rows = np.arange(2 * n * hidden)

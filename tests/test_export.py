@@ -249,6 +249,16 @@ def test_mxfp4_is_held_as_it_is(tmp_path):
         gguf_source.GGUF_TYPES["MXFP4"][1](blocks.reshape(4, -1))
 
 
+def test_mxfp4_checkpoints_keep_their_values(tmp_path, capsys):
+    source = checkpoints.build(checkpoints.load("gpt_oss_mxfp4"), tmp_path / "source")
+    _, kept = run(source, tmp_path / "m.safetensors")
+    assert "widened     MXFP4" in capsys.readouterr().out
+    _, plain = run(source, tmp_path / "f.safetensors", "--type", "f32")
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert file.get_tensor("layers.0.experts.up_proj.weight").dtype == np.int8
+    assert kept.keys() == plain.keys() and all(np.array_equal(kept[name], plain[name]) for name in kept)
+
+
 def test_gguf_types_that_we_lack(tmp_path, capsys):
     """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
     want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
@@ -412,6 +422,22 @@ def test_yarn_table():
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
 
 
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_longrope_by_its_first_names(name, tmp_path):
+    reference = checkpoints.load("phi4_mini")
+    want = run(checkpoints.build(reference, tmp_path / "a"), tmp_path / "a.safetensors")
+    reference["config"]["rope_scaling"]["type"] = name
+    got = run(checkpoints.build(reference, tmp_path / "b"), tmp_path / "b.safetensors")
+    assert got[0] == want[0] and all(np.array_equal(got[1][key], want[1][key]) for key in want[1])
+
+
+@pytest.mark.parametrize("keys", [{}, {"hidden_activation": "gelu_pytorch_tanh"}, {"hidden_activation": None}])
+def test_gelu_of_the_first_gemma_is_tanhs(keys, tmp_path):
+    reference = checkpoints.load("gemma")
+    reference["config"] = {**reference["config"], "hidden_act": "gelu"} | keys
+    assert run(checkpoints.build(reference, tmp_path / "m"), tmp_path / "m.safetensors")[0]["activation"] == "gelu_tanh"
+
+
 # ---- Rewrites
 
 
@@ -483,6 +509,8 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias is True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
+        ("smollm3", {"no_rope_layers": [[]] * 9}, "no_rope_layers is [["),
+        ("phi4_mini", {"partial_rotary_factor": 1e308}, "partial_rotary_factor is 1e+308"),
         ("glm4", {"attention_bias": False, "num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
         ("olmo2", {"num_hidden_layers": 1}, "layers.1."),
