@@ -168,9 +168,10 @@ def write_config(w, c):
         ):
             if key in scaling:
                 add(scaling[key])
-    if kind == "longrope":
+    if c["model_type"] == "phi3":
         original = c["original_max_position_embeddings"]
         w.add_rope_scaling_orig_ctx_len(original)
+    if kind == "longrope":
         w.add_rope_scaling_attn_factors(
             math.sqrt(1 + math.log(c["max_position_embeddings"] / original) / math.log(original))
         )
