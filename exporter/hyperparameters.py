@@ -110,30 +110,14 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
     """The attention's part of the config, and the RoPE tables by name."""
     width = sizes["head_dim"] if "head_dim" in sizes else sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
     scale = keys.number("query_pre_attn_scalar", width) ** -0.5 if keys.flag("scale_attn_weights", True) else 1.0
-    kinds, index = [], {}
-    for key in ("rope_theta", "rope_scaling", "rope_parameters") if architecture.rotates else ():
-        keys.get(key)  # known, whatever the kinds of the layers
-    for layer_type in dict.fromkeys(types) if architecture.rotates else ():
-        local = layer_type == SLIDING and architecture.local_theta
-        parameters = rope.parameters(keys, layer_type if local else FULL, local or "rope_theta")
-        if parameters not in kinds:
-            kinds.append(parameters)
-        index[layer_type] = kinds.index(parameters)
-    tables, factors, original = {}, [], 0
-    for i, parameters in enumerate(kinds):
-        dim = rope.rotated(keys, parameters, sizes.get("qk_rope_head_dim", width))
-        tables[f"rope.{i}.inv_freq"], factor = rope.table(parameters, dim)
-        factors.append(factor)
-        if parameters["rope_type"] == "longrope":
-            tables[f"rope.{i}.long_inv_freq"], _ = rope.table(parameters, dim, long=True)
-            original = parameters["original_max_position_embeddings"]
+    kinds, index = rotations(keys, architecture, types)
+    scale *= rope.softmax_mscale(kinds[0]) if architecture.mla else 1
+    factors, original, tables = rope_tables(keys, kinds, sizes.get("qk_rope_head_dim", width))
     window = keys.positive("sliding_window") if SLIDING in types else 0
-    rotates = rotating_layers(keys, len(types))
     return dict(
-        attention_scale=keys.number("attention_multiplier", scale)
-        * (rope.softmax_mscale(kinds[0]) if architecture.mla else 1),
+        attention_scale=keys.number("attention_multiplier", scale),
         window=[window if layer_type == SLIDING else 0 for layer_type in types],
-        rope=[index.get(layer_type, -1) if on else -1 for layer_type, on in zip(types, rotates, strict=True)],
+        rope=index,
         rope_scale=factors,
         original_seq_len=original,
         attention_softcap=softcap(keys, "attn_logit_softcapping"),
@@ -144,6 +128,36 @@ def attention(keys: Keys, architecture: Architecture, sizes: dict, types: list[s
         else keys.number("embedding_multiplier", 1),
         residual_scale=keys.number("residual_multiplier", 1),
     ), tables
+
+
+def rotations(keys: Keys, architecture: Architecture, types: list[str]) -> tuple[list[dict], list[int]]:
+    """The different rope.parameters of a model, and for each layer which of them it has, -1 for none."""
+    if not architecture.rotates:
+        return [], [-1] * len(types)
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        keys.get(key)  # known, whatever the kinds of the layers
+    kinds, of_type = [], {}
+    for layer_type in dict.fromkeys(types):
+        local = layer_type == SLIDING and architecture.local_theta
+        parameters = rope.parameters(keys, layer_type if local else FULL, local or "rope_theta")
+        if parameters not in kinds:
+            kinds.append(parameters)
+        of_type[layer_type] = kinds.index(parameters)
+    rotates = rotating_layers(keys, len(types))
+    return kinds, [of_type[layer_type] if on else -1 for layer_type, on in zip(types, rotates, strict=True)]
+
+
+def rope_tables(keys: Keys, kinds: list[dict], width: int) -> tuple[list[float], int, dict]:
+    """Of each kind the factor on cos and sin; original_seq_len; and the tables by name."""
+    tables, factors, original = {}, [], 0
+    for i, parameters in enumerate(kinds):
+        dim = rope.rotated(keys, parameters, width)
+        tables[f"rope.{i}.inv_freq"], factor = rope.table(parameters, dim)
+        factors.append(factor)
+        if parameters["rope_type"] == "longrope":
+            tables[f"rope.{i}.long_inv_freq"], _ = rope.table(parameters, dim, long=True)
+            original = int(parameters["original_max_position_embeddings"])
+    return factors, original, tables
 
 
 def softcap(keys: Keys, key: str) -> float:
