@@ -62,11 +62,11 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 # g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
 # Less where the compiler's time goes into templates and no loop runs per token.
 OPTIMIZE := -O3
-$(addprefix $(COMMON)/,host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o): private OPTIMIZE := -O1
+$(addprefix $(COMMON)/,host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o cli/chat.o cli/editor.o cli/lines.o cli/output.o cli/signals.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
-LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle
+LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 sanitize_flags_1 := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
 
@@ -122,7 +122,7 @@ packages_test := python3-venv libgtest-dev nlohmann-json3-dev
 packages_lint := python3-venv
 packages_bench := python3-venv
 packages_fuzz := clang libclang-rt-dev libomp-dev nlohmann-json3-dev
-PACKAGES := g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev \
+PACKAGES := g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev \
   $(sort $(foreach goal,$(MAKECMDGOALS),$(packages_$(goal))))
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))

@@ -1,6 +1,9 @@
 // kvcache.cpp: the only writer of the cache.
 #include "kvcache.h"
 
+#include <atomic>
+#include <cmath>
+
 #include "kernels/build.h"
 
 // x [32], q [32]. The scale is the smallest float16 that is not below amax / 127, NaN where an element is not finite.
@@ -14,6 +17,7 @@ static uint16_t store_q8_group(const float* x, int8_t* q) {
   const float amax = simd::largest(largest);
   uint16_t scale = float_to_f16(amax / 127 + simd::sum(not_finite));
   if (f16_to_float(scale) * 127 < amax) scale++;
+  if (scale == 0x7c00) scale = 0x7e00;  // infinity: NaN
   const simd::F32 inverse = simd::set(scale == 0 ? 0 : 1 / f16_to_float(scale));
   float rounded[KvQ8::GROUP_SIZE];
   for (int i = 0; i < KvQ8::GROUP_SIZE; i += simd::LANES) {
@@ -91,6 +95,15 @@ void KVCache<Kv, Block>::store_k(int layer, int block, int kv_head, int slot, co
   k_major() ? store_column<Kv>(x, shape_.k_dim, to, lane) : Kv::store(x, shape_.k_dim, to);
 }
 
+// Finite, and beyond what the type holds.
+template <class Kv>
+static bool overflows(const float* x, int n) {
+  if constexpr (Kv::largest == FLOAT_MAX) return false;
+  int over = 0;
+  for (int i = 0; i < n; i++) over |= std::abs(x[i]) > Kv::largest && std::abs(x[i]) <= FLOAT_MAX;
+  return over != 0;
+}
+
 template <class Kv, int Block>
 void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, const float* v) {
   const int G = shape_.n_kv_heads, k_dim = shape_.k_dim, v_dim = shape_.v_dim;
@@ -99,9 +112,11 @@ void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, c
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
-      store_k(layer, block, g, slot, k + from * static_cast<size_t>(k_dim));
-      if (v_dim == 0) continue;
-      Kv::store(v + from * static_cast<size_t>(v_dim), v_dim, memory_.data() + v_offset(layer, block, g, slot));
+      const float *key = k + from * static_cast<size_t>(k_dim), *value = v + from * static_cast<size_t>(v_dim);
+      store_k(layer, block, g, slot, key);
+      if (v_dim > 0) Kv::store(value, v_dim, memory_.data() + v_offset(layer, block, g, slot));
+      if (overflows<Kv>(key, k_dim) || overflows<Kv>(value, v_dim))
+        std::atomic_ref(overflowed_).store(true, std::memory_order_relaxed);
     }
   }
 }

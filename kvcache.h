@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "kernels/device.h"
@@ -47,7 +48,8 @@ static_assert(KEY_LANES % simd::LANES == 0);
 // Each type: name, Element, the bytes of a row's scales and of all of it (a multiple of 2), store a row, and ways to
 // read floats. `element` is one of a row; `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of
 // LANES; `key` is element i of one token of a k-major matrix; `keys` that of tokens lane .. lane + LANES - 1.
-// Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number.
+// Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number; what
+// is beyond the type's `largest` as NaN: an infinite score would be a weight of 0, and nobody would see it.
 template <class Codec, class T>
 struct Unscaled {
   using Element = T;
@@ -66,15 +68,19 @@ struct Unscaled {
   static const T* at(const std::byte* p) { return reinterpret_cast<const T*>(p); }
 };
 
+constexpr float FLOAT_MAX = std::numeric_limits<float>::max();
+
 struct KvF32 : Unscaled<KvF32, float> {  // float32
+  static constexpr float largest = FLOAT_MAX;
   static constexpr const char* name = "f32";
   static float widen(float x) { return x; }
   static simd::F32 load(const float* p) { return simd::load(p); }
   static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
 };
 
-// IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity.
+// IEEE half, round to nearest even: error 2^-11 of the element.
 struct KvF16 : Unscaled<KvF16, uint16_t> {
+  static constexpr float largest = 65504;
   static constexpr const char* name = "f16";
   static float widen(uint16_t x) { return f16_to_float(x); }
   static simd::F32 load(const uint16_t* p) { return simd::load_f16(p); }
@@ -83,10 +89,13 @@ struct KvF16 : Unscaled<KvF16, uint16_t> {
     int i = 0;
     for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
     for (; i < dim; i++) to[i] = float_to_f16(x[i]);
+    for (i = 0; i < dim; i++)
+      if ((to[i] & 0x7fff) == 0x7c00) to[i] = 0x7e00;  // infinity: NaN
   }
 };
 
 struct KvBF16 : Unscaled<KvBF16, uint16_t> {  // bfloat16, round to nearest even: error 2^-8 of the element
+  static constexpr float largest = FLOAT_MAX;
   static constexpr const char* name = "bf16";
   static float widen(uint16_t x) { return bf16_to_float(x); }
   static simd::F32 load(const uint16_t* p) { return simd::load_bf16(p); }
@@ -102,6 +111,7 @@ struct KvBF16 : Unscaled<KvBF16, uint16_t> {  // bfloat16, round to nearest even
 struct KvQ8 {
   static constexpr const char* name = "q8";
   static constexpr int GROUP_SIZE = 32;
+  static constexpr float largest = 127 * 65504.0f;
   using Element = int8_t;
   static constexpr size_t scale_bytes(int dim) {
     return sizeof(uint16_t) * static_cast<size_t>((dim + GROUP_SIZE - 1) / GROUP_SIZE);
@@ -185,6 +195,8 @@ class KVCache {
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
   // slot_mapping[t]. Called by every thread of the team.
   void append(int layer, const Batch& batch, const float* k, const float* v);
+  // Whether anything finite was beyond Kv::largest, and so is NaN now.
+  bool overflowed() const { return overflowed_; }
 
   // out [n, k_dim] float32: the K rows of the one KV head at positions first .. first + n - 1 of the batch's sequence s
   // (for MLA's expanded form). Called by every thread of the team; ends with a barrier.
@@ -220,4 +232,5 @@ class KVCache {
   CacheShape shape_{};
   size_t k_row_bytes_ = 0, v_row_bytes_ = 0, run_bytes_ = 0, block_bytes_ = 0;
   Buffer<std::byte> memory_;
+  bool overflowed_ = false;
 };

@@ -98,12 +98,13 @@ Setup plan(const Session& session) {
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
-  int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
+  const int asked = o.model_context ? config.seq_len : o.context;  // 0: nothing
+  int context = asked ? asked : std::min(wanted.most, config.seq_len);
   const char* why = o.context ? "-c" : "the model's longest";
   Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
     const int largest = largest_context_that_fits(session, context, available);
-    if (o.context || largest < wanted.least)
+    if (asked || largest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
           "beside "
@@ -136,8 +137,12 @@ Mode mode(const Options& o) {
 
 int run(const Options& o) {
   omp_set_num_threads(o.threads);
+  check_outputs(o);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  std::optional<Editor> editor;
+  if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
+  blame_for_lost_pages(o.model);
   ModelFile file(o.model);
   const Model& model = file.model;
   if (const Variant variant = model.config.attention; variant != BUILD_ATTENTION::variant)
@@ -146,16 +151,18 @@ int run(const Options& o) {
   if (!o.mla.empty() && model.config.attention != Variant::mla)
     fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}, {}};
+  Session session{.options = o, .model = model, .tokenizer = tokenizer, .editor = editor ? &*editor : nullptr};
   read_input(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   file.pack();
+  blame_for_lost_pages("");
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch) { return runtime.forward(batch); }, session.setup.limits,
                 session.setup.block_size, model.config.vocab_size, longest_window(model.config));
   session.engine = &engine;
+  session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();
   mode(o)(session);
 
@@ -166,7 +173,7 @@ int run(const Options& o) {
     stats->write(json.data(), json.size());
     stats->commit();
   }
-  return interrupted() ? 130 : 0;  // 128 + SIGINT
+  return interrupted() ? 130 : session.failed;  // 128 + SIGINT
 }
 
 // A thread that waits for the others of its team first spins, then sleeps. By default libgomp spins for milliseconds:
@@ -184,6 +191,7 @@ void spin_briefly(char** argv) {
 int main(int argc, char** argv) {
   spin_briefly(argv);
   try {
+    prepare_process();
     const Options options = parse(argc, argv);
     return options.model.empty() ? 0 : run(options);
   } catch (const Usage& e) {
