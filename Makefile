@@ -48,7 +48,7 @@ DEFINES := -DBUILD_ATTENTION=$(type_$(ATTENTION)) -DBUILD_KERNEL=$(type_$(KERNEL
 
 # ---- One folder for each combination; the stages that no choice changes are compiled once, for all of them.
 
-CHOSEN_STAGES := kvcache attention transformer
+CHOSEN_STAGES := kvcache attention
 COMMON_STAGES := $(filter-out $(CHOSEN_STAGES) run,$(patsubst %.cpp,%,$(wildcard cli/*.cpp host/*.cpp kernels/*.cpp *.cpp)))
 
 sanitize_suffix_1 := -sanitize
@@ -65,7 +65,7 @@ OPTIMIZE := -O3
 $(addprefix $(COMMON)/,host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o cli/chat.o cli/editor.o cli/lines.o cli/output.o cli/signals.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
-CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
+CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread $(WARNINGS)
 LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 sanitize_flags_1 := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH) $(sanitize_flags_$(SANITIZE))
@@ -186,7 +186,7 @@ cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := x86-64 $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake)
 
 # Threads that wait sleep: spinning, with other programs on the cores, made attention_test 15 times slower.
-test gtest: export OMP_WAIT_POLICY := passive
+test gtest: export UNUSED := 1
 test_levels_0 := $(LEVELS)
 test: .venv/installed
 	@$(MAKE) gtest

@@ -24,7 +24,7 @@
 // of six: 13.9 -> 16.9 ms.
 #include "attention.h"
 
-#include <omp.h>
+#include "kernels/build.h"
 
 #include <algorithm>
 #include <array>
@@ -209,19 +209,23 @@ struct Layout {
   float *scratch, *slots;
   size_t scratch_floats, slot_floats;
 
-  Layout(AttentionWorkspace& workspace, const AttentionShape& shape, int n_tokens, int n_threads)
-      : max(reinterpret_cast<float*>(workspace.memory.data())),
+  Layout(Arena arena, const AttentionShape& shape, int n_tokens, int n_threads)
+      : max(arena.take<float>(floats(shape, n_tokens, n_threads))),
         sum(max + state_floats(shape, n_tokens)),
         scratch(sum + state_floats(shape, n_tokens)),
         slots(scratch + to_size(n_threads) * Scratch::floats(shape)),
         scratch_floats(Scratch::floats(shape)),
         slot_floats(Widths(shape).partial()) {}
 
+  static size_t floats(const AttentionShape& shape, int n_tokens, int n_threads) {
+    return 2 * state_floats(shape, n_tokens) +
+           to_size(n_threads) * (Scratch::floats(shape) + to_size(SLOTS_PER_THREAD) * Widths(shape).partial());
+  }
   static size_t state_floats(const AttentionShape& shape, int n_tokens) {
     return (to_size(n_tokens) * to_size(shape.n_heads) + 15) / 16 * 16;
   }
-  Scratch my_scratch(const AttentionShape& shape) const {
-    return scratch_at(scratch + to_size(omp_get_thread_num()) * scratch_floats, shape);
+  Scratch scratch_of(int rank, const AttentionShape& shape) const {
+    return scratch_at(scratch + to_size(rank) * scratch_floats, shape);
   }
   Partial slot(const AttentionShape& shape, int index) const {
     return partial_at(slots + to_size(index) * slot_floats, Widths(shape));
@@ -564,7 +568,7 @@ Running running(const Layout& layout, const AttentionShape& shape, const Item& i
   return {layout.max + at, layout.sum + at, out + at * to_size(shape.v_dim)};
 }
 
-void begin(const Running& to, int v_dim) {
+void start(const Running& to, int v_dim) {
   *to.max = NONE;
   *to.sum = 0;
   std::fill_n(to.out, v_dim, 0.0f);
@@ -581,7 +585,7 @@ void merge(const Running& to, const Partial& from, int row, int v_dim, size_t v_
 }
 
 // + 0: a sum of nothing but underflows may be -0 or +0, depending on how many masked tokens follow it.
-void end(const Running& to, int v_dim) {
+void finish(const Running& to, int v_dim) {
   const float factor = *to.sum > 0 ? 1 / *to.sum : 0;
   for (int i = 0; i < v_dim; i++) to.out[i] = to.out[i] * factor + 0.0f;
 }
@@ -632,111 +636,111 @@ struct Plan {
 
 // Every item with all its splits, the last items (of the longest context) first.
 template <class Kv, int Block>
-void attend_items(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+void attend_items(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                   const AttentionShape& shape, float* out, const Layout& layout, int items) {
-  const Scratch scratch = layout.my_scratch(shape);
+  const Scratch scratch = layout.scratch_of(team.rank, shape);
   const size_t v_pad = Widths(shape).v_pad;
-#pragma omp for schedule(dynamic, 1)
-  for (int index = items - 1; index >= 0; index--) {
+  team.for_each_dynamic(items, [&](int from_last) {
+    const int index = items - 1 - from_last;
     const Item item = item_of_batch(batch, shape, index);
     const Range range = range_of(batch, shape, item);
     const int n_rows = item.n_tokens * group_size(shape);
     load_queries(q, shape, item, cache.k_major(), scratch);
-    for (int row = 0; row < n_rows; row++) begin(running(layout, shape, item, row, out), shape.v_dim);
+    for (int row = 0; row < n_rows; row++) start(running(layout, shape, item, row, out), shape.v_dim);
     for (int split = range.first_split(); split < range.last_split(); split++) {
       attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch, scratch.partial);
       for (int row = 0; row < n_rows; row++)
         merge(running(layout, shape, item, row, out), scratch.partial, row, shape.v_dim, v_pad);
     }
-    for (int row = 0; row < n_rows; row++) end(running(layout, shape, item, row, out), shape.v_dim);
-  }
+    for (int row = 0; row < n_rows; row++) finish(running(layout, shape, item, row, out), shape.v_dim);
+  });
 }
 
 // Every item's splits in rounds: first each split on its own (guided: neighbours go to the same thread, which
 // prefetches from one to the next), then each row's merge.
 template <class Kv, int Block>
-void attend_splits(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+void attend_splits(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Layout& layout, const Plan& plan) {
-  const Scratch scratch = layout.my_scratch(shape);
+  const Scratch scratch = layout.scratch_of(team.rank, shape);
   const Widths w(shape);
   const int at_once = plan.splits_at_once, rows = rows_per_item(shape);
   for (int round = 0; round < plan.rounds; round++) {
-#pragma omp for schedule(guided)
-    for (int index = 0; index < plan.items * at_once; index++) {
+    const int all = plan.items * at_once;
+    team.for_each_dynamic(all, [&](int index) {
       const Item item = item_of_batch(batch, shape, index / at_once);
       const Range range = range_of(batch, shape, item);
       const int split = range.first_split() + round * at_once + index % at_once;
-      if (split >= range.last_split()) continue;
+      if (split >= range.last_split()) return;
       load_queries(q, shape, item, cache.k_major(), scratch);
       attend_split(cache_rows(cache, layer, batch, item), batch, shape, item, split, scratch,
                    layout.slot(shape, index));
-    }
-#pragma omp for schedule(static)
-    for (int index = 0; index < plan.items * rows; index++) {
+    });
+    team.for_each(plan.items * rows, [&](int index) {
       const int row = index % rows;
       const Item item = item_of_batch(batch, shape, index / rows);
-      if (row >= item.n_tokens * group_size(shape)) continue;
+      if (row >= item.n_tokens * group_size(shape)) return;
       const Range range = range_of(batch, shape, item);
       const Running to = running(layout, shape, item, row, out);
       const int first = range.first_split() + round * at_once, left = range.last_split() - first;
-      if (round == 0) begin(to, shape.v_dim);
+      if (round == 0) start(to, shape.v_dim);
       for (int i = 0; i < std::min(left, at_once); i++)
         merge(to, layout.slot(shape, index / rows * at_once + i), row, shape.v_dim, w.v_pad);
-      if (round == plan.rounds - 1) end(to, shape.v_dim);
-    }
+      if (round == plan.rounds - 1) finish(to, shape.v_dim);
+    });
   }
-}
-
-template <class Kv, int Block>
-void run(Flash, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
-         const AttentionShape& shape, float* out, AttentionWorkspace& workspace) {
-  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
-  const Plan plan(batch, shape, omp_get_num_threads());
-  if (plan.splits_at_once == 0)
-    attend_items(q, cache, layer, batch, shape, out, layout, plan.items);
-  else
-    attend_splits(q, cache, layer, batch, shape, out, layout, plan);
 }
 
 }  // namespace
 
-void attend_begin(const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  AttentionWorkspace& workspace) {
-  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
-#pragma omp for schedule(static)
-  for (int index = 0; index < n_items(batch, sequence, shape); index++) {
-    const Item item = item_of(batch, sequence, shape, index);
-    for (int row = 0; row < item.n_tokens * group_size(shape); row++)
-      begin(running(layout, shape, item, row, out), shape.v_dim);
-  }
+template <class Kv, int Block>
+void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+                   const AttentionShape& shape, float* out, const Workspace& workspace) {
+  const Layout layout(workspace.begin(), shape, batch.n_tokens, team.size);
+  const Plan plan(batch, shape, team.size);
+  if (plan.splits_at_once == 0)
+    attend_items(team, q, cache, layer, batch, shape, out, layout, plan.items);
+  else
+    attend_splits(team, q, cache, layer, batch, shape, out, layout, plan);
 }
 
-void attend_rows(const float* q, const PlainRows& rows, const Batch& batch, int sequence, const AttentionShape& shape,
-                 float* out, AttentionWorkspace& workspace) {
-  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
-  const Scratch scratch = layout.my_scratch(shape);
+namespace {}  // namespace
+
+void Flash::begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                  const Workspace& workspace) {
+  const Layout layout(workspace.begin(), shape, batch.n_tokens, team.size);
+  team.for_each(n_items(batch, sequence, shape), [&](int index) {
+    const Item item = item_of(batch, sequence, shape, index);
+    for (int row = 0; row < item.n_tokens * group_size(shape); row++)
+      start(running(layout, shape, item, row, out), shape.v_dim);
+  });
+}
+
+void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
+                        const AttentionShape& shape, float* out, const Workspace& workspace) {
+  const Layout layout(workspace.begin(), shape, batch.n_tokens, team.size);
+  const Scratch scratch = layout.scratch_of(team.rank, shape);
   const int split = rows.first / SPLIT;
-#pragma omp for schedule(dynamic, 1)
-  for (int index = n_items(batch, sequence, shape) - 1; index >= 0; index--) {
+  const int items = n_items(batch, sequence, shape);
+  team.for_each_dynamic(items, [&](int from_last) {
+    const int index = items - 1 - from_last;
     const Item item = item_of(batch, sequence, shape, index);
     const Range range = range_of(batch, shape, item);
-    if (split < range.first_split() || split >= range.last_split()) continue;
+    if (split < range.first_split() || split >= range.last_split()) return;
     load_queries(q, shape, item, false, scratch);
     attend_split(PlainHead{rows, shape, item.kv_head}, batch, shape, item, split, scratch, scratch.partial);
     for (int row = 0; row < item.n_tokens * group_size(shape); row++)
       merge(running(layout, shape, item, row, out), scratch.partial, row, shape.v_dim, Widths(shape).v_pad);
-  }
+  });
 }
 
-void attend_end(const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                AttentionWorkspace& workspace) {
-  const Layout layout(workspace, shape, batch.n_tokens, omp_get_num_threads());
-#pragma omp for schedule(static)
-  for (int index = 0; index < n_items(batch, sequence, shape); index++) {
+void Flash::end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                const Workspace& workspace) {
+  const Layout layout(workspace.begin(), shape, batch.n_tokens, team.size);
+  team.for_each(n_items(batch, sequence, shape), [&](int index) {
     const Item item = item_of(batch, sequence, shape, index);
     for (int row = 0; row < item.n_tokens * group_size(shape); row++)
-      end(running(layout, shape, item, row, out), shape.v_dim);
-  }
+      finish(running(layout, shape, item, row, out), shape.v_dim);
+  });
 }
 
 // --- naive: the textbook ---------------------------------------------------------------------------------------------
@@ -778,15 +782,18 @@ size_t naive_floats(const AttentionShape& shape, int context) {
   return to_size(round_up(context + std::max(shape.k_dim, shape.v_dim), LANES));
 }
 
+}  // namespace
+
 template <class Kv, int Block>
-void run(Naive, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
-         const AttentionShape& shape, float* out, AttentionWorkspace& workspace) {
+void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+                   const AttentionShape& shape, float* out, const Workspace& workspace) {
   const int context = std::max(0, *std::max_element(batch.context_len, batch.context_len + batch.n_sequences));
-  float* scores =
-      reinterpret_cast<float*>(workspace.memory.data()) + to_size(omp_get_thread_num()) * naive_floats(shape, context);
-#pragma omp for collapse(2) schedule(dynamic, 1)
-  for (int t = batch.query_start[0]; t < batch.query_start[batch.n_sequences]; t++) {
-    for (int h = 0; h < shape.n_heads; h++) {
+  const size_t each = naive_floats(shape, context);
+  float* scores = workspace.begin().take<float>(to_size(team.size) * each) + to_size(team.rank) * each;
+  const int first_token = batch.query_start[0], n_tokens = batch.query_start[batch.n_sequences] - first_token;
+  team.for_each_dynamic(n_tokens * shape.n_heads, [&](int index) {
+    const int t = first_token + index / shape.n_heads, h = index % shape.n_heads;
+    {
       const int* end = batch.query_start + batch.n_sequences + 1;
       const int sequence = static_cast<int>(std::upper_bound(batch.query_start, end, t) - batch.query_start) - 1;
       const Item item{sequence, h / group_size(shape), t, 1};
@@ -794,25 +801,22 @@ void run(Naive, const float* q, const KVCache<Kv, Block>& cache, int layer, cons
       attend_naively(q + at * to_size(shape.k_dim), cache_rows(cache, layer, batch, item), shape, batch.positions[t],
                      out + at * to_size(shape.v_dim), scores, scores + context);
     }
-  }
+  });
 }
 
-}  // namespace
+namespace {}  // namespace
 
-size_t AttentionWorkspace::bytes(const AttentionShape& shape, int max_tokens, int context, int n_threads) {
-  const size_t flash =
-      2 * Layout::state_floats(shape, max_tokens) +
-      to_size(n_threads) * (Scratch::floats(shape) + to_size(SLOTS_PER_THREAD) * Widths(shape).partial());
-  return sizeof(float) * std::max(flash, to_size(n_threads) * naive_floats(shape, context));
+size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
+  const size_t floats = Layout::floats(shape, limits.max_tokens, limits.max_threads);
+  return bytes_of([&](Arena& arena) { arena.take<float>(floats); });
 }
 
-template <class Kernel, class Kv, int Block>
-void attend(const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch, const AttentionShape& shape,
-            float* out, AttentionWorkspace& workspace) {
-  run(Kernel{}, q, cache, layer, batch, shape, out, workspace);
+size_t Naive::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
+  const size_t floats = to_size(limits.max_threads) * naive_floats(shape, limits.context);
+  return bytes_of([&](Arena& arena) { arena.take<float>(floats); });
 }
 
-#define INSTANTIATE(Kernel, Kv, Block)                                                                \
-  template void attend<Kernel, Kv, Block>(const float*, const KVCache<Kv, Block>&, int, const Batch&, \
-                                          const AttentionShape&, float*, AttentionWorkspace&);
+#define INSTANTIATE(Kernel, Kv, Block)                                                                             \
+  template void Kernel::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
+                                          const AttentionShape&, float*, const Workspace&);
 FOR_EACH_KERNEL(INSTANTIATE)

@@ -72,13 +72,13 @@ size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
 }
 
 template <class Kv, int Block>
-KVCache<Kv, Block>::KVCache(const CacheShape& shape)
+KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
     : shape_(shape),
       k_row_bytes_(Kv::row_bytes(shape.k_dim)),
       v_row_bytes_(Kv::row_bytes(shape.v_dim)),
       run_bytes_(run_bytes(shape)),
       block_bytes_(runs_of_block(shape) * run_bytes_),
-      memory_(bytes(shape)) {}
+      memory_(arena.take<std::byte>(bytes(shape))) {}
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, float* out) const {
@@ -91,7 +91,7 @@ void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, flo
 template <class Kv, int Block>
 void KVCache<Kv, Block>::store_k(int layer, int block, int kv_head, int slot, const float* x) {
   const int lane = k_major() ? slot % KEY_LANES : 0;
-  std::byte* to = memory_.data() + k_offset(layer, block, kv_head, slot - lane);
+  std::byte* to = memory_ + k_offset(layer, block, kv_head, slot - lane);
   k_major() ? store_column<Kv>(x, shape_.k_dim, to, lane) : Kv::store(x, shape_.k_dim, to);
 }
 
@@ -105,40 +105,39 @@ static bool overflows(const float* x, int n) {
 }
 
 template <class Kv, int Block>
-void KVCache<Kv, Block>::append(int layer, const Batch& batch, const float* k, const float* v) {
+void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const float* k, const float* v) {
   const int G = shape_.n_kv_heads, k_dim = shape_.k_dim, v_dim = shape_.v_dim;
-#pragma omp for schedule(static)
-  for (int t = 0; t < batch.n_tokens; t++) {
+  team.for_each(batch.n_tokens, [&](int t) {
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
       const float *key = k + from * static_cast<size_t>(k_dim), *value = v + from * static_cast<size_t>(v_dim);
       store_k(layer, block, g, slot, key);
-      if (v_dim > 0) Kv::store(value, v_dim, memory_.data() + v_offset(layer, block, g, slot));
+      if (v_dim > 0) Kv::store(value, v_dim, memory_ + v_offset(layer, block, g, slot));
       if (overflows<Kv>(key, k_dim) || overflows<Kv>(value, v_dim))
         std::atomic_ref(overflowed_).store(true, std::memory_order_relaxed);
     }
-  }
+  });
 }
 
 template <class Kv, int Block>
-void KVCache<Kv, Block>::read_k(int layer, const Batch& batch, int s, int first, int n, float* out) const {
+void KVCache<Kv, Block>::read_k(const Team& team, int layer, const Batch& batch, int s, int first, int n,
+                                float* out) const {
   const int* table = batch.block_table + static_cast<size_t>(s) * static_cast<size_t>(batch.max_blocks);
-#pragma omp for schedule(static)
-  for (int i = 0; i < n; i++) {
+  team.for_each(n, [&](int i) {
     const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
     load_k(layer, block, 0, slot, out + static_cast<size_t>(i) * static_cast<size_t>(shape_.k_dim));
-  }
+  });
 }
 
 template <class Kv, int Block>
-void KVCache<Kv, Block>::copy_blocks(const Batch& batch) {
-#pragma omp for collapse(3) schedule(static)
-  for (int layer = 0; layer < shape_.n_layers; layer++)
-    for (int head = 0; head < shape_.n_kv_heads; head++)
-      for (int i = 0; i < batch.n_copies; i++)
-        std::memcpy(memory_.data() + block_offset(layer, batch.copy_to[i], head),
-                    memory_.data() + block_offset(layer, batch.copy_from[i], head), block_bytes_);
+void KVCache<Kv, Block>::copy_blocks(const Team& team, const Batch& batch) {
+  const int copies = batch.n_copies;
+  team.for_each(shape_.n_layers * shape_.n_kv_heads * copies, [&](int index) {
+    const int i = index % copies, head = index / copies % shape_.n_kv_heads, layer = index / copies / shape_.n_kv_heads;
+    std::memcpy(memory_ + block_offset(layer, batch.copy_to[i], head),
+                memory_ + block_offset(layer, batch.copy_from[i], head), block_bytes_);
+  });
 }
 
 #define INSTANTIATE(Kv, Block) template class KVCache<Kv, Block>;

@@ -17,27 +17,10 @@
 #include <limits>
 #include <numeric>
 
-#include "kernels/device.h"
+#include "kernels/arena.h"
+#include "kernels/batch.h"
 #include "kernels/simd.h"
-
-// One step's work: any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] ..
-// query_start[s + 1] - 1, in order of position, and are the last tokens of its context.
-struct Batch {
-  int n_tokens = 0;                   // T
-  int n_sequences = 0;                // S
-  const int* tokens = nullptr;        // [T]
-  const int* positions = nullptr;     // [T] position in its sequence, from 0
-  const int* query_start = nullptr;   // [S + 1]
-  const int* context_len = nullptr;   // [S] tokens of the sequence in the cache once this step has appended its own
-  const int* block_table = nullptr;   // [S, max_blocks]; entries past the context (or behind every window) are not read
-  int max_blocks = 0;                 // row length of block_table
-  const int* slot_mapping = nullptr;  // [T] block * block_size + slot: where append writes the token's rows
-  int n_logits = 0;
-  const int* logit_rows = nullptr;  // [n_logits] tokens of the batch whose logits are wanted, ascending
-  int n_copies = 0;                 // blocks to copy in every layer before anything is appended (copy on write)
-  const int* copy_from = nullptr;   // [n_copies] block
-  const int* copy_to = nullptr;     // [n_copies] block
-};
+#include "kernels/team.h"
 
 // Tokens whose keys may lie side by side, see KVCache.
 constexpr int KEY_LANES = 16;
@@ -172,7 +155,7 @@ class KVCache {
   static constexpr int RUN = std::gcd(Block, KEY_LANES);  // Block 0: KEY_LANES; the context is rounded up to it
 
   KVCache() = default;
-  explicit KVCache(const CacheShape& shape);
+  KVCache(Arena& arena, const CacheShape& shape);
 
   static size_t bytes_per_token(const CacheShape& shape);  // all layers
   static size_t bytes(const CacheShape& shape);
@@ -183,29 +166,31 @@ class KVCache {
 
   // k-major: the matrix of the run that begins with slot, a multiple of RUN
   const std::byte* k_row(int layer, int block, int kv_head, int slot) const {
-    return memory_.data() + k_offset(layer, block, kv_head, slot);
+    return memory_ + k_offset(layer, block, kv_head, slot);
   }
   const std::byte* v_row(int layer, int block, int kv_head, int slot) const {
-    return memory_.data() + v_offset(layer, block, kv_head, slot);
+    return memory_ + v_offset(layer, block, kv_head, slot);
   }
 
   // out [k_dim] float32: one token's K row, for those who are not in a hurry.
   void load_k(int layer, int block, int kv_head, int slot, float* out) const;
 
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
-  // slot_mapping[t]. Called by every thread of the team.
-  void append(int layer, const Batch& batch, const float* k, const float* v);
+  // slot_mapping[t]. Every thread of the team calls it.
+  void append(const Team& team, int layer, const Batch& batch, const float* k, const float* v);
   // Whether anything finite was beyond Kv::largest, and so is NaN now.
   bool overflowed() const { return overflowed_; }
 
   // out [n, k_dim] float32: the K rows of the one KV head at positions first .. first + n - 1 of the batch's sequence s
-  // (for MLA's expanded form). Called by every thread of the team; ends with a barrier.
-  void read_k(int layer, const Batch& batch, int s, int first, int n, float* out) const;
+  // (for MLA's expanded form). Every thread of the team calls it; ends with a barrier.
+  void read_k(const Team& team, int layer, const Batch& batch, int s, int first, int n, float* out) const;
 
-  // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Called by every thread of the team.
-  void copy_blocks(const Batch& batch);
+  // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Every thread of the team calls it.
+  void copy_blocks(const Team& team, const Batch& batch);
 
-  Buffer<std::byte>& memory() { return memory_; }  // for the tests: freed slots are poisoned
+  // For the tests, which poison freed slots: [size()] bytes.
+  std::byte* memory() { return memory_; }
+  size_t size() const { return bytes(shape_); }
 
  private:
   static size_t runs_of_block(const CacheShape& shape) {
@@ -231,6 +216,6 @@ class KVCache {
 
   CacheShape shape_{};
   size_t k_row_bytes_ = 0, v_row_bytes_ = 0, run_bytes_ = 0, block_bytes_ = 0;
-  Buffer<std::byte> memory_;
+  std::byte* memory_ = nullptr;
   bool overflowed_ = false;
 };

@@ -12,20 +12,18 @@
 #include <string>
 #include <vector>
 
-#include "kernels/device.h"
 #include "kernels/matmul.h"
 
-enum class Variant { mha, mqa, gqa, mla };
 enum class NormKind { rms, layer };
 enum class Activation { silu, gelu, gelu_tanh };
 enum class Scoring { softmax, sigmoid };
 enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 
-const char* name(Variant v);
+constexpr int MAX_WIDTH = 1 << 20;  // of anything in a config
 
 // Names follow llama2.c and Hugging Face.
 struct Config {
-  Variant attention = Variant::gqa;
+  std::string attention;  // the variant's name: mha, mqa, gqa or mla (variants.h)
   int dim = 0, hidden_dim = 0, n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0;
   int vocab_size = 0, seq_len = 0;  // seq_len: the longest context the model was made for
   // MLA (DeepSeek V2, arXiv 2405.04434, section 2.1); head_dim and n_kv_heads are then not used
@@ -61,8 +59,8 @@ struct Norm {
 };
 
 struct Linear {
-  Matrix weight;
-  const float* bias = nullptr;  // [n] or null
+  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads
+  const float* bias = nullptr;  // [groups, n] or null
   explicit operator bool() const { return static_cast<bool>(weight); }
 };
 
@@ -77,19 +75,20 @@ struct Layer {
   // MHA, MQA, GQA
   Linear q_proj, k_proj, v_proj;  // [n_heads head_dim, dim], [n_kv_heads head_dim, dim] twice
   Norm q_norm, k_norm;            // [head_dim], over each head
+  const float* sinks = nullptr;   // [n_heads] a score without a value joins each softmax (gpt-oss)
   Linear o_proj;                  // [dim, n_heads head_dim]; MLA: [dim, n_heads v_head_dim]
   // MLA; q_proj [n_heads (nope + rope), dim] where there is no q_lora_rank
-  Linear q_a_proj, q_b_proj;   // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]
-  Norm q_a_norm, kv_a_norm;    // [q_lora_rank], [kv_lora_rank]
-  Linear kv_a_proj;            // [kv_lora_rank + rope, dim]
-  std::vector<Matrix> w_uk;    // [n_heads] of [qk_nope_head_dim, kv_lora_rank]: expands a latent to a key
-  std::vector<Matrix> w_uk_t;  // [n_heads] of [kv_lora_rank, qk_nope_head_dim]: carries a query into the latent space
-  std::vector<Matrix> w_uv;    // [n_heads] of [v_head_dim, kv_lora_rank]
+  Linear q_a_proj, q_b_proj;  // [q_lora_rank, dim], [n_heads (nope + rope), q_lora_rank]
+  Norm q_a_norm, kv_a_norm;   // [q_lora_rank], [kv_lora_rank]
+  Linear kv_a_proj;           // [kv_lora_rank + rope, dim]
+  Linear w_uk;                // a group a head: [qk_nope_head_dim, kv_lora_rank] expands a latent to a key
+  Linear w_uk_t;              // a group a head: [kv_lora_rank, qk_nope_head_dim] carries a query to the latent space
+  Linear w_uv;                // a group a head: [v_head_dim, kv_lora_rank]
   Mlp mlp;
   // experts
   Linear router;                       // [n_routed_experts, dim], float32
   const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
-  std::vector<Mlp> experts;            // [n_routed_experts], hidden = moe_intermediate_size
+  Mlp experts;                         // groups of n_routed_experts, hidden = moe_intermediate_size
   Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
 };
 
@@ -128,9 +127,9 @@ class ModelFile {
   // one line naming the file, the field, the value and the fix.
   explicit ModelFile(const std::string& path);
   ~ModelFile();
-  // Brings the weights into memory, once, on all threads. The file's pages leave this process as they are copied: at
+  // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
   // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
-  void pack();
+  void pack(Threads& threads);
 
   Model model;  // without weights until pack()
 
@@ -140,4 +139,4 @@ class ModelFile {
 };
 
 // Both steps.
-Model load_model(const std::string& path);
+Model load_model(const std::string& path, Threads& threads);

@@ -1,5 +1,4 @@
 // run.cpp: parse, load, plan the memory, run, report.
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <optional>
 
 #include "cli/session.h"
+#include "host/error.h"
 #include "transformer.h"
 #include "variants.h"
 
@@ -54,17 +54,19 @@ Setup setup_for(const Session& session, int context, size_t available) {
   l.max_sequences = sequences;
   l.max_tokens = std::max(o.batch, sequences);
   l.max_logits = std::max(sequences, all_logits ? std::min(o.batch, LOGIT_FLOATS / config.vocab_size) : 1);
+  l.max_threads = o.threads;
   l.mla_form = o.mla == "absorbed" ? MlaForm::absorbed : o.mla == "expanded" ? MlaForm::expanded : MlaForm::automatic;
-  s.activation_bytes = Runtime::activation_bytes(config, l);
   l.n_blocks = 1;
-  const size_t block_bytes = Runtime::kv_bytes(config, l), rest = available - std::min(available, s.activation_bytes);
+  const auto [block_bytes, activations] = Runtime::bytes(session.model, l);
+  s.activation_bytes = activations + Engine::bytes(l, config.vocab_size);
+  const size_t rest = available - std::min(available, s.activation_bytes);
   const size_t each = static_cast<size_t>((context + s.block_size - 1) / s.block_size);  // blocks of a sequence
   const size_t most =
       static_cast<size_t>(std::numeric_limits<int>::max() / s.block_size);  // slots are numbered by ints
   const size_t affordable = std::min((o.kv_memory ? o.kv_memory : rest) / block_bytes, most);
   l.n_blocks =
       static_cast<int>(o.kv_memory ? affordable : std::clamp(affordable, each, each * static_cast<size_t>(sequences)));
-  s.kv_bytes = Runtime::kv_bytes(config, l);
+  s.kv_bytes = Runtime::bytes(session.model, l).kv;
   return s;
 }
 
@@ -136,8 +138,8 @@ Mode mode(const Options& o) {
 }
 
 int run(const Options& o) {
-  omp_set_num_threads(o.threads);
   check_outputs(o);
+  Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
   std::optional<Editor> editor;
@@ -145,22 +147,23 @@ int run(const Options& o) {
   blame_for_lost_pages(o.model);
   ModelFile file(o.model);
   const Model& model = file.model;
-  if (const Variant variant = model.config.attention; variant != BUILD_ATTENTION::variant)
-    fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", o.model.c_str(), name(variant),
-         name(BUILD_ATTENTION::variant), name(variant));
-  if (!o.mla.empty() && model.config.attention != Variant::mla)
-    fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
+  Runtime::check(model);
+  if (!o.mla.empty() && model.config.attention != "mla")
+    fail("--mla %s: this model uses %s", o.mla.c_str(), model.config.attention.c_str());
+  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
+    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{.options = o, .model = model, .tokenizer = tokenizer, .editor = editor ? &*editor : nullptr};
+  Session session{
+      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
-  file.pack();
+  file.pack(threads);
   blame_for_lost_pages("");
   Runtime runtime(model, session.setup.limits);
-  Engine engine([&](const Batch& batch) { return runtime.forward(batch); }, session.setup.limits,
-                session.setup.block_size, model.config.vocab_size, longest_window(model.config));
+  Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
+                session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config));
   session.engine = &engine;
   session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();
@@ -176,20 +179,9 @@ int run(const Options& o) {
   return interrupted() ? 130 : session.failed;  // 128 + SIGINT
 }
 
-// A thread that waits for the others of its team first spins, then sleeps. By default libgomp spins for milliseconds:
-// where another program has the core that is waited for, most of the time goes there. A tenth of a millisecond is as
-// fast alone and, with ten programs on two cores, four times as fast. libgomp reads its settings when it is loaded,
-// before main.
-void spin_briefly(char** argv) {
-  if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
-  setenv("GOMP_SPINCOUNT", "3000", 1);
-  execv("/proc/self/exe", argv);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  spin_briefly(argv);
   try {
     prepare_process();
     const Options options = parse(argc, argv);

@@ -10,10 +10,11 @@
 #include <clocale>
 #include <cstdlib>
 #include <cwchar>
+#include <utility>
 
 #include "cli/output.h"
 #include "cli/signals.h"
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 

@@ -6,11 +6,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "cli/signals.h"
-#include "kernels/device.h"
+#include "host/error.h"
 
 LineReader::~LineReader() {
   if (fd_ > 0) close(fd_);

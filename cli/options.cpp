@@ -12,7 +12,7 @@
 #include <random>
 #include <set>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 
@@ -88,7 +88,8 @@ void add_text_flags(CLI::App& app, Options& o) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->expected(1)
       ->allow_extra_args(false);  // or a text in brackets would be a list
-  app.add_flag("-e,--escape", o.escape, R"(\n, \t and the like in --prompt, --system and --stop are what they stand for)");
+  app.add_flag("-e,--escape", o.escape,
+               R"(\n, \t and the like in --prompt, --system and --stop are what they stand for)");
   app.add_flag("--special", o.special, "special tokens in the prompt's text are those tokens, not plain text");
   app.add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end the text");
   app.add_flag("--tokens", o.tokens, "print tokens instead of text: ID and text, one a line");

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "cli/signals.h"
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace fs = std::filesystem;
 

@@ -90,13 +90,10 @@ double total_tokens_per_second(const Stats& s) {
 
 void print_setup(const Model& model, const Setup& s) {
   const Limits& l = s.limits;
-  std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), name(model.config.attention),
+  std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), model.config.attention.c_str(),
                model.n_parameters / 1e6, model.types.c_str());
-  const bool flash_too = model.config.attention == Variant::mla && l.mla_form != MlaForm::absorbed &&
-                         std::string_view(s.kernel) == "naive";
-  std::fprintf(stderr, "run      %s cache, %s kernel%s, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
-               s.kernel, flash_too ? " (flash where MLA is expanded)" : "", s.kv, s.device, kernel_level(), s.threads,
-               s.seed);
+  std::fprintf(stderr, "run      %s cache, %s kernel, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
+               s.kernel, s.kv, s.device, kernel_level(), s.threads, s.seed);
   std::fprintf(stderr, "KV       %zu bytes a token; %d x %d tokens: %.1f MB\n", s.kv_bytes_per_token, l.n_blocks,
                s.block_size, mb(s.kv_bytes));
   std::fprintf(stderr, "memory   %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
@@ -133,7 +130,7 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
   char hash[17];
   std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
   Json::Object j = {{"model", model.path},
-                    {"attention", name(model.config.attention)},
+                    {"attention", model.config.attention},
                     {"cache", setup.cache},
                     {"kernel", setup.kernel},
                     {"kv", setup.kv},

@@ -13,12 +13,14 @@
 #include "cli/report.h"
 #include "cli/signals.h"
 #include "host/engine.h"
+#include "host/error.h"
 #include "host/tokenizer.h"
 
 struct Session {
   const Options& options;
   const Model& model;
   const Tokenizer& tokenizer;
+  Threads& threads;
   Editor* editor = nullptr;        // of a chat at a terminal
   LineReader lines = {};           // the requests, or the turns of another chat
   std::string text = "";           // the prompt, or the text to score

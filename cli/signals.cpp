@@ -8,8 +8,9 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstring>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 

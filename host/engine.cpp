@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <exception>
 #include <numeric>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 
@@ -28,7 +27,7 @@ struct Sample : Sequence {
 // A row of logits from which a token is to be drawn.
 struct Draw {
   Sample* sample;
-  float* logits;  // [vocab_size]
+  const float* logits;  // [vocab_size]
 };
 
 }  // namespace
@@ -59,22 +58,24 @@ double percentile(std::vector<double> values, double p) {
 
 struct Engine::Impl {
   Forward forward;
+  Threads& threads;
+  int n_threads;
   int vocab_size;
   Scheduler scheduler;
   std::vector<std::unique_ptr<Sample>> samples = {};  // unfinished, by age
-  std::vector<std::vector<float>> forked_logits = {};
+  std::vector<SamplerScratch> scratch = {};           // [n_threads]
   int n_requests = 0;
   Stats stats = {};
 
   bool count_step(const Batch& batch);
   void show_logits(Sample* s, int position, const float* logits);
-  std::vector<Draw> collect(float* logits);
+  std::vector<Draw> collect(const float* logits);
   void fork(Draw first, std::vector<Draw>* draws);
   void draw(const std::vector<Draw>& draws);
   void accept(Sample* s, int id);
   void finish(Sample* s, Finish reason);
   void drop_ended();
-  bool compute(const Batch& batch, float** logits);
+  bool compute(const Batch& batch, const float** logits);
 };
 
 void Engine::Impl::show_logits(Sample* s, int position, const float* logits) {
@@ -87,7 +88,7 @@ void Engine::Impl::show_logits(Sample* s, int position, const float* logits) {
 }
 
 // Hands out the logits [n_logits, vocab_size]; returns the rows from which a token is to be drawn.
-std::vector<Draw> Engine::Impl::collect(float* logits) {
+std::vector<Draw> Engine::Impl::collect(const float* logits) {
   std::vector<Draw> draws;
   for (Sequence* sequence : scheduler.scheduled()) {
     auto* s = static_cast<Sample*>(sequence);
@@ -96,7 +97,6 @@ std::vector<Draw> Engine::Impl::collect(float* logits) {
       if (s->next_logits == s->size() - 1 && s->result.error.empty()) draws.push_back({s, logits});
     }
   }
-  forked_logits.clear();
   for (size_t i = 0, n = draws.size(); i < n; ++i) {
     if (!draws[i].sample->begun) fork(draws[i], &draws);
   }
@@ -108,25 +108,26 @@ void Engine::Impl::fork(Draw first, std::vector<Draw>* draws) {
   for (Sequence* sequence : scheduler.fork(*first.sample)) {
     auto* s = static_cast<Sample*>(sequence);
     show_logits(s, s->size() - 1, first.logits);
-    if (!s->result.error.empty()) continue;
-    forked_logits.emplace_back(first.logits, first.logits + vocab_size);
-    draws->push_back({s, forked_logits.back().data()});
+    if (s->result.error.empty()) draws->push_back({s, first.logits});
   }
 }
 
 void Engine::Impl::draw(const std::vector<Draw>& draws) {
   std::vector<int> ids(draws.size());
-  size_t work = draws.size() * static_cast<size_t>(vocab_size);
-#pragma omp parallel for schedule(dynamic) if (work > 100000)  // below, waking the team takes longer
-  for (size_t i = 0; i < draws.size(); ++i) {
-    Sample* s = draws[i].sample;
-    if (s->asked->n == 0) continue;
-    try {
-      ids[i] = s->sampler.sample(draws[i].logits, vocab_size, s->tokens.data(), s->size());
-    } catch (const std::exception& e) {
-      s->result.error = e.what();
-    }
-  }
+  const size_t work = draws.size() * static_cast<size_t>(vocab_size);
+  threads.run(work > 100000 ? n_threads : 1, [&](const Team& team) {  // below, waking the team takes longer
+    team.for_each_dynamic(static_cast<int>(draws.size()), [&](int i) {
+      const Draw& d = draws[static_cast<size_t>(i)];
+      Sample* s = d.sample;
+      if (s->asked->n == 0) return;
+      try {
+        ids[static_cast<size_t>(i)] = s->sampler.sample(d.logits, vocab_size, s->tokens.data(), s->size(),
+                                                        scratch[static_cast<size_t>(team.rank)]);
+      } catch (const std::exception& e) {
+        s->result.error = e.what();
+      }
+    });
+  });
   for (size_t i = 0; i < draws.size(); ++i) {
     if (draws[i].sample->result.error.empty()) accept(draws[i].sample, ids[i]);
   }
@@ -167,9 +168,9 @@ void Engine::Impl::drop_ended() {
 }
 
 // False: the pass went wrong, for all that are in it.
-bool Engine::Impl::compute(const Batch& batch, float** logits) {
+bool Engine::Impl::compute(const Batch& batch, const float** logits) {
   try {
-    *logits = forward(batch);
+    *logits = forward(batch, n_threads);
     return true;
   } catch (const std::exception& e) {
     for (Sequence* s : scheduler.scheduled()) static_cast<Sample*>(s)->result.error = e.what();
@@ -193,10 +194,19 @@ bool Engine::Impl::count_step(const Batch& batch) {
 
 // ---- the interface
 
-Engine::Engine(Forward forward, const Limits& limits, int block_size, int vocab_size, int window, BlockHash hash)
+Engine::Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
+               BlockHash hash)
     : impl_(new Impl{.forward = std::move(forward),
+                     .threads = threads,
+                     .n_threads = limits.max_threads,
                      .vocab_size = vocab_size,
-                     .scheduler = Scheduler(limits, block_size, window, hash)}) {}
+                     .scheduler = Scheduler(limits, block_size, window, hash)}) {
+  for (int i = 0; i < limits.max_threads; i++) impl_->scratch.emplace_back(vocab_size);
+}
+
+size_t Engine::bytes(const Limits& limits, int vocab_size) {
+  return static_cast<size_t>(limits.max_threads) * SamplerScratch::bytes(vocab_size);
+}
 
 Engine::~Engine() = default;
 
@@ -257,7 +267,7 @@ bool Engine::step() {
   e.drop_ended();
   if (e.samples.empty()) return false;
   const Batch& batch = e.scheduler.next();
-  float* logits = nullptr;
+  const float* logits = nullptr;
   if (!e.compute(batch, &logits)) return true;
   bool decode = e.count_step(batch);
   e.scheduler.advance();

@@ -17,6 +17,7 @@
 #include "host/durations.h"
 #include "host/sampler.h"
 #include "host/scheduler.h"
+#include "kernels/team.h"
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel; something went wrong with it.
 enum class Finish { length, stop, callback, cancelled, error };
@@ -40,7 +41,7 @@ struct Request {
   SamplerOptions sampler;
   std::vector<int> stop;  // ids that end the text; empty: none does (--ignore-eos)
   // on_logits gets the logits [vocab_size] of each position from this one on, in order and once each (those
-  // at position p choose token p + 1), before the sampler may change them. -1: from the last of the prompt
+  // at position p choose token p + 1). -1: from the last of the prompt
   // on.
   int logits_from = -1;
   std::function<void(int sample, int position, const float* logits)> on_logits;
@@ -65,13 +66,16 @@ double percentile(std::vector<double> values, double p);
 
 class Engine {
  public:
-  using Forward = std::function<float*(const Batch&)>;  // Transformer::forward
+  using Forward = std::function<const float*(const Batch&, int n_threads)>;  // Transformer::forward
 
   // max_tokens is the budget of a step. block_size: of the cache (contiguous: limits.context). window: tokens
   // that the layer with the longest sight sees; 0: all of them.
-  Engine(Forward forward, const Limits& limits, int block_size, int vocab_size, int window,
+  // threads: with which tokens are drawn; a step has limits.max_threads.
+  Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
          BlockHash hash = block_hash);
   ~Engine();
+  // Bytes that it allocates for any number of requests, but for their tokens.
+  static size_t bytes(const Limits& limits, int vocab_size);
 
   // Most tokens, prompt and generated together, that a request may have.
   int max_request_tokens() const;

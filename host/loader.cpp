@@ -3,7 +3,6 @@
 #include "model.h"
 
 #include <fcntl.h>
-#include <omp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -17,36 +16,66 @@
 #include <map>
 #include <set>
 
+#include "host/error.h"
 #include "host/json.h"
+#include "variants.h"
 
 namespace {
 
 constexpr const char* FORMAT = "attn.cu 1";
+constexpr int MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27, MAX_PRODUCT = 1 << 26;
 constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
 
 // ---- The file.
 
+// A model in another form: the command that makes ours of it.
+[[noreturn]] void refuse_kind(const std::string& path, const char* kind, const std::string& source) {
+  fail("%s: %s, not a model file of export.py: make run MODEL=%s makes one and runs it", path.c_str(), kind,
+       source.c_str());
+}
+
+std::string folder_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  return slash == path.npos ? "." : path.substr(0, std::max<size_t>(slash, 1));
+}
+
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
-    if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
-    struct stat info {};
-    const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && info.st_size >= 8) {
-      size_ = static_cast<size_t>(info.st_size);
-      void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+    fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
+    if (fd_ < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
+    const bool known = fstat(fd_, &info_) == 0, folder = known && S_ISDIR(info_.st_mode);
+    const bool regular = known && S_ISREG(info_.st_mode);
+    if (regular && info_.st_size >= 8) {
+      size_ = static_cast<size_t>(info_.st_size);
+      void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd_, 0);
       data_ = p == MAP_FAILED ? nullptr : static_cast<const std::byte*>(p);
     }
-    close(fd);
+    if (!data_) close(fd_);
+    if (folder) refuse_kind(path, "a folder", path);
     if (!regular) fail("%s: not a file; give the .safetensors that export.py wrote", path.c_str());
     if (size_ == 0)
-      fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info.st_size));
+      fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info_.st_size));
     if (!data_) fail("%s: cannot map %zu bytes: %s", path.c_str(), size_, std::strerror(errno));
   }
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() { munmap(const_cast<std::byte*>(data_), size_); }
+  ~MappedFile() {
+    munmap(const_cast<std::byte*>(data_), size_);
+    close(fd_);
+  }
+
+  bool begins_with(std::string_view magic) const { return std::memcmp(data_, magic.data(), magic.size()) == 0; }
+
+  // What was read is of no use where the file became another meanwhile: past a new end the last page reads as zeros.
+  void refuse_changed(const std::string& path) const {
+    struct stat now {};
+    const auto same = [](const timespec& a, const timespec& b) {
+      return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+    };
+    if (fstat(fd_, &now) != 0 || now.st_size != info_.st_size || !same(now.st_mtim, info_.st_mtim))
+      fail("%s: was written to while it was read: start again once it is whole", path.c_str());
+  }
 
   const std::byte* data() const { return data_; }
   size_t size() const { return size_; }
@@ -61,6 +90,8 @@ class MappedFile {
   }
 
  private:
+  int fd_ = -1;
+  struct stat info_ {};
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -89,6 +120,9 @@ size_t element_bytes(const std::string& dtype) {
 class Header {
  public:
   Header(const std::string& path, const MappedFile& file) : path_(path) {
+    if (file.begins_with("GGUF")) refuse_kind(path, "a GGUF file", path);
+    if (file.begins_with("PK\3\4")) refuse_kind(path, "a PyTorch checkpoint", folder_of(path));
+    if (file.begins_with("attn.tok")) fail("%s: the tokenizer; the model lies beside it", path.c_str());
     uint64_t length = 0;
     std::memcpy(&length, file.data(), 8);
     if (length > MAX_HEADER || length > file.size() - 8)
@@ -97,6 +131,9 @@ class Header {
     const char* text = reinterpret_cast<const char*>(file.data()) + 8;
     const Json json = parse_json({text, length}, path + ": the header");
     if (!json.object()) fail("%s: the header is not a JSON object", path.c_str());
+    const Json* about = json.find("__metadata__");
+    if (!about || (about->object() && !about->find("config") && !about->find("tokenizer_sha256")))
+      refuse_kind(path, "weights of Hugging Face's layout", folder_of(path));
     const std::byte* data = file.data() + 8 + length;
     const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
     for (const auto& [name, value] : *json.object()) {
@@ -211,6 +248,12 @@ class Fields {
     if (!json_.object()) fail("%s: __metadata__ \"config\" is not a JSON object", path.c_str());
   }
 
+  void text(const char* key, std::string& out) {
+    const Json* value = take(key, true);
+    if (!value->string()) refuse(key, *value, "a string");
+    out = *value->string();
+  }
+
   void integer(const char* key, int& out, int low, int high, bool required = true) {
     const Json* value = take(key, required);
     if (value) out = to_integer(key, *value, low, high);
@@ -252,6 +295,16 @@ class Fields {
   }
 
   bool has(const char* key) const { return json_.find(key) != nullptr; }
+
+  void require(bool right, const char* key, const char* what) const {
+    if (!right) refuse(key, *json_.find(key), what);
+  }
+
+  // The width of a layer: count x size.
+  void fits(const char* what, int count, int size) const {
+    if (static_cast<int64_t>(count) * size > MAX_PRODUCT)
+      fail("%s: config %s is %d x %d; more than %d are not supported", path_.c_str(), what, count, size, MAX_PRODUCT);
+  }
 
   void refuse_unused() const {
     for (const auto& [key, value] : *json_.object())
@@ -302,32 +355,20 @@ class Fields {
   std::set<std::string> used_;
 };
 
-constexpr int MAX_WIDTH = 1 << 20, MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27;
-constexpr int MAX_PRODUCT = 1 << 26;  // the width of a layer: heads x their size
+// f(variant) for the variant of this name; false: there is none.
+template <class F>
+bool with_variant(const std::string& name, F f) {
+  const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {
+    return ((name == V::name && (f(std::type_identity<V>()), true)) || ...);
+  };
+  return try_each(std::type_identity<Variants>());
+}
 
-void read_attention(Fields& f, const std::string& path, Config& c) {
-  f.choice("attention", c.attention,
-           {{"mha", Variant::mha}, {"mqa", Variant::mqa}, {"gqa", Variant::gqa}, {"mla", Variant::mla}}, true);
+void read_attention(Fields& f, Config& c) {
+  f.text("attention", c.attention);
   f.integer("n_heads", c.n_heads, 1, MAX_WIDTH);
-  if (c.attention == Variant::mla) {
-    f.integer("q_lora_rank", c.q_lora_rank, 0, MAX_WIDTH);
-    f.integer("kv_lora_rank", c.kv_lora_rank, 1, MAX_WIDTH);
-    f.integer("qk_nope_head_dim", c.qk_nope_head_dim, 1, MAX_WIDTH);
-    f.integer("qk_rope_head_dim", c.qk_rope_head_dim, 1, MAX_WIDTH);
-    f.integer("v_head_dim", c.v_head_dim, 1, MAX_WIDTH);
-    return;
-  }
-  f.integer("n_kv_heads", c.n_kv_heads, 1, MAX_WIDTH);
-  f.integer("head_dim", c.head_dim, 1, MAX_WIDTH);
-  const bool fits = c.attention == Variant::mha   ? c.n_kv_heads == c.n_heads
-                    : c.attention == Variant::mqa ? c.n_kv_heads == 1
-                                                  : c.n_heads % c.n_kv_heads == 0;
-  if (!fits)
-    fail("%s: config \"n_kv_heads\" is %d with %d heads; %s needs %s", path.c_str(), c.n_kv_heads, c.n_heads,
-         name(c.attention),
-         c.attention == Variant::mha   ? "as many"
-         : c.attention == Variant::mqa ? "1"
-                                       : "a divisor of the heads");
+  const bool known = with_variant(c.attention, [&](auto v) { decltype(v)::type::read(f, c); });
+  f.require(known, "attention", "mha, mqa, gqa or mla");
 }
 
 void read_experts(Fields& f, const std::string& path, Config& c) {
@@ -365,7 +406,7 @@ Config read_config(const std::string& path, const std::string& text) {
   f.integer("n_layers", c.n_layers, 1, MAX_LAYERS);
   f.integer("vocab_size", c.vocab_size, 1, 1 << 24);
   f.integer("seq_len", c.seq_len, 1, MAX_LENGTH);
-  read_attention(f, path, c);
+  read_attention(f, c);
   f.choice("norm", c.norm, {{"rms", NormKind::rms}, {"layer", NormKind::layer}}, true);
   f.number("norm_eps", c.norm_eps, true);
   f.choice("activation", c.activation,
@@ -384,15 +425,7 @@ Config read_config(const std::string& path, const std::string& text) {
   const auto not_below = [&](const char* key, float value, float least) {
     if (value < least) fail("%s: config \"%s\" is %g; it must be at least %g", path.c_str(), key, value, least);
   };
-  const auto fits = [&](const char* what, int a, int b) {
-    if (static_cast<int64_t>(a) * b > MAX_PRODUCT)
-      fail("%s: config %s is %d x %d; more than %d are not supported", path.c_str(), what, a, b, MAX_PRODUCT);
-  };
-  fits("\"n_heads\" x \"head_dim\"", c.n_heads, c.head_dim);
-  fits("\"n_heads\" x (\"qk_nope_head_dim\" + \"qk_rope_head_dim\")", c.n_heads,
-       c.qk_nope_head_dim + c.qk_rope_head_dim);
-  fits("\"n_heads\" x \"v_head_dim\"", c.n_heads, c.v_head_dim);
-  fits("\"n_shared_experts\" x \"moe_intermediate_size\"", c.n_shared_experts, c.moe_intermediate_size);
+  f.fits("n_shared_experts x moe_intermediate_size", c.n_shared_experts, c.moe_intermediate_size);
   not_below("norm_eps", c.norm_eps, 0);
   not_below("attention_softcap", c.attention_softcap, 0);
   not_below("logit_softcap", c.logit_softcap, 0);
@@ -454,14 +487,16 @@ class Collector {
     jobs.push_back({views(name, 1, n, k, false)[0], false, &out});
   }
 
-  // [count, n, k], one matrix each. `out` must not be resized any more.
-  void matrices(const std::string& name, int n, int k, bool floats_only, bool transposed,
-                const std::vector<Matrix*>& out) {
-    const auto all = views(name, static_cast<int>(out.size()), n, k, floats_only);
-    for (size_t i = 0; i < out.size(); i++) {
-      jobs.push_back({all[i], transposed, out[i]});
-      if (transposed) std::swap(jobs.back().source.n, jobs.back().source.k);
-    }
+  // [groups, n, k] in one.
+  void grouped(const std::string& name, int groups, int n, int k, Matrix& out) {
+    group(name, groups, n, k, false, false, out);
+  }
+  // The same where each group is a head of MLA; transposed: [groups, k, n] of it.
+  void heads(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, true, false, out.weight);
+  }
+  void heads_transposed(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, true, true, out.weight);
   }
 
   void linear(const std::string& name, int n, int k, Linear& out) {
@@ -496,6 +531,14 @@ class Collector {
   std::vector<std::pair<const Entry*, const float**>> vectors;
 
  private:
+  void group(const std::string& name, int groups, int n, int k, bool floats_only, bool transposed, Matrix& out) {
+    out.groups = groups;
+    for (TensorView& view : views(name, groups, n, k, floats_only)) {
+      if (transposed) std::swap(view.n, view.k);
+      jobs.push_back({view, transposed, &out});
+    }
+  }
+
   Entry& entry(const std::string& name) {
     Entry* e = header_.find(name);
     if (!e) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
@@ -526,39 +569,6 @@ class Collector {
   Header& header_;
 };
 
-void collect_attention(Collector& t, const std::string& at, const Config& c, Layer& l) {
-  if (c.attention != Variant::mla) {
-    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj);
-    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
-    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
-    t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
-    t.norm(at + "q_norm", c.head_dim, l.q_norm);
-    t.norm(at + "k_norm", c.head_dim, l.k_norm);
-    return;
-  }
-  const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
-  if (c.q_lora_rank) {
-    t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj);
-    t.norm(at + "q_a_norm", c.q_lora_rank, l.q_a_norm);
-    t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj);
-  } else {
-    t.linear(at + "q_proj", q_width, c.dim, l.q_proj);
-  }
-  t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
-  t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
-  t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
-  std::vector<Matrix*> uk, uk_t, uv;
-  for (auto* list : {&l.w_uk, &l.w_uk_t, &l.w_uv}) list->resize(static_cast<size_t>(c.n_heads));
-  for (size_t h = 0; h < static_cast<size_t>(c.n_heads); h++) {
-    uk.push_back(&l.w_uk[h]);
-    uk_t.push_back(&l.w_uk_t[h]);
-    uv.push_back(&l.w_uv[h]);
-  }
-  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, false, uk);
-  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, true, uk_t);
-  t.matrices(at + "w_uv", c.v_head_dim, c.kv_lora_rank, true, false, uv);
-}
-
 void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& mlp) {
   if (t.has(at + "gate_proj.weight")) t.linear(at + "gate_proj", hidden, dim, mlp.gate);
   t.linear(at + "up_proj", hidden, dim, mlp.up);
@@ -568,16 +578,10 @@ void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& 
 void collect_experts(Collector& t, const std::string& at, const Config& c, Layer& l) {
   t.matrix(at + "router", c.n_routed_experts, c.dim, l.router.weight);
   t.optional_vector(at + "router.bias", {c.n_routed_experts}, l.router_bias);
-  l.experts.resize(static_cast<size_t>(c.n_routed_experts));
-  std::vector<Matrix*> gate, up, down;
-  for (Mlp& e : l.experts) {
-    gate.push_back(&e.gate.weight);
-    up.push_back(&e.up.weight);
-    down.push_back(&e.down.weight);
-  }
-  t.matrices(at + "experts.gate_proj", c.moe_intermediate_size, c.dim, false, false, gate);
-  t.matrices(at + "experts.up_proj", c.moe_intermediate_size, c.dim, false, false, up);
-  t.matrices(at + "experts.down_proj", c.dim, c.moe_intermediate_size, false, false, down);
+  const int E = c.n_routed_experts, hidden = c.moe_intermediate_size;
+  t.grouped(at + "experts.gate_proj", E, hidden, c.dim, l.experts.gate.weight);
+  t.grouped(at + "experts.up_proj", E, hidden, c.dim, l.experts.up.weight);
+  t.grouped(at + "experts.down_proj", E, c.dim, hidden, l.experts.down.weight);
   if (c.n_shared_experts)
     collect_mlp(t, at + "shared_experts.", c.dim, c.n_shared_experts * c.moe_intermediate_size, l.shared);
 }
@@ -589,7 +593,8 @@ void collect(Collector& t, Model& m) {
   t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head.bias);
   t.optional_vector("position_embedding.weight", {c.seq_len, c.dim}, m.position_embedding);
   t.norm("norm", c.dim, m.final_norm);
-  const int rotated = c.attention == Variant::mla ? c.qk_rope_head_dim : c.head_dim;
+  int rotated = 0;
+  with_variant(c.attention, [&](auto v) { rotated = decltype(v)::type::rotated(c); });
   m.rope.resize(c.rope_scale.size());
   for (size_t i = 0; i < m.rope.size(); i++) {
     const std::string name = "rope." + std::to_string(i) + ".inv_freq";
@@ -608,7 +613,7 @@ void collect(Collector& t, Model& m) {
     t.norm(at + "attention_post_norm", c.dim, l.attention_post_norm);
     t.norm(at + "mlp_norm", c.dim, l.mlp_norm);
     t.norm(at + "mlp_post_norm", c.dim, l.mlp_post_norm);
-    collect_attention(t, at, c, l);
+    with_variant(c.attention, [&](auto v) { decltype(v)::type::collect(t, at, c, l); });
     if (c.is_moe(i))
       collect_experts(t, at, c, l);
     else
@@ -629,7 +634,7 @@ size_t packed_bytes(const PackJob& j) {
   return packed_bytes(j.source.type, j.source.n, j.source.k);
 }
 
-void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m) {
+void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m, Threads& threads) {
   size_t total = 0;
   for (const PackJob& j : jobs) total += packed_bytes(j);
   m.packed = Buffer<std::byte>(total);
@@ -643,12 +648,13 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
     const int step = j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
     for (int first = 0; first < blocks; first += step) {
       const int last = std::min(blocks, first + step);
-#pragma omp parallel for schedule(static)
-      for (int b = first; b < last; b++) pack(s, j.transposed, b, at);
+      threads.run(threads.most(), [&](const Team& team) {
+        team.for_each(last - first, [&](int b) { pack(s, j.transposed, first + b, at); });
+      });
       const auto* data = static_cast<const std::byte*>(s.data);
       file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
     }
-    *j.out = {s.type, s.n, s.k, at};
+    if (!j.out->data) *j.out = {s.type, s.n, s.k, j.out->groups, at};  // the first of its groups
     at += packed_bytes(j);
   }
 }
@@ -672,8 +678,8 @@ void count(const Collector& tensors, Model& m) {
   std::map<std::string, double> by_type;
   std::set<const Matrix*> routed, not_read = {&m.embed_tokens};
   for (const Layer& l : m.layers) {
-    for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
-    for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
+    routed.insert({&l.experts.gate.weight, &l.experts.up.weight, &l.experts.down.weight});
+    not_read.insert(&l.w_uk.weight);  // decode takes the absorbed form
   }
   const auto is_classifier = [&](const PackJob& j) { return j.out == &m.lm_head.weight; };
   if (std::none_of(tensors.jobs.begin(), tensors.jobs.end(), is_classifier)) not_read.erase(&m.embed_tokens);  // it is
@@ -711,11 +717,6 @@ Config read_checked_config(const std::string& path, const Header& header) {
 
 }  // namespace
 
-const char* name(Variant v) {
-  constexpr const char* names[] = {"mha", "mqa", "gqa", "mla"};
-  return names[static_cast<int>(v)];
-}
-
 struct ModelFile::Contents {
   explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
   MappedFile file;
@@ -734,15 +735,16 @@ ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
 
 ModelFile::~ModelFile() = default;
 
-void ModelFile::pack() {
-  pack_matrices(contents_->file, contents_->tensors.jobs, model);
+void ModelFile::pack(Threads& threads) {
+  pack_matrices(contents_->file, contents_->tensors.jobs, model, threads);
   copy_vectors(contents_->tensors.vectors, model);
+  contents_->file.refuse_changed(model.path);
   if (!model.lm_head) model.lm_head.weight = model.embed_tokens;
   contents_.reset();
 }
 
-Model load_model(const std::string& path) {
+Model load_model(const std::string& path, Threads& threads) {
   ModelFile file(path);
-  file.pack();
+  file.pack(threads);
   return std::move(file.model);
 }

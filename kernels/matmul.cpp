@@ -34,11 +34,8 @@
 // Tiles over strips of several blocks: as good as rung 5, and more code.
 #include "kernels/matmul.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <bit>
-#include <cassert>
 #include <cstring>
 #include <type_traits>
 
@@ -128,10 +125,11 @@ ptrdiff_t row_stride<Int8Group>(int k) {
   return k / GROUP;
 }
 
-// The room that the rows of an input have: one place for each arithmetic that its products may want.
+// The room that the rows of an input have (of all groups): one place for each arithmetic that its products may want.
 struct Inputs {
   std::byte* room;
   int rows, k;
+  int first = 0;  // the row that a group's row 0 is
 
   template <class Input>
   size_t bytes() const {
@@ -144,7 +142,7 @@ struct Inputs {
     size_t at = 0;
     if (!std::is_same_v<Input, Int8Group>) at += bytes<Int8Group>();
     if (std::is_same_v<Input, float>) at += bytes<uint16_t>();
-    return reinterpret_cast<Input*>(room + at) + row * row_stride<Input>(k);
+    return reinterpret_cast<Input*>(room + at) + (first + row) * row_stride<Input>(k);
   }
 };
 
@@ -306,7 +304,7 @@ struct Q4Kernel {
   }
 };
 
-// --- one product -----------------------------------------------------------------------------------------------------
+// --- one group of a product ------------------------------------------------------------------------------------------
 
 // y's vector at column = sum (+ bias) (+ y), as far as there are columns.
 inline void finish(const Product& p, float* y, int column, F32 sum) {
@@ -386,11 +384,17 @@ void run_blocks(const Product& p, const Inputs& inputs, int first, int last) {
 // --- the inputs of a call --------------------------------------------------------------------------------------------
 
 bool same_input(const Product& a, const Product& b) {
-  return a.x == b.x && a.x_rows == b.x_rows && a.x_stride == b.x_stride && a.weight->k == b.weight->k;
+  return a.x == b.x && a.x_rows == b.x_rows && a.x_stride == b.x_stride && a.x_group == b.x_group &&
+         a.weight->k == b.weight->k && (a.x_group == 0 || a.weight->groups == b.weight->groups);
+}
+
+// Inputs that differ from group to group, or the one that all groups share.
+int input_groups(const Product& p) {
+  return p.x_group ? p.weight->groups : 1;
 }
 
 Inputs inputs_of(const Product& p, std::byte* room = nullptr) {
-  return {room, p.x_rows, p.weight->k};
+  return {room, input_groups(p) * p.x_rows, p.weight->k};
 }
 
 template <class Kernel>
@@ -407,9 +411,10 @@ void convert_inputs(const Product* products, int n_products, std::byte* room, in
     for (end = first; end < n_products && same_input(p, products[end]); end++)
       wanted[static_cast<int>(products[end].weight->type)] = true;
     const Inputs inputs = inputs_of(p, room);
-    for (int row = 0; row < p.x_rows; row++, number++) {
+    for (int row = 0; row < inputs.rows; row++, number++) {
       if (number % sharers != share) continue;
-      const float* x = p.x + static_cast<ptrdiff_t>(row) * p.x_stride;
+      const ptrdiff_t group = row / p.x_rows, at = row % p.x_rows;
+      const float* x = p.x + group * p.x_group + at * p.x_stride;
       const auto is = [&](DType type) { return wanted[static_cast<int>(type)]; };
       if (is(DType::q8) || is(DType::q4)) convert_row_for<Q8Kernel>(x, inputs, row);
       if (is(DType::f32) || is(DType::f16)) convert_row_for<F32Kernel>(x, inputs, row);
@@ -417,6 +422,34 @@ void convert_inputs(const Product* products, int n_products, std::byte* room, in
     }
     room += inputs.all_bytes();
   }
+}
+
+// --- groups ----------------------------------------------------------------------------------------------------------
+
+int rows_of(const Product& p, int group) {
+  return p.row_start ? p.row_start[group + 1] - p.row_start[group] : p.rows;
+}
+
+int groups_with_rows(const Product& p) {
+  if (!p.row_start) return p.rows > 0 ? p.weight->groups : 0;
+  int n = 0;
+  for (int g = 0; g < p.weight->groups; g++) n += rows_of(p, g) > 0;
+  return n;
+}
+
+// Blocks first .. last - 1 of one group, as a product of its own.
+void run_group(const Product& p, Inputs inputs, int group, int first, int last) {
+  const int start = p.row_start ? p.row_start[group] : 0;
+  Matrix weight = *p.weight;
+  weight.data += static_cast<size_t>(group) * packed_bytes(weight.type, weight.n, weight.k);
+  Product one = p;
+  one.weight = &weight;
+  one.rows = rows_of(p, group);
+  if (p.bias) one.bias = p.bias + static_cast<ptrdiff_t>(group) * weight.n;
+  if (p.gather) one.gather = p.gather + start;
+  one.y = p.y + static_cast<ptrdiff_t>(start) * p.y_stride + static_cast<ptrdiff_t>(group) * p.y_group;
+  inputs.first = (p.x_group ? group * p.x_rows : 0) + (p.gather ? 0 : start);
+  run_blocks(one, inputs, first, last);
 }
 
 // --- packing ---------------------------------------------------------------------------------------------------------
@@ -524,37 +557,34 @@ size_t packed_bytes(DType type, int n, int k) {
 }
 
 size_t matmul_workspace_bytes(int rows, int k) {
-  return Inputs{nullptr, rows, k}.all_bytes();
+  return bytes_of([&](Arena& arena) { arena.take<std::byte>(Inputs{nullptr, rows, k}.all_bytes()); });
 }
 
-void matmul(const Product* products, int n_products, MatmulWorkspace& workspace) {
+void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace) {
   size_t bytes = 0;
   int blocks = 0;
   for (int i = 0; i < n_products; i++) {
-    blocks += row_blocks(products[i].weight->n);
+    blocks += groups_with_rows(products[i]) * row_blocks(products[i].weight->n);
     if (i == 0 || !same_input(products[i], products[i - 1])) bytes += inputs_of(products[i]).all_bytes();
   }
   // A token's worth of input is converted by every thread for itself: that takes less time than a barrier.
   alignas(64) std::byte own[SMALL];
   const bool small = bytes <= sizeof own;
-  std::byte* room = small ? own : workspace.memory.data();
-  const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-  assert(small || bytes <= workspace.memory.size());
-  convert_inputs(products, n_products, room, small ? 0 : thread, small ? 1 : threads);
-  if (!small) {
-#pragma omp barrier
-  }
-  // Each thread takes one range of the call's row blocks.
-  int first = static_cast<int>(static_cast<int64_t>(blocks) * thread / threads);
-  int last = static_cast<int>(static_cast<int64_t>(blocks) * (thread + 1) / threads);
+  std::byte* room = small ? own : workspace.begin().take<std::byte>(bytes);
+  convert_inputs(products, n_products, room, small ? 0 : team.rank, small ? 1 : team.size);
+  if (!small) team.barrier();
+  auto [first, last] = team.share(blocks);  // each thread takes one range of the call's row blocks
   for (int i = 0; i < n_products && last > 0; i++) {
     const Product& p = products[i];
     const int n = row_blocks(p.weight->n);
     if (i > 0 && !same_input(p, products[i - 1])) room += inputs_of(products[i - 1]).all_bytes();
-    if (first < n) run_blocks(p, inputs_of(p, room), std::max(first, 0), std::min(last, n));
-    first -= n, last -= n;
+    for (int group = 0; group < p.weight->groups && last > 0; group++) {
+      if (rows_of(p, group) == 0) continue;
+      if (first < n) run_group(p, inputs_of(p, room), group, std::max(first, 0), std::min(last, n));
+      first -= n, last -= n;
+    }
   }
-#pragma omp barrier
+  team.barrier();
 }
 
 void pack(const TensorView& source, bool transposed, int block, std::byte* packed) {

@@ -10,7 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/device.h"
+#include "kernels/arena.h"
+#include "kernels/team.h"
 
 enum class DType { f32, bf16, f16, q8, q4 };
 constexpr int GROUP = 32;  // inputs that share a scale in q8 and q4
@@ -27,15 +28,16 @@ struct TensorView {
   const uint16_t* min = nullptr;    // float16
 };
 
-// A packed matrix; does not own its memory.
+// A packed matrix, or `groups` of them that follow each other; does not own its memory.
 struct Matrix {
   DType type = DType::f32;
   int n = 0, k = 0;
+  int groups = 1;
   const std::byte* data = nullptr;
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Bytes of the packed form (n is rounded up to a whole number of row blocks), a multiple of 64.
+// Bytes of the packed form of one group (n is rounded up to a whole number of row blocks), a multiple of 64.
 size_t packed_bytes(DType type, int n, int k);
 // Row blocks of a matrix with n rows: the unit in which a matrix is packed and in which threads share a product.
 int row_blocks(int n);
@@ -45,33 +47,33 @@ void pack(const TensorView& source, bool transposed, int block, std::byte* packe
 // Row `row` of the matrix as float32, out [k] (the embedding of a token, where the classifier shares its matrix).
 void unpack_row(const Matrix& matrix, int row, float* out);
 
-// One product. Row r of y is row (gather ? gather[r] : r) of x times W^T, plus bias, added to y where `add`.
+// One product for each group of the weight. Row r of y is row (gather ? gather[r] : r) of x times W^T, plus bias, added
+// to y where `add`.
+//
+// Groups have the rows 0 .. rows - 1 each, of x + g * x_group and y + g * y_group (MLA: a group a head); or, with
+// row_start, rows row_start[g] .. row_start[g + 1] - 1 of the one x and y (experts: a group an expert, rows sorted by
+// it).
 struct Product {
   const Matrix* weight = nullptr;
-  const float* bias = nullptr;  // [n] or null
+  const float* bias = nullptr;  // [groups, n] or null
   const float* x = nullptr;     // [x_rows, k], row stride x_stride
-  int x_rows = 0, x_stride = 0;
+  int x_rows = 0, x_stride = 0, x_group = 0;
   const int* gather = nullptr;  // [rows] or null: rows == x_rows
   int rows = 0;
-  float* y = nullptr;  // [rows, n], row stride y_stride
-  int y_stride = 0;
+  const int* row_start = nullptr;  // [groups + 1] or null; row_start[groups] <= rows
+  float* y = nullptr;              // [rows, n], row stride y_stride
+  int y_stride = 0, y_group = 0;
   bool add = false;
 };
 
-// Room for the activations of one call in the weights' own arithmetic (int8, bfloat16).
-class MatmulWorkspace {
- public:
-  MatmulWorkspace() = default;
-  explicit MatmulWorkspace(size_t bytes) : memory(bytes) {}
-  Buffer<std::byte> memory;
-};
-// Bytes needed by a call whose distinct inputs have `rows` rows of k elements in all; additive over inputs.
+// Bytes of workspace, for the activations in the weights' own arithmetic (int8, bfloat16), of a call whose one distinct
+// input has `rows` rows (of all groups) of k elements.
 size_t matmul_workspace_bytes(int rows, int k);
 
 // Runs the products, which must not depend on each other. Products with the same x, x_rows, x_stride and k that follow
-// each other share one conversion of x. Called by every thread of the team (an OpenMP parallel region, or none) with
-// the same arguments; ends with a barrier. y must not overlap any x.
-void matmul(const Product* products, int n_products, MatmulWorkspace& workspace);
+// each other share one conversion of x. Every thread of the team calls it, with the same arguments; ends with a
+// barrier. y must not overlap any x.
+void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace);
 
 // Which inner loops this build has: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable".
 const char* kernel_level();

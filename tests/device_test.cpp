@@ -1,6 +1,7 @@
 // device.cpp: memory as the contract says, and an estimate of what is free that a real allocation agrees
 // with.
 #include "kernels/device.h"
+#include "host/error.h"
 
 #include <gtest/gtest.h>
 

@@ -3,6 +3,7 @@
 // shared, not copied or not computed shows up as another text than the one a sequence has alone, which
 // `Alone` works out without any cache.
 #include "host/engine.h"
+#include "host/error.h"
 
 #include <gtest/gtest.h>
 

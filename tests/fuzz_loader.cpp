@@ -8,6 +8,7 @@
 
 #include "model.h"
 #include "tiny_model.h"
+#include "host/error.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 

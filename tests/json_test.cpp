@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 

@@ -6,6 +6,7 @@
 #include <filesystem>
 
 #include "tiny_model.h"
+#include "host/error.h"
 
 namespace {
 

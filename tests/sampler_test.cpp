@@ -12,6 +12,7 @@
 #include <random>
 
 #include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 

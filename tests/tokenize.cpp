@@ -11,6 +11,7 @@
 
 #include "kernels/device.h"
 #include "host/tokenizer.h"
+#include "host/error.h"
 
 namespace {
 

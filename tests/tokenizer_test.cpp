@@ -11,6 +11,7 @@
 #include <random>
 
 #include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 

@@ -11,6 +11,7 @@
 
 #include "tiny_model.h"
 #include "variants.h"
+#include "host/error.h"
 
 namespace {
 
