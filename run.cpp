@@ -20,7 +20,12 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
 Tokenizer load_tokenizer(const Model& model) {
-  const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
+  namespace fs = std::filesystem;
+  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
+  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
+    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
+    if (fs::exists(beside)) path = beside;
+  }
   Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),

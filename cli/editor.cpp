@@ -30,7 +30,7 @@ struct Editor::Impl {
   EditLine* edit = nullptr;
   History* history = nullptr;
   FILE* screen = nullptr;
-  termios before = {};  // the terminal's mode
+  termios before = {}, between = {};  // the terminal's modes: as it was, and between the lines
   bool marks_pastes = false;
   const char* prompt = "";
   std::string typed;      // bytes that came
@@ -118,17 +118,17 @@ void Editor::Impl::start_libedit() {
 Editor::Editor() : impl_(new Impl) {
   setlocale(LC_CTYPE, "C.UTF-8");  // what libedit takes bytes for
   if (tcgetattr(STDIN_FILENO, &impl_->before) != 0) fail("cannot read the terminal: %s", std::strerror(errno));
-  termios unedited = impl_->before;
-  unedited.c_lflag &= ~static_cast<tcflag_t>(ICANON | ECHO);
-  unedited.c_cc[VMIN] = 1;
-  unedited.c_cc[VTIME] = 0;
+  termios& between = impl_->between = impl_->before;
+  between.c_lflag &= ~static_cast<tcflag_t>(ICANON | ECHO);
+  between.c_cc[VMIN] = 1;
+  between.c_cc[VTIME] = 0;
   restore_on_death(&impl_->before);
-  tcsetattr(STDIN_FILENO, TCSANOW, &unedited);
   impl_->screen = std::fopen("/dev/tty", "we");  // wherever standard output and error go
   if (!impl_->screen) impl_->screen = stderr;
   const char* term = std::getenv("TERM");
   impl_->marks_pastes = term && *term && std::string(term) != "dumb";
   impl_->start_libedit();
+  tcsetattr(STDIN_FILENO, TCSANOW, &between);  // libedit knows line editing of its own, and of the terminal
 }
 
 Editor::~Editor() {
@@ -146,6 +146,7 @@ bool Editor::read(const char* prompt, std::string& line) {
   if (impl_->marks_pastes) std::fputs(MARK_PASTES, impl_->screen);
   int n = 0;
   const char* typed = el_gets(impl_->edit, &n);
+  tcsetattr(STDIN_FILENO, TCSANOW, &impl_->between);
   if (impl_->marks_pastes) std::fputs(MARK_NONE, impl_->screen);
   if (!typed || n <= 0) std::fputs("\n", impl_->screen);
   std::fflush(impl_->screen);
