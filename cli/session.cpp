@@ -50,7 +50,8 @@ std::string read_text(const std::string& path) {
 
 std::string valid_utf8(const std::string& text) {
   Utf8Stream stream;
-  return stream.push(text) + stream.finish();
+  const std::string valid = stream.push(text);
+  return valid + stream.finish();
 }
 
 void require_utf8(const std::string& text, const std::string& what) {
@@ -76,6 +77,8 @@ void read_input(Session& s) {
   const Options& o = s.options;
   for (int id = 0; id < s.tokenizer.vocab_size() && !o.ignore_eos; id++)
     if (s.tokenizer.is_end_of_generation(id)) s.stop_ids.push_back(id);
+  require_utf8(o.system, "--system");
+  for (const std::string& stop : o.stop) require_utf8(stop, "--stop");
   if (o.chat && !s.tokenizer.chat().present) fail("--chat: %s", s.tokenizer.chat().refusal.c_str());
   if (o.chat && !o.system.empty() && !s.tokenizer.chat().system_refusal.empty())
     fail("--system: %s", s.tokenizer.chat().system_refusal.c_str());

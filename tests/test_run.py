@@ -174,6 +174,59 @@ def test_standard_output_is_utf8_whatever_the_model_says(model):
         run(model, "-i", "é", "-n", 200, "--temperature", 2, "--top-k", 0, "--seed", seed).stdout.decode()
 
 
+ODD_TEXTS = ("[scene]", "[a,b]", "[]", "[", "{x}", "--chat", "-q", "--", "-", "-5 degrees", "%%", "++", "'a'", '"a"')
+ODD_TEXTS += ("a,b", "a=b", " a ", "#a", "@a", "true", "$HOME", "\\n", "[[x]]")
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS)
+def test_every_text_flag_takes_every_text(model, odd):
+    assert text(model, "-i", odd, "-n", 1).startswith(odd)
+    assert text(model, f"--prompt={odd}", "-n", 1).startswith(odd)
+    full = readable(greedy(model, "a", 60))
+    expected = "a" + full[: full.index(odd)] if odd in full else "a" + full
+    for stop in (("--stop", odd), (f"--stop={odd}",), ("--stop", "never", "--stop", odd)):
+        assert text(model, "-i", "a", "-n", 60, "--temperature", 0, "--ignore-eos", *stop) == expected + "\n"
+    chat = [{"role": "system", "content": odd}, {"role": "user", "content": "u"}]
+    s = answers(model, stdin=json.dumps({"messages": chat, "n": 3, "temperature": 0}))[0]["text"]
+    flags = ("--chat", "--system", odd, "-n", 3, "--temperature", 0)
+    assert run(model, *flags, "-q", stdin=b"u\n").stdout.decode() == s + "\n"
+
+
+def test_a_stop_text_in_brackets_is_one_text(model):
+    """The model's text contains "[" alone: it must not end there."""
+    full = readable(greedy(model, n=200))
+    inside = next(c for c in full[20:] if re.fullmatch("[!-~]", c))
+    flags = (model, "-i", PROMPT, "-n", 200, "--temperature", 0, "--ignore-eos")
+    assert text(*flags, "--stop", f"[{inside}]") == PROMPT + full + "\n"
+    assert text(*flags, "--stop", f"[{inside},never]") == PROMPT + full + "\n"
+
+
+def test_flags_as_people_type_them(model, tmp_path):
+    flags = ("-i", PROMPT, "--temperature", 0, "--ignore-eos")
+    expected = text(model, *flags, "-n", 5)
+    assert text("-m", model, *flags, "-n", 5) == expected
+    assert text(*flags, "--model", model, "--predict", 5, "--batch-size", 7, "--ctx-size", 100) == expected
+    assert text(model, "-i", PROMPT, "-n", 5, "--temp", "-1", "--ignore-eos") == expected
+    assert len(generated_ids(model, *flags, "-n", -2)) == CONTEXT - len(PROMPT)
+    assert stats(tmp_path, model, *flags, "-n", 5, "-c", 0)["context"] == CONTEXT
+    seeds = {stats(tmp_path, model, *flags, "-n", 1, "-s", -1)["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    (tmp_path / "prompt").write_text(PROMPT)
+    assert text(model, "--file", tmp_path / "prompt", *flags[2:], "-n", 5) == expected
+
+
+def test_escapes(model):
+    flags = (model, "-n", 1, "--temperature", 0)
+    assert text(*flags, "-i", r"a\tb\nc\x41\\n\"\'", "-e") == text(*flags, "-i", "a\tb\ncA\\n\"'")
+    assert text(*flags, "-i", r"a\tb").startswith(r"a\tb")
+    full = readable(greedy(model, n=200))
+    cut = next(c for c in full[20:] if re.fullmatch("[!-~]", c))
+    stop = "".join(f"\\x{b:02X}" for b in cut.encode())
+    assert text(model, "-i", PROMPT, "-n", 200, "--temperature", 0, "--ignore-eos", "-e", "--stop", stop) == (
+        PROMPT + full[: full.index(cut)] + "\n"
+    )
+
+
 # ---- Nothing but the model and the prompt decides the logits
 
 
@@ -272,6 +325,91 @@ def test_request_fields(model):
     assert answer["prompt_tokens"] == len("_system\ns_\n_user\nu_\n_assistant\n") and answer["generated_tokens"] <= 3
 
 
+def test_an_id_comes_back(model):
+    ids = ["a", 7, 1.5, {"x": [1, None]}, "é\n", False]
+    lines = [json.dumps({"id": i, "prompt": "a", "n": 1}) for i in ids] + ['{"prompt": "a", "n": 1, "id": null}']
+    lines += ['{"id": "wrong", "n": 1}', '{"id": "nonsense"', '{"prompt": "a", "n": 1}']
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines), code=1)
+    assert [a.get("id", "none") for a in result] == [*ids, "none", "wrong", "none", "none"]
+    assert ["error" in a for a in result] == [False] * 7 + [True, True, False]
+
+
+def test_what_a_request_may_leave_out_or_say_otherwise(model):
+    flags = (model, "--temperature", 0, "-n", 5, "--stop", "never")
+    plain = {"prompt": PROMPT}
+    nothing = dict.fromkeys(
+        ("messages", "n", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop", "id", "special")
+    )
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    same = (
+        (plain, plain | nothing),
+        (plain, plain | {"temperature": -1}),
+        (plain | {"n": 0}, plain | {"n": -1}),
+        (plain | {"n": 0}, plain | {"n": -2}),
+        *(
+            ({"messages": [{"role": "user", "content": a}]}, {"messages": [{"role": "user", "content": b}]})
+            for a, b in (("one\ntwo", parts), ("one", parts[:1]), ("", []))
+        ),
+    )
+    for a, b in same:
+        one, two = answers(*flags, stdin=json.dumps(a) + "\n" + json.dumps(b))
+        assert (one["text"], one["prompt_tokens"], one["generated_tokens"]) == (
+            two["text"],
+            two["prompt_tokens"],
+            two["generated_tokens"],
+        ), b
+    two = answers(model, "-n", 40, stdin='{"prompt": "a", "seed": -1, "temperature": 2}\n' * 2)
+    assert two[0]["text"] != two[1]["text"]
+
+
+def test_special_tokens_in_a_prompt(model):
+    text = "<|im_start|>a<|im_end|>"
+    plain, special = answers(
+        model, stdin="".join(json.dumps({"prompt": text, "n": 1, "special": s}) + "\n" for s in (False, True))
+    )
+    assert plain["prompt_tokens"] == len(text) and special["prompt_tokens"] == 3
+    assert "<|im_start|>" in plain["note"] and "note" not in special
+    assert answers(model, "--special", stdin=json.dumps({"prompt": text, "n": 1}))[0]["prompt_tokens"] == 3
+    lines = text_of_tokens(model, "-i", text, "-n", 1, "--special")
+    assert [line.split("\t")[0] for line in lines[:3]] == ["257", "97", "258"] and lines[3] == ""
+    done = run(model, "-i", text, "-n", 1, "-q")
+    assert done.stderr == b"run: the prompt has <|im_start|> as plain text; with --special it is that token\n"
+    assert run(model, "-i", text, "-n", 1, "-q", "--special").stderr == b""
+    done = run(model, "--chat", "-n", 1, "-q", stdin=b"<|im_end|>\n")
+    assert done.stderr == b"run: this turn has <|im_end|> as plain text\n"
+
+
+def text_of_tokens(*arguments):
+    return text(*arguments, "--tokens").split("\n")
+
+
+def test_a_line_that_is_too_long_costs_itself_alone(model, tmp_path):
+    good = '{"prompt": "a", "n": 1}\n'
+    fits, over = good[:-1] + " " * (1025 - len(good)) + "\n", good[:-1] + " " * (1026 - len(good)) + "\n"
+    flags = ("--max-line", "1K", "--parallel", 2)
+    lines = [fits, over, fits[:-1] + "\r\n", "x" * 3_000_000 + "\n", good, "y" * 70_000]
+    result = answers(model, *flags, stdin="".join(lines), code=1)
+    assert [("text" in a, a["line"]) for a in result] == [
+        *((True, 1), (False, 2), (True, 3), (False, 4), (True, 5), (False, 6))
+    ]
+    assert all("more than 1024 bytes: --max-line" in a["error"] for a in result if "error" in a)
+    done = run(model, "--chat", "-n", 1, "-q", "--max-line", 100, stdin=b"x" * 101 + b"\nhello\n", code=1)
+    assert done.stderr == b"run: line 1 is left out: it has more than 100 bytes (--max-line)\n"
+    assert done.stdout.endswith(b"\n")
+
+
+def test_a_long_line_is_not_kept(model):
+    """200 MB pass through a process that may take 150 MB more than the tiny model's own."""
+    limited = ["bash", "-c", 'ulimit -v 600000; exec "$0" "$@"', *command(model, "--prompts", "-", "-q", "-t", 1)]
+    with subprocess.Popen(limited, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for _ in range(800):
+            process.stdin.write(b"x" * 1_000_000)
+        process.stdin.write(b'\n{"prompt": "a", "n": 1}\n')
+        process.stdin.close()
+        long, good = map(json.loads, process.stdout)
+    assert process.returncode == 1 and "--max-line" in long["error"] and "text" in good
+
+
 def test_a_wrong_request_gets_an_error_in_its_place(model):
     good = json.dumps({"prompt": "a", "n": 2})
     wrong = {
@@ -282,18 +420,24 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "messages": []}': "either",
         '{"prompt": 3}': "text",
         '{"prompt": ""}': "empty",
-        '{"prompt": "a", "n": -1}': '"n"',
+        '{"prompt": "a", "n": -3}': '"n"',
         '{"prompt": "a", "n": 2.5}': '"n"',
         '{"prompt": "a", "n": 100000}': "256",
         '{"prompt": "a", "top_p": 0}': "top-p",
         '{"prompt": "a", "temperature": "hot"}': "temperature",
         '{"prompt": "a", "stop": [""]}': "stop",
-        '{"prompt": "a", "seed": -1}': "seed",
+        '{"prompt": "a", "seed": -2}': "seed",
         '{"prompt": "a", "seed": 18446744073709551616}': "too big",
         '{"prompt": "a", "n": 4294967297}': '"n"',
         '{"prompt": "a", "n": 1e400}': "overflow",
-        '{"prompt": "a", "n": null}': "null",
-        '{"prompt": null}': "null",
+        '{"prompt": null}': "either",
+        '{"prompt": "a", "repeat_penalty": 1e-38}': "repeat-penalty",
+        '{"prompt": "a", "repeat_penalty": 1e10}': "repeat-penalty",
+        '{"prompt": "a", "special": 1}': "special",
+        '{"messages": [{"role": "user", "content": "x"}], "special": true}': "special",
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}': "image_url",
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}': "text",
+        '{"messages": [{"role": "user", "content": ["x"]}]}': "part",
         '{"prompt": "a", "temperature": NaN}': "not JSON",
         '{"prompt": "a", "temperature": 1e300}': "temperature inf",
         '{"prompt": "a", "top_k": true}': "true",
@@ -301,7 +445,7 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "prompt": "b"}': "duplicate",
         '{"messages": {}}': "list",
         '{"messages": [3]}': "role",
-        '{"messages": [{"role": "user", "content": null}]}': "null",
+        '{"messages": [{"role": "user", "content": null}]}': "content",
         '{"messages": []}': "",
         "null": "JSON object",
         '{"messages": [{"role": "wizard", "content": "x"}]}': "role",
@@ -309,7 +453,7 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "' + "x" * 400 + '"}': "256",
     }
     lines = "\n".join(f"{good}\n{line}" for line in wrong) + "\n\n" + good + "\n"
-    result = answers(model, "--parallel", 4, stdin=lines)
+    result = answers(model, "--parallel", 4, stdin=lines, code=1)
     assert len(result) == 2 * len(wrong) + 1
     for i, (line, names) in enumerate(wrong.items()):
         assert "text" in result[2 * i], result[2 * i]
@@ -333,7 +477,7 @@ def test_requests_are_answered_while_others_are_still_to_come(model):
     process.stdin.close()
     rest = [json.loads(line) for line in process.stdout]
     assert [a["line"] for a in rest] == [4, 5, 6] and "not JSON" in rest[1]["error"]
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 1
     process.stdout.close()
     process.stderr.close()
 
@@ -350,12 +494,12 @@ def test_requests_as_a_stranger_writes_them(model):
     good = '{"prompt": "a", "n": 1}'
     long = '{"prompt": "' + "x" * 10_000_000 + '"}'
     lines = ["\ufeff" + good, "", " \t", good + "\r", long, "[" * 100_000, "\0", '"', good]
-    result = answers(model, "--parallel", 3, stdin="\n".join(lines))
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines), code=1)
     assert [(a["line"], "text" in a) for a in result] == [
         *((1, True), (4, True), (5, False), (6, False), (7, False), (8, False), (9, True))
     ]
     assert "10000000 tokens" in result[2]["error"] and "depth" in result[3]["error"]
-    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
+    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode(), code=1)
     assert b"decode byte 0xe9" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
     assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
 
@@ -375,9 +519,55 @@ def test_chat_keeps_its_cache_and_says_what_a_request_says(model, tmp_path):
     assert s["cached_tokens"] >= one["prompt_tokens"]
 
 
-def test_chat_ends_where_the_context_is_full(model):
-    done = run(model, "--chat", "--ignore-eos", stdin=b"hello\nhello\n", code=1)
-    assert b"fills the context of 256 tokens" in done.stderr
+def chat_prompt(messages):
+    """CHATML's bytes where each token is a byte, and <|im_start|> and <|im_end|> are one token each."""
+    text = "".join(f"_{role}\n{content}_\n" for role, content in messages) + "_assistant\n"
+    return text.encode()
+
+
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(model, tmp_path):
+    """Each answer is what a request of the turns that are left says."""
+    turns = [f"turn {i} of a long talk" for i in range(14)]
+    flags = (model, "-n", 4, "--temperature", 0)
+    done = run(*flags, "--chat", "--system", "be brief", "-q", stdin="\n".join(turns).encode())
+    messages, expected = [("system", "be brief")], ""
+    for turn in turns:
+        messages.append(("user", turn))
+        if len(chat_prompt(messages)) > CONTEXT - 4:
+            while len(messages) > 2 and len(chat_prompt(messages)) > CONTEXT / 2:
+                del messages[1:3]
+        request = {"messages": [{"role": role, "content": content} for role, content in messages]}
+        messages.append(("assistant", answers(*flags, stdin=json.dumps(request))[0]["text"]))
+        expected += messages[-1][1] + "\n"
+    assert len(messages) < 2 * len(turns) - 4
+    assert done.stdout.decode() == expected
+    assert done.stderr.count(b"\n") == 1 and b"the context of 256 tokens is full: from now on" in done.stderr
+
+
+def test_a_turn_that_never_fits_is_left_out(model):
+    flags = (model, "--chat", "-n", 3, "--temperature", 0, "-q")
+    done = run(*flags, stdin=b"x" * 300 + b"\nhello\n", code=1)
+    assert b"this turn is left out" in done.stderr
+    assert done.stdout == run(*flags, stdin=b"hello\n").stdout
+
+
+def test_an_answer_that_the_context_cuts_says_so(model):
+    done = run(model, "--chat", "--ignore-eos", "-q", stdin=b"hello\n")
+    assert done.stderr == b"run: the answer ends here: the context is full\n"
+
+
+def test_wrong_bytes_in_a_turn_are_replaced_and_said(model):
+    flags = (model, "--chat", "-n", 5, "--temperature", 0, "-q")
+    done = run(*flags, stdin=b"n\xe9\n")
+    assert done.stderr == b"run: line 1 has bytes that are not UTF-8: each became U+FFFD\n"
+    assert done.stdout == run(*flags, stdin="n\ufffd\n".encode()).stdout
+
+
+def test_several_lines_in_one_turn(model):
+    flags = ("-n", 5, "--temperature", 0)
+    chat = run(model, "--chat", *flags, "-q", stdin=b"one\\\ntwo\\\n\\\nthree\n").stdout.decode()
+    messages = [{"role": "user", "content": "one\ntwo\n\nthree"}]
+    assert chat == answers(model, *flags, stdin=json.dumps({"messages": messages}))[0]["text"] + "\n"
 
 
 def test_control_tokens_in_a_turn_are_plain_text(model):
@@ -397,14 +587,12 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--frobnicate"], 2, "frobnicate"),
         (["MODEL", "more"], 2, "more"),
         (["MODEL", "-n", "-5"], 2, "-n -5"),
-        (["MODEL", "-n", "-2"], 2, "-n -2"),
         (["MODEL", "-n", "many"], 2, "many"),
         (["MODEL", "-n", "99999999999999"], 2, "99999999999999"),
         (["MODEL", "-n"], 2, "-n"),
         (["MODEL", "--threads", "0"], 2, "--threads 0"),
         (["MODEL", "--threads", "-1"], 2, "--threads -1"),
         (["MODEL", "--temperature", "nan"], 2, "temperature nan"),
-        (["MODEL", "--temperature", "-1"], 2, "temperature -1"),
         (["MODEL", "--temperature", "inf"], 2, "temperature inf"),
         (["MODEL", "--top-p", "0"], 2, "top-p 0"),
         (["MODEL", "--top-p", "1.5"], 2, "top-p 1.5"),
@@ -412,7 +600,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--top-k", "-1"], 2, "top-k -1"),
         (["MODEL", "--min-p", "2"], 2, "min-p 2"),
         (["MODEL", "--repeat-penalty", "0"], 2, "repeat-penalty 0"),
-        (["MODEL", "--seed", "-1"], 2, "-1"),
+        (["MODEL", "--repeat-penalty", "1e-10"], 2, "repeat-penalty 1e-10"),
+        (["MODEL", "--repeat-penalty", "nan"], 2, "repeat-penalty nan"),
+        (["MODEL", "--temperature", "-nan"], 2, "temperature -nan"),
+        (["MODEL", "--seed", "-2"], 2, "-2"),
         (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
         (["MODEL", "--seed", "1.5"], 2, "1.5"),
         *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
@@ -426,6 +617,15 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--kv-memory", "-1G"], 2, "-1G"),
         (["MODEL", "--kv-memory", ""], 2, "--kv-memory"),
         (["MODEL", "--stop", ""], 2, "--stop"),
+        (["MODEL", "-e", "-i", r"\q"], 2, r"--prompt \q"),
+        (["MODEL", "-e", "-i", "\\"], 2, "--prompt \\"),
+        (["MODEL", "-e", "-i", r"\x4"], 2, r"--prompt \x4"),
+        (["MODEL", "-e", "-i", r"\xgg"], 2, r"--prompt \xgg"),
+        (["MODEL", "-e", "-i", r"\xe9"], 1, "byte 0xe9"),
+        (["MODEL", "-e"], 2, "--escape"),
+        (["MODEL", "--special", "--chat"], 2, "--special"),
+        (["MODEL", "--max-line", "1M"], 2, "--max-line"),
+        (["MODEL", "--prompts", "-", "--max-line", "much"], 2, "--max-line much"),
         (["MODEL", "--mla", "sideways"], 2, "sideways"),
         (["MODEL", "--chat", "--bench"], 2, "--bench"),
         (["MODEL", "--chat", "-i", "x"], 2, "--chat"),
@@ -433,7 +633,7 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "-i", "x", "-f", "y"], 2, "--prompt"),
         (["MODEL", "-i", "x", "-i", "y"], 2, "--prompt"),
         (["nothing.safetensors"], 1, "nothing.safetensors"),
-        (["FOLDER"], 1, "FOLDER"),
+        (["FOLDER"], 1, "make run MODEL=FOLDER"),
         (["PIPE"], 1, "PIPE"),
         (["/dev/zero"], 1, "/dev/zero"),
         (["MODEL", "-f", "nothing"], 1, "nothing"),
@@ -471,7 +671,7 @@ def test_wrong_input(model, tmp_path, arguments, code, names):
     done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
-    assert places.get(names, names) in complaint
+    assert names.replace("FOLDER", str(tmp_path)).replace("PIPE", str(tmp_path / "PIPE")) in complaint
 
 
 def test_wrong_bytes(model, tmp_path):
@@ -481,7 +681,8 @@ def test_wrong_bytes(model, tmp_path):
         (["-f", tmp_path / "latin1"], b""),
         ([], b"n\xe9"),
         (["--perplexity", tmp_path / "latin1"], b""),
-        (["--chat"], b"n\xe9\n"),
+        (["--chat", "--system", b"n\xe9"], b""),
+        (["-i", "x", "--stop", b"n\xe9"], b""),
     ):
         line = [*command(model, "-q", "--threads", 1), *flags]
         done = subprocess.run(line, input=stdin, capture_output=True, timeout=60)
