@@ -64,7 +64,7 @@ void prepare_process() {
     if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd) fail("cannot open /dev/null");
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
-  handle(SIGINT, interrupt, 0);  // no SA_RESTART: a read that waits ends
+  handle(SIGINT, interrupt, static_cast<int>(SA_RESTART));  // no write is cut short; who waits for input polls
   for (const int number : {SIGTERM, SIGHUP, SIGQUIT}) handle(number, die, static_cast<int>(SA_RESETHAND));
 }
 

@@ -11,7 +11,7 @@ class Durations {
  public:
   void add(double seconds) {
     const double step = std::log(std::max(seconds, SHORTEST) / SHORTEST) / std::log(STEP);
-    const size_t i = std::min(static_cast<size_t>(step), MOST_STEPS - 1);
+    const auto i = static_cast<size_t>(std::min(step, MOST_STEPS - 1));
     if (i >= counts_.size()) counts_.resize(i + 1);
     counts_[i]++;
     n_++;
@@ -30,8 +30,7 @@ class Durations {
   }
 
  private:
-  static constexpr double SHORTEST = 1e-7, STEP = 1.01;
-  static constexpr size_t MOST_STEPS = 2800;
+  static constexpr double SHORTEST = 1e-7, STEP = 1.01, MOST_STEPS = 2800;
   std::vector<int64_t> counts_;
   int64_t n_ = 0;
 };

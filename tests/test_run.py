@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import checkpoints
 import numpy as np
 import pytest
 from conftest import run_binary
+from safetensors.numpy import load_file, save_file
 
 import export
 
@@ -25,7 +27,7 @@ CHATML = (
 
 
 def export_tiny(name, folder, chat_template=None):
-    checkpoints.build(checkpoints.load(name), folder)
+    checkpoints.build(checkpoints.load(name) if isinstance(name, str) else name, folder)
     if chat_template:
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings["chat_template"] = chat_template
@@ -280,6 +282,183 @@ def test_bench(model):
     report = json.loads(text(model, "--bench"))
     assert {t["test"] for t in report["tests"]} == {"pp255", "tg128"}
     assert all(t["tokens_per_second"] > 0 for t in report["tests"]) and report["read_gb_per_second"] > 0
+
+
+# ---- Where output goes
+
+
+def beside(model, folder):
+    """A copy of the model that may be lost."""
+    shutil.copy(model, folder / "m.safetensors")
+    shutil.copy(model.with_suffix(".tokenizer.bin"), folder / "m.tokenizer.bin")
+    return folder / "m.safetensors"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "stdout"),
+    [
+        (["-i", "x", "--stats", "m.safetensors"], None, None),
+        (["-i", "x", "--stats", "./sub/../m.safetensors"], None, None),
+        (["-i", "x", "--stats", "link"], None, None),
+        (["-i", "x", "--stats", "hard"], None, None),
+        (["-i", "x", "--stats", "m.tokenizer.bin"], None, None),
+        (["-i", "x", "--logits", "m.safetensors"], None, None),
+        (["-f", "prompt", "--stats", "prompt"], None, None),
+        (["-f", "prompt", "--logits", "prompt"], None, None),
+        (["--stats", "prompt"], "prompt", None),
+        (["--prompts", "requests", "--stats", "requests"], None, None),
+        (["--prompts", "-", "--stats", "requests"], "requests", None),
+        (["--perplexity", "prompt", "--stats", "prompt"], None, None),
+        (["-i", "x", "--stats", "out"], None, "out"),
+        (["-i", "x", "--stats", "new", "--logits", "new"], None, None),
+        (["-i", "x", "--stats", "new", "--logits", "sub/../new"], None, None),
+        (["-i", "x", "--stats", "to_new", "--logits", "new"], None, None),
+    ],
+)
+def test_no_output_goes_over_what_the_run_reads(model, tmp_path, arguments, stdin, stdout):
+    beside(model, tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "prompt").write_text("a prompt")
+    (tmp_path / "requests").write_text('{"prompt": "a", "n": 1}\n')
+    (tmp_path / "out").touch()
+    (tmp_path / "link").symlink_to("m.safetensors")
+    (tmp_path / "hard").hardlink_to(tmp_path / "m.safetensors")
+    (tmp_path / "to_new").symlink_to("new")
+    before = contents(tmp_path)
+    line = command("m.safetensors", *arguments, "-q", "-t", 1)
+    with open(tmp_path / (stdin or "prompt")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
+        done = subprocess.run(line, cwd=tmp_path, stdin=source, stdout=to, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert b"give another name" in done.stderr and contents(tmp_path) == before
+
+
+def test_links_devices_and_modes_stay(model, tmp_path):
+    flags = ("-i", PROMPT, "-n", 3, "--ignore-eos")
+    (tmp_path / "folder").mkdir()
+    for target, link in (("folder/stats", "link"), ("folder/new", "dangling")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder/stats").write_text("old")
+    (tmp_path / "folder/stats").chmod(0o600)
+    (tmp_path / "chain").symlink_to(tmp_path / "link")
+    for link in ("chain", "dangling"):
+        run(model, *flags, "--stats", tmp_path / link)
+        assert (tmp_path / link).is_symlink() and json.loads((tmp_path / link).read_text())["generated_tokens"] == 3
+    assert (tmp_path / "folder/stats").stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["new", "stats"]
+    run(model, *flags, "--stats", "/dev/null")
+    assert not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
+@pytest.mark.parametrize("to_file", [False, True])
+def test_stats_on_standard_output(model, tmp_path, name, to_file):
+    """After the text, in a pipe and in a file, and the device is there afterwards."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    name = name.replace("LINK", str(tmp_path / "link"))
+    line = command(model, "-i", PROMPT, "-n", 3, "--ignore-eos", "-q", "-t", 1, "--stats", name)
+    if to_file:
+        with open(tmp_path / "out", "wb") as out:
+            done = subprocess.run(line, stdout=out, cwd=tmp_path)
+        written = (tmp_path / "out").read_bytes()
+    else:
+        done = subprocess.run(line, stdout=subprocess.PIPE, cwd=tmp_path)
+        written = done.stdout
+    assert done.returncode == 0 and written.startswith(PROMPT.encode())
+    assert json.loads(written[written.index(b"\n{") :])["generated_tokens"] == 3
+    assert os.path.islink("/dev/stdout") and {p.name for p in tmp_path.iterdir()} <= {"link", "out"}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors_send_nothing_into_files(model, tmp_path, closed):
+    path = tmp_path / "stats.json"
+    line = [
+        "bash",
+        "-c",
+        f'"$0" "$@" {closed}',
+        *command(model, "-i", PROMPT, "-n", 3, "--ignore-eos", "-t", 1, "--stats", path),
+    ]
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert json.loads(path.read_text())["generated_tokens"] == 3
+
+
+def test_a_closed_pipe_on_standard_error_does_not_end_the_text(model):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = command(model, "-i", PROMPT, "-n", 3, "-t", 1, "--temperature", 0)
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0 and one_replacement(done.stdout.decode()) == text(
+        model, "-i", PROMPT, "-n", 3, "--temperature", 0
+    )
+
+
+def test_unfinished_files_are_nobody_elses(model, tmp_path):
+    """A link planted where an unfinished file might go is not followed; two runs do not meet."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "stats.json"
+    flags = ("-i", PROMPT, "-n", 200, "--samples", 200, "--ignore-eos", "--stats", path)
+    (tmp_path / "stats.json.partial").symlink_to(victim)
+    two = [start(model, *flags) for _ in range(2)]
+    for process in two:
+        process.stdout.read(1)
+    unfinished = {p.name for p in tmp_path.iterdir()} - {"victim", "stats.json.partial"}
+    assert unfinished == {f"stats.json.partial.{process.pid}" for process in two}
+    for process in two:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert victim.read_text() == "precious" and json.loads(path.read_text())["generated_tokens"] > 0
+    assert {p.name for p in tmp_path.iterdir()} == {"victim", "stats.json.partial", "stats.json"}
+    long = tmp_path / ("x" * 255)
+    run(model, "-i", PROMPT, "-n", 1, "--ignore-eos", "--stats", long)
+    assert json.loads(long.read_text())["generated_tokens"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+@pytest.mark.parametrize("mode", ["prompt awaited", "request awaited", "generating"])
+def test_a_signal_leaves_nothing_unfinished(model, tmp_path, number, mode):
+    flags = {
+        "prompt awaited": (),
+        "request awaited": ("--prompts", "-"),
+        "generating": ("-i", PROMPT, "--samples", 300, "-n", 200, "--ignore-eos"),
+    }
+    process = start(model, *flags[mode], "--stats", tmp_path / "stats.json")
+    while not list(tmp_path.iterdir()):  # it is there from the start on
+        assert process.poll() is None
+    if mode == "generating":
+        process.stdout.read(1)
+    process.send_signal(number)
+    if number == signal.SIGINT:  # where it works, the first one only asks
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in ((-number, 130) if number == signal.SIGINT else (-number,))
+    assert {p.name for p in tmp_path.iterdir()} <= {"stats.json"}
+    assert process.returncode == 130 or not list(tmp_path.iterdir())
+
+
+def test_a_hangup_that_is_ignored_stays_so(model):
+    process = subprocess.Popen(
+        ["nohup", *command(model, "--prompts", "-", "-t", 1, "-q")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdin.write(b'{"prompt": "a", "n": 2}\n')
+    process.stdin.flush()
+    assert b"text" in process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(b'{"prompt": "a", "n": 2}\n', timeout=60)
+    assert process.returncode == 0 and b"text" in out
+
+
+def test_a_file_size_limit_is_an_error(model, tmp_path):
+    path = tmp_path / "logits.npy"
+    line = command(model, "-i", PROMPT, "-q", "-t", 1, "--logits", path)
+    done = subprocess.run(["bash", "-c", 'ulimit -f 4; exec "$0" "$@"', *line], capture_output=True)
+    assert done.returncode == 1 and done.stderr == f"run: cannot write {path}: File too large\n".encode()
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Requests
@@ -709,6 +888,122 @@ def test_wrong_model_files(model, model_without_chat, tmp_path):
     assert "m.safetensors" in complaint()
     weights.write_bytes(b"")
     assert "m.safetensors" in complaint()
+
+
+@pytest.mark.parametrize(
+    "kind", ["gguf", "pytorch", "tokenizer", "hugging face", "hugging face without metadata", "folder"]
+)
+def test_a_file_of_another_kind_names_the_command(model, tmp_path, kind):
+    folder = tmp_path / "checkpoint"
+    checkpoints.build(checkpoints.load("llama_gqa"), folder)
+    path = next(folder.glob("*.safetensors"))
+    fix = f"make run MODEL={folder} "
+    if kind in ("gguf", "pytorch"):
+        path = folder / "weights.bin"
+        path.write_bytes({"gguf": b"GGUF\3\0\0\0", "pytorch": b"PK\3\4 and more"}[kind] + bytes(100))
+        fix = f"make run MODEL={path if kind == 'gguf' else folder} "
+    elif kind == "tokenizer":
+        path, fix = model.with_suffix(".tokenizer.bin"), "the model lies beside it"
+    elif kind == "hugging face without metadata":
+        header = json.dumps({"w": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    elif kind == "folder":
+        path = folder
+    done = run(path, "-i", "x", code=1)
+    assert done.stderr.count(b"\n") == 1 and fix in done.stderr.decode(), done.stderr
+
+
+def test_a_linked_model_finds_its_tokenizer(model, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(model)
+    flags = ("-i", PROMPT, "-n", 5, "--temperature", 0)
+    assert text(tmp_path / "link.safetensors", *flags) == text(model, *flags)
+
+
+@pytest.mark.parametrize("size", ["header", "middle", "last byte", "rewritten"])
+def test_a_model_that_changes_while_it_is_read_is_refused(model, tmp_path, size):
+    """Past a new end there is no memory (SIGBUS), and zeros up to the end of its page."""
+    weights = beside(model, tmp_path)
+    process = start(weights, "-n", 3, "-q", "--stats", tmp_path / "stats.json")
+    process.stdin.write(b"x")
+    process.stdin.flush()
+    while b"m.safetensors" not in pathlib.Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+    if size == "rewritten":
+        data = weights.read_bytes()
+        with open(weights, "r+b") as file:
+            file.write(data)
+    else:
+        whole = weights.stat().st_size
+        os.truncate(weights, {"header": 1000, "middle": whole // 2, "last byte": whole - 1}[size])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith(b"run: ") and err.count(b"\n") == 1, err
+    assert b"m.safetensors" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", "m.tokenizer.bin"}
+
+
+# ---- Numbers that are none
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """The tiny model with values 3e5 times as large, and the output projection as much smaller: the same function."""
+
+    def make(name, change):
+        folder = tmp_path_factory.mktemp("models") / name
+        reference = checkpoints.load("llama_mha")
+        reference["shards"] = 1
+        checkpoints.build(reference, folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: change(n, t.copy()) for n, t in tensors.items()}, folder / "model.safetensors")
+        weights = folder.with_suffix(".safetensors")
+        export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None))
+        return weights
+
+    return make
+
+
+OVERFLOWS = [("v_proj", "o_proj", 3e5, "f16"), ("k_proj", "q_proj", 3e5, "f16"), ("v_proj", "o_proj", 1e9, "q8")]
+
+
+@pytest.mark.parametrize(("large", "small", "factor", "kv"), OVERFLOWS)
+def test_what_the_cache_cannot_hold_names_the_cure(scaled, tmp_path, large, small, factor, kv):
+    def change(name, tensor):
+        return (
+            tensor * np.float32(factor) if large in name else tensor / np.float32(factor) if small in name else tensor
+        )
+
+    weights, plain = scaled(f"{large}-{kv}", change), scaled(f"plain-{large}-{kv}", lambda name, tensor: tensor)
+    narrow, bf16 = run_binary("mha", kv=kv), run_binary("mha", kv="bf16")
+    (tmp_path / "score").write_text(PROMPT * 20)
+    for mode in (
+        ("-i", PROMPT, "-n", 5),
+        ("-i", PROMPT, "-n", 5, "--temperature", 1, "--samples", 3),
+        ("-i", PROMPT, "--logits", tmp_path / "logits.npy"),
+        ("--perplexity", tmp_path / "score", "-c", 32),
+        ("--bench",),
+    ):
+        done = run(weights, *mode, "-q", code=1, binary=narrow)
+        assert f"KV {kv} cannot hold: make KV=bf16" in done.stderr.decode() and done.stderr.count(b"\n") == 1
+        assert b"export" not in done.stderr and not (tmp_path / "logits.npy").exists()
+    flags = ("-i", PROMPT, "-n", 5, "--temperature", 0)
+    assert text(weights, *flags, binary=bf16) == text(plain, *flags, binary=bf16)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_damaged_model_says_so_in_every_mode(scaled, tmp_path, value):
+    def change(name, tensor):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            tensor[3, 5] = value
+        return tensor
+
+    weights, binary = scaled(f"damaged-{value}", change), run_binary("mha")
+    for mode in (("-i", PROMPT, "-n", 5), ("-i", PROMPT, "--logits", tmp_path / "logits.npy"), ("--bench",)):
+        done = run(weights, *mode, "-q", code=1, binary=binary)
+        assert b"not finite" in done.stderr and b"export the model again" in done.stderr
+        assert done.stderr.count(b"\n") == 1 and not list(tmp_path.iterdir())
+    result = answers(weights, stdin='{"prompt": "a", "n": 2, "id": 1}\n{"prompt": "b"}\n', code=1, binary=binary)
+    assert [a["line"] for a in result] == [1, 2] and all("not finite" in a["error"] for a in result)
+    assert run(weights, "--chat", "-q", stdin=b"hi\n", code=1, binary=binary).stderr.count(b"\n") == 1
 
 
 def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, tmp_path):
