@@ -54,7 +54,9 @@ bool same_file(const std::string& a, const std::string& b) {
   const bool a_there = stat(a.c_str(), &x) == 0, b_there = stat(b.c_str(), &y) == 0;
   if (a_there && b_there) return S_ISREG(x.st_mode) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
   std::error_code error;
-  const auto real = [&](const std::string& path) { return fs::weakly_canonical(fs::absolute(follow_links(path).path), error); };
+  const auto real = [&](const std::string& path) {
+    return fs::weakly_canonical(fs::absolute(follow_links(path).path), error);
+  };
   return a_there == b_there && real(a) == real(b);
 }
 
