@@ -41,6 +41,7 @@ struct Editor::Impl {
   bool wait_for_bytes();
   void paste();
   void start_libedit();
+  void take_terminal_again();
 
   static Impl& of(EditLine* edit) {
     void* self = nullptr;
@@ -69,6 +70,7 @@ bool Editor::Impl::wait_for_bytes() {
   typed.erase(0, std::exchange(begin, 0));
   for (;;) {
     if (interrupted()) return false;
+    if (resumed()) take_terminal_again();
     pollfd ready = {STDIN_FILENO, POLLIN, 0};
     if (poll(&ready, 1, 50) <= 0) continue;  // a Ctrl-C just before it would not end a poll without an end
     char piece[65536];
@@ -77,6 +79,14 @@ bool Editor::Impl::wait_for_bytes() {
     if (n > 0) typed.append(piece, static_cast<size_t>(n));
     return n > 0;
   }
+}
+
+// A shell that went on meanwhile has set its own mode.
+void Editor::Impl::take_terminal_again() {
+  el_set(edit, EL_PREP_TERM, 0);
+  el_set(edit, EL_PREP_TERM, 1);
+  if (marks_pastes) std::fputs(MARK_PASTES, screen);
+  el_set(edit, EL_REFRESH);
 }
 
 // All up to the end of the paste becomes part of the line, newlines included.

@@ -102,7 +102,7 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
   app.add_option("--top-p", s.top_p, "... the fewest that reach the probability P")->capture_default_str();
   app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
-  app.add_option("-s,--seed", s.seed, "of the draws (-1, another one each time; the report names it)")
+  app.add_option("-s,--seed", s.seed, "of the draws; -1, as without it: another one each time (the report names it)")
       ->transform([](const std::string& text) { return text == "-1" ? std::to_string(random_seed()) : text; })
       ->check([](const std::string& text) {  // CLI11 takes what is too large for the largest
         int64_t seed = 0;

@@ -20,7 +20,7 @@ volatile sig_atomic_t interrupt_came = 0, interrupt_caught = 0;
 char unfinished[MAX_FILES][MAX_PATH];  // paths; empty: free
 char lost_pages[MAX_PATH + 256];       // the line to print
 termios terminal;
-volatile sig_atomic_t terminal_changed = 0;
+volatile sig_atomic_t terminal_changed = 0, resume_came = 0;
 
 void clean_up() {
   for (const char* path : unfinished)
@@ -65,6 +65,8 @@ void prepare_process() {
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
   handle(SIGINT, interrupt, static_cast<int>(SA_RESTART));  // no write is cut short; who waits for input polls
+  handle(
+      SIGCONT, [](int) { resume_came = 1; }, static_cast<int>(SA_RESTART));
   for (const int number : {SIGTERM, SIGHUP, SIGQUIT}) handle(number, die, static_cast<int>(SA_RESETHAND));
 }
 
@@ -75,6 +77,12 @@ void catch_interrupt() {
 
 bool interrupted() {
   return interrupt_came != 0;
+}
+
+bool resumed() {
+  const bool came = resume_came != 0;
+  resume_came = 0;
+  return came;
 }
 
 void remove_on_death(const std::string& path) {

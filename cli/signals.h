@@ -16,6 +16,8 @@ void prepare_process();
 // again, it forgets the Ctrl-C that came.
 void catch_interrupt();
 bool interrupted();
+// Whether the process was stopped (Ctrl-Z) and goes on: true once.
+bool resumed();
 
 // What a signal that ends the process does before.
 void remove_on_death(const std::string& path);  // at most 4 files; throws Error

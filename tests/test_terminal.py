@@ -88,7 +88,7 @@ def chat_stats(model, tmp_path, typed, *flags):
     return json.loads(path.read_text())
 
 
-def same_as(model, tmp_path, content):
+def same_as(model, content):
     request = {"messages": [{"role": "user", "content": content}], "n": 1, "temperature": 0}
     return answers(model, stdin=json.dumps(request))[0]
 
@@ -110,7 +110,7 @@ def same_as(model, tmp_path, content):
 )
 def test_a_turn_as_it_is_typed(model, tmp_path, typed, content):
     """The hash of the logits is of all that the model was given."""
-    asked = same_as(model, tmp_path, content)
+    asked = same_as(model, content)
     s = chat_stats(model, tmp_path, typed)
     assert (s["prompt_tokens"], s["logits_hash"]) == (asked["prompt_tokens"], asked["logits_hash"])
 
@@ -174,6 +174,27 @@ def test_ctrl_c_ends_the_answer_and_then_the_chat(talkative, tmp_path):
     assert t.end() == 130
     assert b"logits   hash" in t.shown
     assert json.loads((tmp_path / "stats.json").read_text())["generated_tokens"] >= 3
+
+
+def test_a_line_goes_on_after_ctrl_z(model, tmp_path):
+    """The shell has the terminal meanwhile, and leaves it in its own mode."""
+    t = Terminal(model, "--chat", "-n", 1, "--temperature", 0, "-q", "--stats", tmp_path / "stats.json")
+    shell = termios.tcgetattr(t.fd)
+    shell[3] |= termios.ECHO | termios.ICANON
+    t.until(b"> ")
+    t.type(b"helloX")
+    t.until(b"helloX")
+    os.kill(t.pid, signal.SIGSTOP)
+    os.waitpid(t.pid, os.WUNTRACED)
+    termios.tcsetattr(t.fd, termios.TCSANOW, shell)
+    os.kill(t.pid, signal.SIGCONT)
+    t.until(b"> helloX")
+    t.type(b"\x7f!\r")
+    t.until(b"> ")
+    t.type(b"\x04")
+    assert t.end() == 0
+    s, asked = json.loads((tmp_path / "stats.json").read_text()), same_as(model, "hello!")
+    assert (s["prompt_tokens"], s["logits_hash"]) == (asked["prompt_tokens"], asked["logits_hash"])
 
 
 def test_the_terminal_is_left_as_it_was(model, tmp_path):
