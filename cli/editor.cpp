@@ -116,8 +116,8 @@ void Editor::Impl::start_libedit() {
       edit, EL_PROMPT, +[](EditLine* e) { return const_cast<char*>(of(e).prompt); });
   el_set(
       edit, EL_GETCFN, +[](EditLine* e, wchar_t* c) { return of(e).next(c); });
-  el_set(
-      edit, EL_ADDFN, "paste", "a paste", +[](EditLine* e, int) -> unsigned char {
+  el_wset(  // el_set would leak its copies of the names
+      edit, EL_ADDFN, L"paste", L"a paste", +[](EditLine* e, int) -> unsigned char {
         of(e).paste();
         return CC_REFRESH;
       });

@@ -13,7 +13,7 @@ import time
 import checkpoints
 import numpy as np
 import pytest
-from conftest import run_binary
+from conftest import SANITIZE, run_binary
 from safetensors.numpy import load_file, save_file
 
 import export
@@ -577,8 +577,9 @@ def test_a_line_that_is_too_long_costs_itself_alone(model, tmp_path):
     assert done.stdout.endswith(b"\n")
 
 
+@pytest.mark.skipif(SANITIZE == "1", reason="AddressSanitizer takes terabytes of addresses")
 def test_a_long_line_is_not_kept(model):
-    """200 MB pass through a process that may take 150 MB more than the tiny model's own."""
+    """A line of 800 MB passes through a process that has addresses for 600 MB."""
     limited = ["bash", "-c", 'ulimit -v 600000; exec "$0" "$@"', *command(model, "--prompts", "-", "-q", "-t", 1)]
     with subprocess.Popen(limited, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for _ in range(800):
