@@ -18,7 +18,8 @@ struct AttentionShape {
   float scale = 0;               // factor on q . k
   float softcap = 0;             // s -> softcap tanh(s / softcap); 0: none
   int window = 0;                // token t sees t - window + 1 .. t; 0: 0 .. t
-  const float* sinks = nullptr;  // [n_heads] scores without a value, which join the softmax (gpt-oss); null: none
+  const float* sinks = nullptr;  // [n_heads] scores without a value, which join the softmax as they are, neither
+                                 // scaled nor capped (gpt-oss); null: none
 };
 
 // The context is cut at multiples of this many tokens; each piece's result is computed on its own, and the results are
@@ -37,7 +38,8 @@ struct PlainRows {
 // and its sequence's cache rows alone, so the result is the same bit for bit for any batch, chunking, block size and
 // number of threads. Every thread of the team calls it; it ends with a barrier. context_len 0 and sequences without
 // query rows are allowed. workspace_bytes: for this shape and the largest batch, context and team; one workspace serves
-// several shapes, one after the other.
+// several shapes, one after the other. A call that needs more, such as one of a larger team, throws Error on every
+// thread before anything is written.
 
 // attention.cpp: a row of scores, its softmax, the weighted sum of V: the textbook.
 struct Naive {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "kvcache.h"
+#include "kernels/kv_cpu.h"
 
 namespace {
 
@@ -16,11 +16,11 @@ void expect_overflow_is_nan(float fits, float beyond) {
       std::vector<float> x(DIM, 1.0f);
       std::vector<std::byte> row(Kv::row_bytes(DIM));
       x[static_cast<size_t>(place)] = sign * fits;
-      Kv::store(x.data(), DIM, row.data());
-      EXPECT_NEAR(Kv::element(row.data(), DIM, place) / fits, sign, 0.01f) << Kv::name;
+      Codec<Kv>::store(x.data(), DIM, row.data());
+      EXPECT_NEAR(Codec<Kv>::element(row.data(), DIM, place) / fits, sign, 0.01f) << Kv::name;
       x[static_cast<size_t>(place)] = sign * beyond;
-      Kv::store(x.data(), DIM, row.data());
-      EXPECT_TRUE(std::isnan(Kv::element(row.data(), DIM, place))) << Kv::name << " " << place;
+      Codec<Kv>::store(x.data(), DIM, row.data());
+      EXPECT_TRUE(std::isnan(Codec<Kv>::element(row.data(), DIM, place))) << Kv::name << " " << place;
     }
 }
 
