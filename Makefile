@@ -17,10 +17,11 @@ ARGS ?= -n 128
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error)
-CLI := $(addprefix cli/,options session talk requests measure report)
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
-LIGHT := host/loader host/safetensors host/json host/scheduler cli/session cli/talk cli/requests cli/report
+LIGHT := $(addprefix host/,loader safetensors json scheduler) \
+  $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 
@@ -57,7 +58,7 @@ ifeq ($(SANITIZE),1)
 CXXFLAGS += -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 endif
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH)
-LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle
+LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 
 compile = @mkdir -p $(@D) && echo "  $@" >&2 && $(COMPILE) $1 -MMD -MP -c -o $@ $<
 $(COMMON)/%.o: %.cpp $(COMMON)/flags ; $(compile)

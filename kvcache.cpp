@@ -2,6 +2,8 @@
 #include "kvcache.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 
 #include "kernels/build.h"
 #include "kernels/kv_cpu.h"
@@ -42,6 +44,15 @@ static void store_column(const float* x, int dim, std::byte* matrix, int lane) {
   }
 }
 
+// Finite, and beyond what the type holds.
+template <class Kv>
+static bool overflows(const float* x, int n) {
+  if constexpr (Kv::largest == FLOAT_MAX) return false;
+  int over = 0;
+  for (int i = 0; i < n; i++) over |= std::abs(x[i]) > Kv::largest && std::abs(x[i]) <= FLOAT_MAX;
+  return over != 0;
+}
+
 template <class Kv, int Block>
 void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const float* k, const float* v) {
   const int G = shape().n_kv_heads, k_dim = shape().k_dim, v_dim = shape().v_dim;
@@ -50,13 +61,15 @@ void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch,
     for (int g = 0; g < G; g++) {
       const HeadRows<Kv, Block> rows(view_, layer, g);
       const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
-      const float* k_row = k + from * static_cast<size_t>(k_dim);
+      const float *k_row = k + from * static_cast<size_t>(k_dim), *v_row = v + from * static_cast<size_t>(v_dim);
       const int lane = slot % KEY_LANES;
       if (rows.k_major())
         store_column<Kv>(k_row, k_dim, rows.k(block, slot - lane), lane);
       else
         Codec<Kv>::store(k_row, k_dim, rows.k(block, slot));
-      if (v_dim > 0) Codec<Kv>::store(v + from * static_cast<size_t>(v_dim), v_dim, rows.v(block, slot));
+      if (v_dim > 0) Codec<Kv>::store(v_row, v_dim, rows.v(block, slot));
+      if (overflows<Kv>(k_row, k_dim) || overflows<Kv>(v_row, v_dim))
+        std::atomic_ref(overflowed_).store(true, std::memory_order_relaxed);
     }
   });
 }
@@ -115,6 +128,7 @@ static uint16_t store_quant_group(const float* x, int8_t* q) {
   const float amax = simd::largest(largest);
   uint16_t scale = float_to_f16(amax / 127 + simd::sum(not_finite));
   if (f16_to_float(scale) * 127 < amax) scale++;
+  if (scale == 0x7c00) scale = 0x7e00;  // infinity: NaN
   const simd::F32 inverse = simd::set(scale == 0 ? 0 : 1 / f16_to_float(scale));
   float rounded[N];
   for (int i = 0; i < N; i += simd::LANES) {

@@ -13,26 +13,33 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "kernels/arena.h"
 #include "kernels/batch.h"
 #include "kernels/team.h"
 
 // What is kept of a number: a type's name and the bytes of a row of dim elements. Infinities and NaN come back as
-// infinities or NaN (q8: as NaN, with all that share their scale), never as a plausible number.
+// infinities or NaN (q8: as NaN, with all that share their scale), never as a plausible number. So does what is beyond
+// the type's `largest`, as NaN: an infinite key could give a weight of 0, and nobody would see it.
+constexpr float FLOAT_MAX = std::numeric_limits<float>::max();
+
 struct KvF32 {  // float32
   static constexpr const char* name = "f32";
+  static constexpr float largest = FLOAT_MAX;
   static constexpr size_t row_bytes(int dim) { return sizeof(float) * static_cast<size_t>(dim); }
 };
 
-// IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity.
+// IEEE half, round to nearest even: error 2^-11 of the element.
 struct KvF16 {
   static constexpr const char* name = "f16";
+  static constexpr float largest = 65504;
   static constexpr size_t row_bytes(int dim) { return sizeof(uint16_t) * static_cast<size_t>(dim); }
 };
 
 struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
   static constexpr const char* name = "bf16";
+  static constexpr float largest = FLOAT_MAX;
   static constexpr size_t row_bytes(int dim) { return sizeof(uint16_t) * static_cast<size_t>(dim); }
 };
 
@@ -41,6 +48,7 @@ struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
 // where the scale is subnormal.
 struct KvQ8 {
   static constexpr const char* name = "q8";
+  static constexpr float largest = 127 * 65504.0f;
   static constexpr int QUANT_GROUP = 32;
   static constexpr size_t scale_bytes(int dim) {
     return sizeof(uint16_t) * static_cast<size_t>((dim + QUANT_GROUP - 1) / QUANT_GROUP);
@@ -89,6 +97,9 @@ class KVCache {
   // slot_mapping[t]. Every thread of the team calls it; ends with a barrier.
   void append(const Team& team, int layer, const Batch& batch, const float* k, const float* v);
 
+  // Whether anything finite was beyond Kv::largest, and so is NaN now.
+  bool overflowed() const { return overflowed_; }
+
   // One token's rows, for those who are not in a hurry: out [k_dim] float32 ...
   void load_k(int layer, int block, int kv_head, int slot, float* out) const;
   // ... and out [n] float32, the first n elements of V's row; of K's, where there are no V rows.
@@ -108,4 +119,5 @@ class KVCache {
 
  private:
   CacheView<Kv, Block> view_;
+  bool overflowed_ = false;
 };

@@ -20,7 +20,12 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
 Tokenizer load_tokenizer(const Model& model) {
-  const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
+  namespace fs = std::filesystem;
+  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
+  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
+    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
+    if (fs::exists(beside)) path = beside;
+  }
   Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
@@ -100,12 +105,13 @@ Setup plan(const Session& session) {
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
-  int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
+  const int asked = o.model_context ? config.seq_len : o.context;  // 0: nothing
+  int context = asked ? asked : std::min(wanted.most, config.seq_len);
   const char* why = o.context ? "-c" : "the model's longest";
   Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
     const int largest = largest_context_that_fits(session, context, available);
-    if (o.context || largest < wanted.least)
+    if (asked || largest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
           "beside "
@@ -137,9 +143,13 @@ Mode mode(const Options& o) {
 }
 
 int run(const Options& o) {
+  check_outputs(o);
   Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  std::optional<Editor> editor;
+  if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
+  blame_for_lost_pages(o.model);
   ModelFile file(o.model);
   const Model& model = file.model;
   Runtime::check(model);
@@ -148,16 +158,19 @@ int run(const Options& o) {
   if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
   const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{o, model, tokenizer, threads, "", {}, {}, 1, {}, nullptr, {}, {}};
+  Session session{
+      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   file.pack(threads);
+  blame_for_lost_pages("");
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config));
   session.engine = &engine;
+  session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();
   mode(o)(session);
 
@@ -168,13 +181,14 @@ int run(const Options& o) {
     stats->write(json.data(), json.size());
     stats->commit();
   }
-  return interrupted() ? 130 : 0;  // 128 + SIGINT
+  return interrupted() ? 130 : session.failed;  // 128 + SIGINT
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
+    prepare_process();
     const Options options = parse(argc, argv);
     return options.model.empty() ? 0 : run(options);
   } catch (const Usage& e) {

@@ -22,9 +22,7 @@ double negative_log_probability(const float* logits, int n, int id) {
   for (; i + simd::LANES <= n; i += simd::LANES)
     sum += static_cast<double>(simd::sum(simd::exp(simd::sub(simd::load(logits + i), simd::set(largest)))));
   for (; i < n; i++) sum += std::exp(static_cast<double>(logits[i] - largest));
-  const double result = std::log(sum) - static_cast<double>(logits[id] - largest);
-  if (!std::isfinite(result)) fail("the logits are not finite numbers: the model file or its arithmetic is broken");
-  return result;
+  return std::log(sum) - static_cast<double>(logits[id] - largest);
 }
 
 // Sum of n floats (a multiple of 4 registers): four chains of additions, so that memory and not the adder is the limit.
@@ -68,6 +66,10 @@ Run run_random(Session& s, int n_prompt, int n, unsigned seed) {
   for (int i = 0; i < n_prompt; i++)
     r.prompt.push_back(static_cast<int>(generator() % static_cast<unsigned>(s.model.config.vocab_size)));
   r.n = n;
+  r.on_logits = [&s](int, int, const float* logits) { require_finite(s, logits); };
+  r.on_finish = [](const Result& result) {
+    if (result.finish == Finish::error) fail("%s", result.error.c_str());
+  };
   const Stats before = s.engine->stats();
   s.engine->submit(std::move(r));
   work(s);

@@ -612,6 +612,7 @@ ModelFile::~ModelFile() = default;
 void ModelFile::pack(Threads& threads) {
   pack_matrices(contents_->file, contents_->tensors.jobs, model, threads);
   copy_vectors(contents_->tensors.vectors, model);
+  contents_->file.refuse_changed(model.path);
   if (!model.lm_head) model.lm_head.weight = model.embed_tokens;
   contents_.reset();
 }

@@ -22,26 +22,52 @@ size_t element_bytes(const std::string& dtype) {
   return found == known.end() ? 0 : found->second;
 }
 
+// A model in another form: the command that makes ours of it.
+[[noreturn]] void refuse_kind(const std::string& path, const char* kind, const std::string& source) {
+  fail("%s: %s, not a model file of export.py: make run MODEL=%s makes one and runs it", path.c_str(), kind,
+       source.c_str());
+}
+
+std::string folder_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  return slash == path.npos ? "." : path.substr(0, std::max<size_t>(slash, 1));
+}
+
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
-  if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
-  struct stat info {};
-  const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  if (regular && info.st_size >= 8) {
-    size_ = static_cast<size_t>(info.st_size);
-    void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
+  if (fd_ < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
+  const bool known = fstat(fd_, &info_) == 0, folder = known && S_ISDIR(info_.st_mode);
+  const bool regular = known && S_ISREG(info_.st_mode);
+  if (regular && info_.st_size >= 8) {
+    size_ = static_cast<size_t>(info_.st_size);
+    void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd_, 0);
     data_ = p == MAP_FAILED ? nullptr : static_cast<const std::byte*>(p);
   }
-  close(fd);
+  if (!data_) close(fd_);
+  if (folder) refuse_kind(path, "a folder", path);
   if (!regular) fail("%s: not a file; give the .safetensors that export.py wrote", path.c_str());
   if (size_ == 0)
-    fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info.st_size));
+    fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info_.st_size));
   if (!data_) fail("%s: cannot map %zu bytes: %s", path.c_str(), size_, std::strerror(errno));
 }
+
 MappedFile::~MappedFile() {
   munmap(const_cast<std::byte*>(data_), size_);
+  close(fd_);
+}
+
+bool MappedFile::begins_with(std::string_view magic) const {
+  return std::memcmp(data_, magic.data(), magic.size()) == 0;
+}
+
+// Past a new end the last page reads as zeros.
+void MappedFile::refuse_changed(const std::string& path) const {
+  struct stat now {};
+  const auto same = [](const timespec& a, const timespec& b) { return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec; };
+  if (fstat(fd_, &now) != 0 || now.st_size != info_.st_size || !same(now.st_mtim, info_.st_mtim))
+    fail("%s: was written to while it was read: start again once it is whole", path.c_str());
 }
 
 void MappedFile::release(const void* first, const void* last) const {
@@ -58,6 +84,9 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 }
 
 Header::Header(const std::string& path, const MappedFile& file) : path_(path) {
+  if (file.begins_with("GGUF")) refuse_kind(path, "a GGUF file", path);
+  if (file.begins_with("PK\3\4")) refuse_kind(path, "a PyTorch checkpoint", folder_of(path));
+  if (file.begins_with("attn.tok")) fail("%s: the tokenizer; the model lies beside it", path.c_str());
   uint64_t length = 0;
   std::memcpy(&length, file.data(), 8);
   if (length > MAX_HEADER || length > file.size() - 8)
@@ -66,6 +95,9 @@ Header::Header(const std::string& path, const MappedFile& file) : path_(path) {
   const char* text = reinterpret_cast<const char*>(file.data()) + 8;
   const Json json = parse_json({text, length}, path + ": the header");
   if (!json.object()) fail("%s: the header is not a JSON object", path.c_str());
+  const Json* about = json.find("__metadata__");
+  if (!about || (about->object() && !about->find("config") && !about->find("tokenizer_sha256")))
+    refuse_kind(path, "weights of Hugging Face's layout", folder_of(path));
   const std::byte* data = file.data() + 8 + length;
   const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
   for (const auto& [name, value] : *json.object()) {

@@ -2,10 +2,13 @@
 // checked before it is used.
 #pragma once
 
+#include <sys/stat.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "host/json.h"
@@ -23,8 +26,13 @@ class MappedFile {
   size_t size() const { return size_; }
   // The pages of [first, last) leave this process; the page cache keeps them.
   void release(const void* first, const void* last) const;
+  bool begins_with(std::string_view magic) const;  // of at most 8 bytes
+  // Throws Error where the file became another since it was opened: what was read of it is of no use.
+  void refuse_changed(const std::string& path) const;
 
  private:
+  int fd_ = -1;
+  struct stat info_ {};
   const std::byte* data_ = nullptr;
   size_t size_ = 0;
 };

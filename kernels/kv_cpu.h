@@ -63,6 +63,8 @@ struct Codec<KvF16> : Unscaled<Codec<KvF16>, uint16_t> {
     int i = 0;
     for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
     for (; i < dim; i++) to[i] = float_to_f16(x[i]);
+    for (i = 0; i < dim; i++)
+      if ((to[i] & 0x7fff) == 0x7c00) to[i] = 0x7e00;  // infinity: NaN
   }
 };
 

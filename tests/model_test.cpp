@@ -108,7 +108,8 @@ TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {
 
 TEST(Model, RefusesWhatIsNoModel) {
   EXPECT_NE(refusal("no/such/file.safetensors").find("cannot open"), std::string::npos);
-  EXPECT_NE(refusal(std::filesystem::temp_directory_path().string()).find("not a file"), std::string::npos);
+  EXPECT_NE(refusal(std::filesystem::temp_directory_path().string()).find("a folder, not a model file"),
+            std::string::npos);
   EXPECT_NE(refusal_of_bytes(""), "");
   EXPECT_NE(refusal_of_bytes("1234567"), "");
   EXPECT_NE(refusal_of_bytes(std::string(64, '\xff')).find("header length"), std::string::npos);
