@@ -106,6 +106,55 @@ TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {
   for (int i = 0; i < 6; i++) EXPECT_EQ(column[static_cast<size_t>(i)], w_uk.row(2 * 6 + i)[9]);
 }
 
+// Of each head, or of the whole row (OLMo 2).
+TEST(Model, NormsOfHeadsRunOverAsMuchAsTheirWeight) {
+  for (const int heads : {1, 6}) {
+    TinyModel tiny = tiny_model("gqa", false, 3);
+    tiny.add("layers.0.q_norm.weight", {heads * 8}, 0.2f, 1);
+    const TemporaryFile file(tiny.bytes());
+    EXPECT_EQ(load_model(file.path(), test_threads()).layers[0].q_norm.n, heads * 8);
+  }
+  TinyModel tiny = tiny_model("gqa", false, 3);
+  tiny.add("layers.0.k_norm.weight", {48}, 0.2f, 1);  // as wide as q's row
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("k_norm.weight is F32 [48], expected F32 [8]"), std::string::npos);
+}
+
+TEST(Model, LongContextsHaveATableOfTheirOwn) {
+  TinyModel tiny = tiny_model("gqa", false, 3);
+  tiny.add("rope.0.long_inv_freq", {4}, 0.1f, 1);
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("long_inv_freq [4] is not one"), std::string::npos);
+  tiny.set({{"original_seq_len", 16}});
+  const TemporaryFile file(tiny.bytes());
+  EXPECT_EQ(load_model(file.path(), test_threads()).rope[0].long_inv_freq[3],
+            tiny.tensors.at("rope.0.long_inv_freq").data[3]);
+  tiny.tensors.erase("rope.0.long_inv_freq");
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("rope.0.long_inv_freq is missing"), std::string::npos);
+}
+
+TEST(Model, ClampedActivationHasALimitAndAGate) {
+  TinyModel tiny = tiny_model("gqa", false, 3);
+  tiny.set({{"swiglu_limit", 7.0}});
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("swiglu_limit"), std::string::npos) << "silu has no limit";
+  tiny.set({{"activation", "swiglu_oai"}});
+  EXPECT_EQ(refusal_of_bytes(tiny.bytes()), "");
+  tiny.tensors.erase("layers.0.gate_proj.weight");
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("layers.0.gate_proj.weight is missing"), std::string::npos);
+  tiny.config.erase("swiglu_limit");
+  EXPECT_NE(refusal_of_bytes(tiny.bytes()).find("swiglu_limit"), std::string::npos);
+}
+
+TEST(Model, ExpertsAndTheirRouterMayHaveBiases) {
+  TinyModel tiny = tiny_model("gqa", true, 3);
+  tiny.add("layers.1.experts.up_proj.bias", {4, 16}, 1);
+  tiny.add("layers.1.router.logit_bias", {4}, 1);
+  const TemporaryFile file(tiny.bytes());
+  const Model m = load_model(file.path(), test_threads());
+  EXPECT_EQ(m.layers[1].experts.up.bias[3 * 16 + 5], tiny.tensors.at("layers.1.experts.up_proj.bias").row(3)[5]);
+  EXPECT_EQ(m.layers[1].router.bias[2], tiny.tensors.at("layers.1.router.logit_bias").data[2]);
+  EXPECT_EQ(m.layers[1].experts.gate.bias, nullptr);
+  EXPECT_EQ(m.layers[1].router_bias, nullptr);
+}
+
 TEST(Model, RefusesWhatIsNoModel) {
   EXPECT_NE(refusal("no/such/file.safetensors").find("cannot open"), std::string::npos);
   EXPECT_NE(refusal(std::filesystem::temp_directory_path().string()).find("a folder, not a model file"),

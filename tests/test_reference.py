@@ -92,13 +92,8 @@ def test_exported_file(name):
     check_logits(NumpyModel(weights).logits(list(reference["prompt"].encode())), reference)
 
 
-# Prepared: attention does not let sinks in yet. Strict, so that this mark goes as soon as it does.
-SINKS = pytest.mark.xfail(reason="attention has no sinks", strict=True)
-RUN = [pytest.param(name, marks=SINKS if name.startswith("gpt_oss") else ()) for name in checkpoints.names()]
-
-
 @pytest.mark.parametrize("kernel", ["naive", "flash"])
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", checkpoints.names())
 def test_logits(name, kernel, tmp_path):
     reference, weights = tiny(name)
     binary = run_binary(attention=variant(weights), kernel=kernel, kv="f32")
@@ -108,7 +103,7 @@ def test_logits(name, kernel, tmp_path):
         check_logits(np.load(tmp_path / "logits.npy"), reference)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", checkpoints.names())
 def test_text(name):
     reference, weights = tiny(name)
     binary = run_binary(attention=variant(weights), kv="f32")
