@@ -4,7 +4,7 @@
 // The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 1"), "config" (one JSON object,
 // whose keys are the fields of Config below, to the letter), "tokenizer_sha256" (of NAME.tokenizer.bin) and
 // "source" (for people). All that differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which
-// tensors are present; the runtime has no per-architecture code. README.md, "The model file", lists every key
+// tensors are present; the runtime has no per-architecture code. docs/model-file.md lists every key
 // and tensor.
 #pragma once
 
@@ -15,7 +15,7 @@
 #include "kernels/matmul.h"
 
 enum class NormKind { rms, layer };
-enum class Activation { silu, gelu, gelu_tanh };
+enum class Activation { silu, gelu, gelu_tanh, swiglu_oai };  // swiglu_oai: gpt-oss's, of gate and up together
 enum class Scoring { softmax, sigmoid };
 enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 
@@ -32,6 +32,7 @@ struct Config {
   NormKind norm = NormKind::rms;
   float norm_eps = 1e-5f;
   Activation activation = Activation::silu;
+  float swiglu_limit = 0;       // swiglu_oai clamps its inputs to this
   float attention_scale = 0;    // factor on q . k
   float attention_softcap = 0;  // s -> cap tanh(s / cap); 0: none
   float logit_softcap = 0;
@@ -39,6 +40,7 @@ struct Config {
   std::vector<int> window;        // [n_layers] a token sees this many tokens, itself included; 0: all before it
   std::vector<int> rope;          // [n_layers] index of the layer's table rope.I.inv_freq; -1: no rotation
   std::vector<float> rope_scale;  // [tables] factor on cos and sin (YaRN's attention factor)
+  int original_seq_len = 0;  // in a longer context rope.I.long_inv_freq holds (LongRoPE, arXiv 2402.13753); 0: never
 
   // mixture of experts; n_routed_experts 0: none
   int n_routed_experts = 0, num_experts_per_tok = 0, n_shared_experts = 0, moe_intermediate_size = 0;
@@ -53,8 +55,9 @@ struct Config {
 };
 
 struct Norm {
-  const float* weight = nullptr;  // null: this norm is absent
-  const float* bias = nullptr;
+  const float* weight = nullptr;  // [n]; null: this norm is absent
+  const float* bias = nullptr;    // [n] or null
+  int n = 0;                      // elements that are normed together
   explicit operator bool() const { return weight != nullptr; }
 };
 
@@ -74,7 +77,7 @@ struct Layer {
   Norm mlp_norm, mlp_post_norm;
   // MHA, MQA, GQA
   Linear q_proj, k_proj, v_proj;  // [n_heads head_dim, dim], [n_kv_heads head_dim, dim] twice
-  Norm q_norm, k_norm;            // [head_dim], over each head
+  Norm q_norm, k_norm;            // [head_dim], over each head, or as wide as the projection, over its whole row
   const float* sinks = nullptr;   // [n_heads] a score without a value joins each softmax (gpt-oss)
   Linear o_proj;                  // [dim, n_heads head_dim]; MLA: [dim, n_heads v_head_dim]
   // MLA; q_proj [n_heads (nope + rope), dim] where there is no q_lora_rank
@@ -86,7 +89,7 @@ struct Layer {
   Linear w_uv;                // a group a head: [v_head_dim, kv_lora_rank]
   Mlp mlp;
   // experts
-  Linear router;                       // [n_routed_experts, dim], float32
+  Linear router;                       // [n_routed_experts, dim], float32; its bias joins the logits
   const float* router_bias = nullptr;  // [n_routed_experts] added to the scores for the selection alone (noaux_tc)
   Mlp experts;                         // groups of n_routed_experts, hidden = moe_intermediate_size
   Mlp shared;                          // hidden = n_shared_experts * moe_intermediate_size
@@ -101,10 +104,11 @@ struct Model {
   const float* position_embedding = nullptr;  // [seq_len, dim] learned positions (GPT-2)
   Norm final_norm;
   struct Rope {
-    const float* inv_freq;  // [n] for 2n rotated elements
+    const float* inv_freq;       // [n] for 2n rotated elements
+    const float* long_inv_freq;  // [n] for contexts longer than original_seq_len; null where that is 0
     int n;
   };
-  std::vector<Rope> rope;  // rope.I.inv_freq
+  std::vector<Rope> rope;  // rope.I.inv_freq, rope.I.long_inv_freq
   std::vector<Layer> layers;
 
   // For the report: bytes of the packed weights, parameters.

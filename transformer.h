@@ -61,9 +61,11 @@ class Transformer {
     const Step step{team, c, batch, host, p.angles, p.x, p.h, p.y, p.matmul_workspace};
     p.cache.copy_blocks(team, batch);
     embed(team, model_.embed_tokens, model_.position_embedding, batch, c.embedding_scale, p.x);
+    // The longest that a sequence may become chooses, so that no key has to rotate anew as a text grows.
+    const bool long_context = c.original_seq_len > 0 && limits_.context > c.original_seq_len;
     for (size_t i = 0; i < p.angles.size(); i++)
-      rope_angles(team, batch, model_.rope[i].inv_freq, p.angles[i].n, c.rope_scale[i], p.angles[i].cos,
-                  p.angles[i].sin);
+      rope_angles(team, batch, long_context ? model_.rope[i].long_inv_freq : model_.rope[i].inv_freq, p.angles[i].n,
+                  c.rope_scale[i], p.angles[i].cos, p.angles[i].sin);
     for (int l = 0; l < c.n_layers; l++) {
       const Layer& layer = model_.layers[static_cast<size_t>(l)];
       step.norm_x(layer.attention_norm, p.h);

@@ -33,8 +33,8 @@ class Gqa {
     t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
     t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
-    t.norm(at + "q_norm", c.head_dim, l.q_norm);
-    t.norm(at + "k_norm", c.head_dim, l.k_norm);
+    t.norm_of_heads(at + "q_norm", c.n_heads, c.head_dim, l.q_norm);
+    t.norm_of_heads(at + "k_norm", c.n_kv_heads, c.head_dim, l.k_norm);
     t.optional_vector(at + "sinks", {c.n_heads}, l.sinks);
   }
 
@@ -81,6 +81,13 @@ class Gqa {
     return s;
   }
 
+  // x [T, width], in runs as long as the norm's weight: heads, or whole rows
+  static void norm_heads(const Step& step, const Norm& weights, int width, float* x) {
+    const Config& c = step.config;
+    const int n = weights.n;
+    if (weights) norm(step.team, c.norm, c.norm_eps, weights, x, n, step.batch.n_tokens * (width / n), n, x, n);
+  }
+
   // q, k and v of the tokens; q and k normed and rotated.
   void project(int layer, const Layer& w, const Step& step) {
     const Team& team = step.team;
@@ -89,8 +96,8 @@ class Gqa {
     const Product projections[] = {product(w.q_proj, step.h, T, q_), product(w.k_proj, step.h, T, k_),
                                    product(w.v_proj, step.h, T, v_)};
     matmul(team, projections, 3, step.workspace);
-    if (w.q_norm) norm(team, c.norm, c.norm_eps, w.q_norm, q_, d, T * H, d, q_, d);
-    if (w.k_norm) norm(team, c.norm, c.norm_eps, w.k_norm, k_, d, T * G, d, k_, d);
+    norm_heads(step, w.q_norm, H * d, q_);
+    norm_heads(step, w.k_norm, G * d, k_);
     const int table = c.rope[static_cast<size_t>(layer)];
     if (table < 0) return;
     const Angles& a = step.angles[static_cast<size_t>(table)];

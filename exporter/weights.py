@@ -72,6 +72,19 @@ def quantize(x: np.ndarray, type: str) -> Weight:
     return Weight("q4", q[:, 0::2] | (q[:, 1::2] << 4), scale[..., 0], low[..., 0])
 
 
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the values of e2m1
+
+
+def mxfp4(codes: np.ndarray, exponents: np.ndarray) -> Weight:
+    """MXFP4 (OCP Microscaling Formats 1.0): w = e2m1 * 2^(exponent - 127); codes [n, k] 0 .. 15, exponents [n, k / 32].
+
+    In q8 as it is, with half of that power as scale, as long as float16 holds it; a smaller one rounds to 0 there."""
+    scale = np.ldexp(np.float32(0.5), exponents.astype(np.int32) - 127)
+    if scale.max(initial=0) > np.finfo(np.float16).max:
+        raise ExportError("holds a scale that is more than float16 can hold: the checkpoint is damaged")
+    return Weight("q8", FP4[codes], scale.astype(np.float16))
+
+
 def nonzero(scale: np.ndarray) -> np.ndarray:
     """The scale as float32, with 1 where it is 0: such a group rounds to its minimum, or to 0."""
     return np.where(scale == 0, np.float32(1), scale.astype(np.float32))
@@ -123,6 +136,18 @@ def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = Non
         return Weight(weight.type, *parts)
 
     return replace(tensor, shape=shape, read=read)
+
+
+def turn_each(tensor: Tensor) -> Tensor:
+    """[count, k, n] -> [count, n, k], of a float type."""
+    count, k, n = tensor.shape
+
+    def read(index: np.ndarray) -> Weight:
+        matrix, column = np.divmod(index, n)
+        rows = {i: tensor.read(np.arange(i * k, (i + 1) * k)).data for i in np.unique(matrix).tolist()}
+        return Weight(tensor.type, np.stack([rows[i][:, j] for i, j in zip(matrix.tolist(), column, strict=True)]))
+
+    return replace(tensor, shape=(count, n, k), read=read)
 
 
 def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:

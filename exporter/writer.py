@@ -19,9 +19,9 @@ BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 def written_type(name: str, tensor: Tensor, type: str | None) -> str:
-    """Vectors, tables and routers are f32; MLA's w_uk and w_uv are never quantised."""
+    """Vectors, experts' biases, tables and routers are f32; MLA's w_uk and w_uv are never quantised."""
     module = name.split(".")[-2]
-    if len(tensor.shape) == 1 or module in ("router", "position_embedding"):
+    if len(tensor.shape) == 1 or name.endswith(".bias") or module in ("router", "position_embedding"):
         return "f32"
     chosen = stored_type(tensor, type)
     if module in ("w_uk", "w_uv") and chosen in QUANTIZED:

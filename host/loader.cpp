@@ -375,7 +375,12 @@ Config read_config(const std::string& path, const std::string& text) {
   f.choice("norm", c.norm, {{"rms", NormKind::rms}, {"layer", NormKind::layer}}, true);
   f.number("norm_eps", c.norm_eps, true);
   f.choice("activation", c.activation,
-           {{"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}}, true);
+           {{"silu", Activation::silu},
+            {"gelu", Activation::gelu},
+            {"gelu_tanh", Activation::gelu_tanh},
+            {"swiglu_oai", Activation::swiglu_oai}},
+           true);
+  if (c.activation == Activation::swiglu_oai) f.number("swiglu_limit", c.swiglu_limit, true);
   f.number("attention_scale", c.attention_scale, true);
   f.number("attention_softcap", c.attention_softcap);
   f.number("logit_softcap", c.logit_softcap);
@@ -384,6 +389,7 @@ Config read_config(const std::string& path, const std::string& text) {
   f.number("residual_scale", c.residual_scale);
   f.integers("window", c.window, c.n_layers, 0, MAX_LENGTH);
   f.numbers("rope_scale", c.rope_scale);
+  f.integer("original_seq_len", c.original_seq_len, 0, MAX_LENGTH, false);
   f.integers("rope", c.rope, c.n_layers, -1, static_cast<int>(c.rope_scale.size()) - 1);
   read_experts(f, path, c);
   f.refuse_unused();
@@ -392,6 +398,7 @@ Config read_config(const std::string& path, const std::string& text) {
   };
   f.fits("n_shared_experts x moe_intermediate_size", c.n_shared_experts, c.moe_intermediate_size);
   not_below("norm_eps", c.norm_eps, 0);
+  not_below("swiglu_limit", c.swiglu_limit, 0);
   not_below("attention_softcap", c.attention_softcap, 0);
   not_below("logit_softcap", c.logit_softcap, 0);
   return c;
@@ -452,9 +459,10 @@ class Collector {
     jobs.push_back({views(name, 1, n, k, false)[0], false, &out});
   }
 
-  // [groups, n, k] in one.
-  void grouped(const std::string& name, int groups, int n, int k, Matrix& out) {
-    group(name, groups, n, k, false, false, out);
+  // [groups, n, k] in one, and a bias [groups, n] where there is one.
+  void grouped(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, false, false, out.weight);
+    optional_vector(name + ".bias", {groups, n}, out.bias);
   }
   // The same where each group is a head of MLA; transposed: [groups, k, n] of it.
   void heads(const std::string& name, int groups, int n, int k, Linear& out) {
@@ -470,8 +478,15 @@ class Collector {
   }
 
   void norm(const std::string& name, int n, Norm& out) {
+    out.n = n;
     optional_vector(name + ".weight", {n}, out.weight);
     if (out.weight) return optional_vector(name + ".bias", {n}, out.bias);
+  }
+
+  // The norm of `heads` heads of n elements: of each, or of all together, as long as its weight is.
+  void norm_of_heads(const std::string& name, int heads, int n, Norm& out) {
+    const bool row = has(name + ".weight") && length(name + ".weight") == int64_t{heads} * n;
+    norm(name, row ? heads * n : n, out);
   }
 
   void vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
@@ -534,21 +549,24 @@ class Collector {
   Header& header_;
 };
 
-void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& mlp) {
-  if (t.has(at + "gate_proj.weight")) t.linear(at + "gate_proj", hidden, dim, mlp.gate);
+void collect_mlp(Collector& t, const std::string& at, const Config& c, int hidden, Mlp& mlp) {
+  const int dim = c.dim;
+  if (t.has(at + "gate_proj.weight") || c.activation == Activation::swiglu_oai)
+    t.linear(at + "gate_proj", hidden, dim, mlp.gate);
   t.linear(at + "up_proj", hidden, dim, mlp.up);
   t.linear(at + "down_proj", dim, hidden, mlp.down);
 }
 
 void collect_experts(Collector& t, const std::string& at, const Config& c, Layer& l) {
   t.matrix(at + "router", c.n_routed_experts, c.dim, l.router.weight);
+  t.optional_vector(at + "router.logit_bias", {c.n_routed_experts}, l.router.bias);
   t.optional_vector(at + "router.bias", {c.n_routed_experts}, l.router_bias);
   const int E = c.n_routed_experts, hidden = c.moe_intermediate_size;
-  t.grouped(at + "experts.gate_proj", E, hidden, c.dim, l.experts.gate.weight);
-  t.grouped(at + "experts.up_proj", E, hidden, c.dim, l.experts.up.weight);
-  t.grouped(at + "experts.down_proj", E, c.dim, hidden, l.experts.down.weight);
+  t.grouped(at + "experts.gate_proj", E, hidden, c.dim, l.experts.gate);
+  t.grouped(at + "experts.up_proj", E, hidden, c.dim, l.experts.up);
+  t.grouped(at + "experts.down_proj", E, c.dim, hidden, l.experts.down);
   if (c.n_shared_experts)
-    collect_mlp(t, at + "shared_experts.", c.dim, c.n_shared_experts * c.moe_intermediate_size, l.shared);
+    collect_mlp(t, at + "shared_experts.", c, c.n_shared_experts * c.moe_intermediate_size, l.shared);
 }
 
 void collect(Collector& t, Model& m) {
@@ -562,13 +580,14 @@ void collect(Collector& t, Model& m) {
   with_variant(c.attention, [&](auto v) { rotated = decltype(v)::type::rotated(c); });
   m.rope.resize(c.rope_scale.size());
   for (size_t i = 0; i < m.rope.size(); i++) {
-    const std::string name = "rope." + std::to_string(i) + ".inv_freq";
+    const std::string at = "rope." + std::to_string(i) + ".", name = at + "inv_freq";
     const int64_t n = t.length(name);
     if (2 * n > rotated || n < 1)
       fail("%s: tensor %s has %lld frequencies; a head has 1 to %d", m.path.c_str(), name.c_str(),
            static_cast<long long>(n), rotated / 2);
     m.rope[i].n = static_cast<int>(n);
     t.vector(name, {n}, m.rope[i].inv_freq);
+    if (c.original_seq_len > 0) t.vector(at + "long_inv_freq", {n}, m.rope[i].long_inv_freq);
   }
   m.layers.resize(static_cast<size_t>(c.n_layers));
   for (int i = 0; i < c.n_layers; i++) {
@@ -582,7 +601,7 @@ void collect(Collector& t, Model& m) {
     if (c.is_moe(i))
       collect_experts(t, at, c, l);
     else
-      collect_mlp(t, at, c.dim, c.hidden_dim, l.mlp);
+      collect_mlp(t, at, c, c.hidden_dim, l.mlp);
   }
 }
 

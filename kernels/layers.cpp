@@ -122,8 +122,19 @@ static F32 gelu(F32 x) {
   return load(lane);
 }
 
+static void swiglu_oai_row(const float* gate, const float* up, int n, float limit, float* out) {
+  constexpr float STEEPNESS = 1.702f;
+  for (int i = 0; i < n; i += LANES) {
+    const int lanes = n - i < LANES ? n - i : LANES;
+    const F32 g = simd::min(set(limit), load_first(gate + i, lanes));  // in this order a NaN passes
+    const F32 u = simd::max(set(-limit), simd::min(set(limit), load_first(up + i, lanes)));
+    const F32 swish = mul(silu(mul(g, set(STEEPNESS))), set(1 / STEEPNESS));
+    store_first(out + i, mul(add(u, set(1)), swish), lanes);
+  }
+}
+
 template <F32 (*act)(F32)>
-static void activate_row(const float* gate, const float* up, int n, float* out) {
+static void activate_row(const float* gate, const float* up, int n, float /*limit*/, float* out) {
   for (int i = 0; i < n; i += LANES) {
     const int lanes = n - i < LANES ? n - i : LANES;
     const F32 u = load_first(up + i, lanes);
@@ -131,17 +142,19 @@ static void activate_row(const float* gate, const float* up, int n, float* out) 
   }
 }
 
-void activate(const Team& team, Activation activation, const float* gate, const float* up, int T, int n, float* out) {
-  const auto row = activation == Activation::silu   ? activate_row<silu>
-                   : activation == Activation::gelu ? activate_row<gelu>
-                                                    : activate_row<gelu_tanh>;
+void activate(const Team& team, Activation activation, float limit, const float* gate, const float* up, int T, int n,
+              float* out) {
+  const auto row = activation == Activation::silu        ? activate_row<silu>
+                   : activation == Activation::gelu      ? activate_row<gelu>
+                   : activation == Activation::gelu_tanh ? activate_row<gelu_tanh>
+                                                         : swiglu_oai_row;
   // Rows are cut so that one row of a decode step occupies every thread.
   constexpr int CUT = 256;
   const int cuts = (n + CUT - 1) / CUT;
   team.for_each(T * cuts, [&](int i) {
     const int first = i % cuts * CUT, count = n - first < CUT ? n - first : CUT;
     const size_t at = static_cast<size_t>(i / cuts) * static_cast<size_t>(n) + static_cast<size_t>(first);
-    row(gate ? gate + at : nullptr, up + at, count, out + at);
+    row(gate ? gate + at : nullptr, up + at, count, limit, out + at);
   });
 }
 

@@ -28,8 +28,10 @@ void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, in
 void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
           const float* sin);
 
-// out [T, n] = act(gate) * up; gate null: act(up). out may be gate or up.
-void activate(const Team& team, Activation activation, const float* gate, const float* up, int T, int n, float* out);
+// out [T, n] = act(gate) * up; gate null: act(up). out may be gate or up. swiglu_oai has a gate always, and a limit:
+// g sigmoid(1.702 g) (u + 1), of g = min(gate, limit) and u = up clamped to -limit .. limit (gpt-oss).
+void activate(const Team& team, Activation activation, float limit, const float* gate, const float* up, int T, int n,
+              float* out);
 
 // x += scale * y, n elements.
 void add(const Team& team, float* x, const float* y, size_t n, float scale);

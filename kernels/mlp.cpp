@@ -48,7 +48,8 @@ void MlpStage::expand(const Mlp& mlp, const float* in, const Step& step) const {
   const bool gated = static_cast<bool>(mlp.gate);
   const Product both[] = {product(mlp.up, in, T, up_), gated ? product(mlp.gate, in, T, gate_) : Product{}};
   matmul(step.team, both, gated ? 2 : 1, step.workspace);
-  activate(step.team, step.config.activation, gated ? gate_ : nullptr, up_, T, mlp.up.weight.n, up_);
+  activate(step.team, step.config.activation, step.config.swiglu_limit, gated ? gate_ : nullptr, up_, T,
+           mlp.up.weight.n, up_);
 }
 
 void MlpStage::run_experts(const Layer& w, const Step& step) const {
@@ -63,7 +64,7 @@ void MlpStage::run_experts(const Layer& w, const Step& step) const {
   Product both[] = {product(w.experts.gate, step.h, T * k, gate_), product(w.experts.up, step.h, T * k, up_)};
   for (Product& p : both) p.x_rows = T, p.gather = token_of_row_, p.row_start = row_start_;
   matmul(team, both, 2, step.workspace);
-  activate(team, c.activation, gate_, up_, T * k, hidden, up_);
+  activate(team, c.activation, c.swiglu_limit, gate_, up_, T * k, hidden, up_);
   Product down = product(w.experts.down, up_, T * k, expert_out_);
   down.row_start = row_start_;
   matmul(team, &down, 1, step.workspace);

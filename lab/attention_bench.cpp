@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "kernels/simd.h"
+#include "tests/batches.h"
 
 namespace {
 
@@ -76,8 +77,9 @@ template <class Kernel, class Kv, int Block>
 void bench(const char* name, AttentionShape s, int context, int n_new, int layers, Threads& threads,
            const Machine& machine) {
   s.scale = 0.1f;
-  const int block_size = Block ? Block : context, n_blocks = (context + block_size - 1) / block_size;
-  const CacheShape cache_shape{layers, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, n_blocks, block_size};
+  Batches batches(1, context, Block);
+  const CacheShape cache_shape{
+      layers, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, batches.n_blocks(), batches.block_size()};
   Arena memory(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, cache_shape); }));
   KVCache<Kv, Block> cache(memory, cache_shape);
   std::mt19937 random(1);
@@ -87,19 +89,11 @@ void bench(const char* name, AttentionShape s, int context, int n_new, int layer
     for (float& v : x) v = normal(random);
     return x;
   };
-  std::vector<int> table(at(n_blocks)), slots(at(context)), positions(at(context));
-  for (int b = 0; b < n_blocks; b++) table[at(b)] = b;
-  std::shuffle(table.begin(), table.end(), random);
-  for (int t = 0; t < context; t++)
-    slots[at(t)] = table[at(t / block_size)] * block_size + t % block_size, positions[at(t)] = t;
-  Batch batch;
-  batch.n_tokens = context, batch.n_sequences = 1, batch.slot_mapping = slots.data();
   const std::vector<float> k = filled(context * s.n_kv_heads * s.k_dim), v = filled(context * s.n_kv_heads * s.v_dim);
-  for (int l = 0; l < layers; l++) cache.append(Team{}, l, batch, k.data(), s.v_is_k ? nullptr : v.data());
+  for (int l = 0; l < layers; l++)
+    cache.append(Team{}, l, batches.batch({{0, 0, context}}), k.data(), s.v_is_k ? nullptr : v.data());
 
-  const int starts[] = {0, n_new}, lengths[] = {context};
-  batch.n_tokens = n_new, batch.positions = positions.data() + context - n_new, batch.query_start = starts;
-  batch.context_len = lengths, batch.block_table = table.data(), batch.max_blocks = n_blocks;
+  const Batch& batch = batches.batch({{0, context - n_new, n_new}});
   const std::vector<float> q = filled(n_new * s.n_heads * s.k_dim);
   std::vector<float> out(at(n_new * s.n_heads * s.v_dim));
   Limits limits;

@@ -9,13 +9,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
-#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
 
+#include "batches.h"
 #include "kernels/kv_cpu.h"
 
 namespace {
@@ -53,11 +52,6 @@ struct Data {
   }
 };
 
-// Some tokens of one sequence, first .. first + n - 1.
-struct Chunk {
-  int sequence, first, n;
-};
-
 template <class Kv>
 std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim) {
   std::vector<std::byte> bytes(Kv::row_bytes(dim));
@@ -73,11 +67,11 @@ struct Reference {
 };
 
 template <class Kv>
-Reference reference(const Data& d, const std::vector<Chunk>& chunks) {
+Reference reference(const Data& d, const std::vector<Piece>& chunks) {
   const AttentionShape& s = d.shape;
   const int G = s.n_kv_heads, R = s.n_heads / G;
   Reference result;
-  for (const Chunk& c : chunks) {
+  for (const Piece& c : chunks) {
     const int context = c.first + c.n;
     std::vector<std::vector<double>> k, v;  // [context * G]
     for (int i = 0; i < context * G; i++) {
@@ -145,33 +139,28 @@ struct ScratchMemory {
 template <class Kv, int Block>
 class World {
  public:
-  explicit World(const Data& data) : d(data) {
-    const int longest = std::max(1, *std::max_element(d.contexts.begin(), d.contexts.end()));
-    const int S = static_cast<int>(d.contexts.size());
-    block_size = Block ? Block : longest;
-    blocks_each = (longest + block_size - 1) / block_size;
+  explicit World(const Data& data)
+      : d(data),
+        batches(static_cast<int>(data.contexts.size()),
+                std::max(1, *std::max_element(data.contexts.begin(), data.contexts.end())), Block, 3) {
     const AttentionShape& s = d.shape;
-    const CacheShape shape{LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, S * blocks_each + 3, block_size};
+    const CacheShape shape{
+        LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, batches.n_blocks(), batches.block_size()};
     memory = Arena(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); }));
     cache = KVCache<Kv, Block>(memory, shape);
     std::memset(cache.memory(), 0xff, cache.size());
-    tables.resize(at(S * blocks_each));
-    std::vector<int> pool(at(shape.n_blocks));
-    std::iota(pool.begin(), pool.end(), 0);
-    std::shuffle(pool.begin(), pool.end(), std::mt19937(2));
-    std::copy_n(pool.begin(), tables.size(), tables.begin());
   }
 
   // The tokens enter the cache, no more.
-  void append(const Chunk& chunk) {
-    gather({chunk});
+  void append(const Piece& chunk) {
+    const Batch& batch = gather({chunk});
     cache.append(Team{}, LAYER, batch, k.data(), d.shape.v_is_k ? nullptr : v.data());
   }
 
   // One step, by n_threads in memory for `planned`: the chunks' tokens enter the cache, then attend.
   template <class Kernel>
-  const std::vector<float>& step(const std::vector<Chunk>& chunks, int n_threads, int planned) {
-    gather(chunks);
+  const std::vector<float>& step(const std::vector<Piece>& chunks, int n_threads, int planned) {
+    const Batch& batch = gather(chunks);
     const AttentionShape& s = d.shape;
     out.assign(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
     ScratchMemory<Kernel> scratch(s, batch.n_tokens, longest_context, planned);
@@ -186,50 +175,35 @@ class World {
   std::vector<float> out;  // [tokens, n_heads, v_dim] of the last step
 
  private:
-  void gather(const std::vector<Chunk>& chunks) {
+  const Batch& gather(const std::vector<Piece>& chunks) {
     const AttentionShape& s = d.shape;
-    q.clear(), k.clear(), v.clear(), positions.clear(), slots.clear(), lengths.clear(), table.clear();
-    starts = {0};
+    q.clear(), k.clear(), v.clear();
     longest_context = 0;
     const auto append = [](std::vector<float>& to, const std::vector<float>& from, int first, int n, int width) {
       if (!from.empty()) to.insert(to.end(), from.begin() + first * width, from.begin() + (first + n) * width);
     };
-    for (const Chunk& c : chunks) {
+    for (const Piece& c : chunks) {
       append(q, d.q[at(c.sequence)], c.first, c.n, s.n_heads * s.k_dim);
       append(k, d.k[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.k_dim);
       append(v, d.v[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.v_dim);
-      const int context = c.first + c.n, seen = s.window > 0 ? std::max(0, c.first - s.window + 1) : 0;
-      for (int t = c.first; t < context; t++) {
-        positions.push_back(t);
-        slots.push_back(tables[at(c.sequence * blocks_each + t / block_size)] * block_size + t % block_size);
-      }
-      for (int b = 0; b < blocks_each + 2; b++)  // poison where nobody may look
-        table.push_back(b < seen / block_size || b * block_size >= context ? (b % 2 ? INT_MAX : -1)
-                                                                           : tables[at(c.sequence * blocks_each + b)]);
-      starts.push_back(static_cast<int>(positions.size()));
-      lengths.push_back(context);
-      longest_context = std::max(longest_context, context);
+      longest_context = std::max(longest_context, c.first + c.n);
     }
-    batch = {};
-    batch.n_tokens = static_cast<int>(positions.size()), batch.n_sequences = static_cast<int>(chunks.size());
-    batch.positions = positions.data(), batch.query_start = starts.data(), batch.context_len = lengths.data();
-    batch.block_table = table.data(), batch.max_blocks = blocks_each + 2, batch.slot_mapping = slots.data();
+    return batches.batch(chunks, {}, s.window);
   }
 
   const Data& d;
+  Batches batches;
   Arena memory;
   KVCache<Kv, Block> cache;
-  int block_size, blocks_each, longest_context = 0;
-  std::vector<int> tables, table, positions, slots, starts, lengths;
+  int longest_context = 0;
   std::vector<float> q, k, v;
-  Batch batch;
 };
 
 // One step, with the tokens before the chunks in the cache.
 template <class Kernel, class Kv, int Block>
-std::vector<float> attention_of(const Data& d, const std::vector<Chunk>& chunks, int n_threads) {
+std::vector<float> attention_of(const Data& d, const std::vector<Piece>& chunks, int n_threads) {
   World<Kv, Block> world(d);
-  for (const Chunk& c : chunks)
+  for (const Piece& c : chunks)
     if (c.first > 0) world.append({c.sequence, 0, c.first});
   return world.template step<Kernel>(chunks, n_threads, n_threads);
 }
@@ -243,14 +217,14 @@ void expect_near(const std::vector<float>& out, const Reference& expected, const
 }
 
 template <class Kv, int Block>
-void check_kernels(const Data& d, const std::vector<Chunk>& chunks, const Reference& expected) {
+void check_kernels(const Data& d, const std::vector<Piece>& chunks, const Reference& expected) {
   expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, "naive", Block);
   expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, "flash", Block);
 }
 
 // Prefill and decode mixed; contexts at the bounds of blocks, tiles and splits; a sequence without tokens of this step.
 const std::vector<int> CONTEXTS = {1, 2, 15, 16, 17, 63, 64, 65, 256, 257, 530, 3, 0};
-const std::vector<Chunk> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0, 16}, {11, 3, 0},
+const std::vector<Piece> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0, 16}, {11, 3, 0},
                                    {4, 16, 1},   {5, 60, 3},   {6, 0, 64}, {7, 64, 1}, {8, 255, 1},
                                    {9, 240, 17}, {10, 529, 1}, {12, 0, 0}};
 
@@ -288,7 +262,7 @@ TYPED_TEST(Attention, SinksJoinTheSoftmax) {
     for (const auto& [window, softcap] : {std::pair(0, 0.0f), std::pair(300, 2.0f)}) {
       s.window = window, s.softcap = softcap;
       const Data d(s, {1, 256, 257, 560});
-      const std::vector<Chunk> chunks = {{0, 0, 1}, {1, 254, 2}, {2, 256, 1}, {3, 540, 20}};
+      const std::vector<Piece> chunks = {{0, 0, 1}, {1, 254, 2}, {2, 256, 1}, {3, 540, 20}};
       const Reference expected = reference<TypeParam>(d, chunks);
       check_kernels<TypeParam, 0>(d, chunks, expected);
       check_kernels<TypeParam, 16>(d, chunks, expected);
@@ -300,7 +274,7 @@ TYPED_TEST(Attention, SinksJoinTheSoftmax) {
 // Latents of 1e4, as DeepSeek has them: half precision sums would overflow.
 TYPED_TEST(Attention, LargeLatents) {
   const Data d(make_shape(16, 1, 576, 512, true), {300}, 1e4f);
-  const std::vector<Chunk> chunks = {{0, 298, 2}};
+  const std::vector<Piece> chunks = {{0, 298, 2}};
   check_kernels<TypeParam, 16>(d, chunks, reference<TypeParam>(d, chunks));
 }
 
@@ -342,7 +316,7 @@ std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
   std::vector<float> all;
   const int width = d.shape.n_heads * d.shape.v_dim;
   for (int first = 0, other = 0; first < d.contexts[0]; first += n) {
-    std::vector<Chunk> chunks;
+    std::vector<Piece> chunks;
     const int length = std::min(n, d.contexts[0] - first);
     if (beside && other < d.contexts[1]) chunks.push_back({1, other++, 1});
     const int skipped = static_cast<int>(chunks.size()) * width;
@@ -391,11 +365,8 @@ TEST(AttendRows, SameBitsAsAttend) {
     const int context = 700, first = 640, n = context - first;
     const Data d(s, {context});
     const std::vector<float> expected = attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    std::vector<int> positions(at(n + 1)), starts = {0, 1, n + 1}, lengths = {1, context};
-    std::iota(positions.begin() + 1, positions.end(), first);
-    Batch batch;  // sequence 1 of two
-    batch.n_tokens = n + 1, batch.n_sequences = 2, batch.positions = positions.data();
-    batch.query_start = starts.data(), batch.context_len = lengths.data();
+    Batches batches(2, context, 0);
+    const Batch& batch = batches.batch({{0, 0, 1}, {1, first, n}});
     const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
     std::vector<float> q(at(q_width)), out(at((n + 1) * out_width), -7);
     q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
@@ -449,10 +420,8 @@ TEST(AttentionMemory, ALargerTeamThanPlannedIsRefused) {
 
 TEST(AttendRows, ALargerTeamThanPlannedIsRefused) {
   const AttentionShape s = make_shape(4, 2, 24, 20);
-  const int positions[] = {0}, starts[] = {0, 1}, lengths[] = {1};
-  Batch batch;
-  batch.n_tokens = batch.n_sequences = 1, batch.positions = positions, batch.query_start = starts;
-  batch.context_len = lengths;
+  Batches batches(1, 1, 0);
+  const Batch& batch = batches.batch({{0, 0, 1}});
   const std::vector<float> q(at(4 * 24)), k(at(2 * 24)), v(at(2 * 20));
   std::vector<float> out(at(4 * 20), -7);
   ScratchMemory<Flash> scratch(s, 1, 1, 1);

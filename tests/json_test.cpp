@@ -5,8 +5,8 @@
 
 #include <cmath>
 
-#include "kernels/device.h"
 #include "host/error.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "batches.h"
 #include "kernels/build.h"
 #include "kernels/kv_cpu.h"
 
@@ -229,20 +230,14 @@ TEST(KVCache, EveryRowHasItsPlace) {
 // read_k walks a permuted table; entries past the last row asked for are poison.
 template <class Kv, int Block>
 void check_read_k() {
-  constexpr int dim = 40, block_size = Block ? Block : 20, n_blocks = 20 / block_size + 2;
-  const CacheShape shape{1, 1, dim, 0, n_blocks, block_size};
+  constexpr int dim = 40, context = 19;
+  Batches batches(1, context, Block ? Block : 20, 2);
+  const CacheShape shape{1, 1, dim, 0, batches.n_blocks(), batches.block_size()};
   Arena memory(arena_bytes<Kv, Block>(shape));
   KVCache<Kv, Block> cache(memory, shape);
-  std::vector<int> table(at(n_blocks + 1), -1), slots;
-  for (int b = 0; b * block_size < 19; b++) table[at(b)] = n_blocks - 1 - b;
   std::vector<float> k;
-  for (int t = 0; t < 19; t++) {
-    slots.push_back(table[at(t / block_size)] * block_size + t % block_size);
-    k.insert(k.end(), at(dim), static_cast<float>(t + 1));
-  }
-  Batch batch;
-  batch.n_tokens = 19, batch.slot_mapping = slots.data(), batch.block_table = table.data(),
-  batch.max_blocks = n_blocks + 1;
+  for (int t = 0; t < context; t++) k.insert(k.end(), at(dim), static_cast<float>(t + 1));
+  const Batch& batch = batches.batch({{0, 0, context}});
   std::vector<float> out(at(14 * dim));
   Threads(2).run(2, [&](const Team& team) {
     cache.append(team, 0, batch, k.data(), nullptr);

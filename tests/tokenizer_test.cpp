@@ -10,8 +10,8 @@
 #include <fstream>
 #include <random>
 
-#include "kernels/device.h"
 #include "host/error.h"
+#include "kernels/device.h"
 
 namespace {
 
