@@ -485,9 +485,9 @@ Scratch::Scratch(Arena& arena, const AttentionShape& shape) {
   partial = Partials(arena, shape, 1)[0];
 }
 
-constexpr int SLOTS_PER_THREAD = 16;
+constexpr int SLOTS_PER_THREAD = 16;  // splits that are worked on at a time, where threads share a query tile
 
-// The workspace of a call. Throws where it was planned for a smaller team.
+// The workspace of a call. Throws Error where less was planned.
 struct Memory {
   float *max, *sum;  // [T, n_heads] of the rows' states; first, where begin, attend_rows and end find them again
   size_t scratch_bytes;
