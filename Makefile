@@ -74,6 +74,7 @@ $(COMMON)/flags: FORCE | packages
 	@mkdir -p $(@D) && { echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@; }
 -include $(wildcard build/*/*.d build/*/*/*.d build/*/*/*/*.d)
 
+.DEFAULT_GOAL := all
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += --no-print-directory -j$(shell nproc)
 endif
