@@ -215,7 +215,8 @@ lint: .venv/installed
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZ_SOURCES := tests/fuzz_loader.cpp kernels/device.cpp host/json.cpp host/loader.cpp host/safetensors.cpp kernels/matmul.cpp
+FUZZ_SOURCES := tests/fuzz_loader.cpp kernels/device.cpp kernels/team.cpp kernels/matmul.cpp host/error.cpp host/json.cpp \
+  host/loader.cpp host/safetensors.cpp
 build/fuzz/fuzz_loader: $(FUZZ_SOURCES) $(wildcard *.h host/*.h kernels/*.h tests/*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
