@@ -3,9 +3,9 @@
 //
 // The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 2"), "config" (one JSON object,
 // whose keys are the fields of Config below, to the letter), "types" (the weight type of each matrix that is not plain
-// floats), "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that differs between GPT-2, Llama, Gemma or DeepSeek is in there or in which
-// tensors are present; the runtime has no per-architecture code. README.md, "The model file", lists every key
-// and tensor.
+// floats), "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that differs between GPT-2, Llama,
+// Gemma or DeepSeek is in there or in which tensors are present; the runtime has no per-architecture code. README.md,
+// "The model file", lists every key and tensor.
 #pragma once
 
 #include <memory>
