@@ -26,7 +26,7 @@ template <class F>
 void with_type(WeightType type, F f) {
   const auto try_each = [&]<class... T>(std::type_identity<std::tuple<T...>>) {
     int index = 0;
-    ((index++ == static_cast<int>(type) && (f(std::type_identity<T>()), true)) || ...);
+    static_cast<void>(((index++ == static_cast<int>(type) && (f(std::type_identity<T>()), true)) || ...));
   };
   try_each(std::type_identity<WeightTypes>());
 }
