@@ -14,8 +14,15 @@ import numpy as np
 from exporter.errors import ExportError
 
 GROUP = 32  # inputs that share a scale in q8 and q4
-TYPES = ("f32", "bf16", "f16", "q8", "q4")
-QUANTIZED = ("q8", "q4")
+
+# How each type lies in the model file: (field of Weight, name of the part, its dtype, elements for each quant group).
+FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+PARTS = {kind: (("data", "weight", dtype, 1),) for kind, dtype in FLOATS.items()} | {
+    "q8": (("data", "weight", "I8", 32), ("scale", "scale", "F16", 1)),
+    "q4": (("data", "weight", "U8", 16), ("scale", "scale", "F16", 1), ("min", "min", "F16", 1)),
+}
+TYPES = tuple(PARTS)
+QUANTIZED = tuple(kind for kind in PARTS if kind not in FLOATS)
 
 
 @dataclass

@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from exporter.errors import ExportError
 from exporter.model import Model
-from exporter.weights import GROUP, QUANTIZED, Tensor, quantize, size, stored_type
+from exporter.weights import GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
 
 CHUNK = 1 << 20  # elements converted at a time
-DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "I8", "q4": "U8"}
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
@@ -31,16 +30,11 @@ def written_type(name: str, tensor: Tensor, type: str | None) -> str:
 
 def stored_parts(name: str, tensor: Tensor, type: str) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(field of Weight, name, dtype, shape) of the tensors that hold one of ours."""
-    *outer, k = tensor.shape
     if type not in QUANTIZED:
-        return [("data", name, DTYPES[type], tensor.shape)]
+        return [(field, name, dtype, tensor.shape) for field, _, dtype, _ in PARTS[type]]
+    *outer, k = tensor.shape
     stem = name.removesuffix("weight")
-    groups = (*outer, k // GROUP)
-    parts = [
-        ("data", name, DTYPES[type], (*outer, k // 2 if type == "q4" else k)),
-        ("scale", stem + "scale", "F16", groups),
-    ]
-    return parts + ([("min", stem + "min", "F16", groups)] if type == "q4" else [])
+    return [(field, stem + part, dtype, (*outer, k // GROUP * n)) for field, part, dtype, n in PARTS[type]]
 
 
 def layout(model: Model, type: str | None) -> tuple[dict, list]:

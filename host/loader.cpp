@@ -412,21 +412,20 @@ class Collector {
   // The tensor of this name, which must be of this dtype and shape.
   const Entry& typed(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
     const Entry& e = entry(name);
-    if (e.dtype != dtype) refuse(name, e, dtype, shape);
-    expect(name, e, shape);
+    if (e.dtype != dtype || e.shape != spelled_like(e, shape)) refuse(name, e, dtype, shape);
     return e;
   }
 
   // A leading size of 1 may be left out: [1, n, k] is [n, k].
-  void expect(const std::string& name, const Entry& e, std::vector<int64_t> shape) const {
-    if (shape.size() == 3 && shape[0] == 1 && e.shape.size() == 2) shape.erase(shape.begin());
-    if (e.shape != shape) refuse(name, e, e.dtype.c_str(), shape);
+  static std::vector<int64_t> spelled_like(const Entry& e, std::vector<int64_t> shape) {
+    if (shape.size() == 3 && shape[0] == 1 && e.shape.size() != 3) shape.erase(shape.begin());
+    return shape;
   }
 
   [[noreturn]] void refuse(const std::string& name, const Entry& e, const char* dtype,
                            const std::vector<int64_t>& shape) const {
     fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), e.dtype.c_str(),
-         shape_text(e.shape).c_str(), dtype, shape_text(shape).c_str());
+         shape_text(e.shape).c_str(), dtype, shape_text(spelled_like(e, shape)).c_str());
   }
 
   std::string path_;

@@ -9,6 +9,7 @@
 #include "host/error.h"
 #include "model.h"
 #include "tiny_model.h"
+#include "typed_model.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
@@ -18,6 +19,8 @@ extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
     for (const bool experts : {false, true})
       std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(variant)) + (experts ? "-experts" : ""))
           << tiny_model(variant, experts, 1).bytes();
+  for (const char* type : TYPES)
+    std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(type))) << TypedModel(type).bytes();
   return 0;
 }
 
