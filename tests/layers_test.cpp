@@ -150,10 +150,11 @@ TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
 TEST(Layers, EmbeddingAddsThePosition) {
   constexpr int vocab = 5, dim = 19;
   const auto w = normal(vocab * dim, 7), positions = normal(4 * dim, 8);
-  const TensorView view{DType::f32, vocab, dim, w.data(), nullptr, nullptr};
-  Buffer<std::byte> packed(packed_bytes(DType::f32, vocab, dim));
-  for (int b = 0; b < row_blocks(vocab); b++) pack(view, false, b, packed.data());
-  const Matrix matrix{DType::f32, vocab, dim, 1, packed.data()};
+  const WeightType floats = *find_weight_type("f32");
+  const TensorView view{floats, vocab, dim, {w.data()}};
+  Buffer<std::byte> packed(packed_bytes(floats, vocab, dim));
+  for (int p = 0; p < panels(vocab); p++) pack(view, false, p, packed.data());
+  const Matrix matrix{floats, vocab, dim, 1, packed.data()};
   const int tokens[] = {4, 0, 4}, at[] = {0, 3, 1};
   std::vector<float> x(3 * dim);
   Batch batch;
