@@ -210,7 +210,10 @@ Logits run(const Model& model, const std::vector<std::vector<int>>& sequences, c
            MlaForm form = MlaForm::automatic, int n_threads = 2) {
   const int S = static_cast<int>(sequences.size());
   Batches batches(S, CONTEXT, Block);
-  T transformer(model, {S * CONTEXT, S, S * CONTEXT, CONTEXT, batches.n_blocks(), n_threads, form});
+  const Limits limits{S * CONTEXT, S, S * CONTEXT, CONTEXT, batches.n_blocks(), n_threads, form};
+  T transformer(model, limits);
+  EXPECT_EQ(transformer.taken().kv, T::bytes(model, limits).kv) << "what was planned is what is taken";
+  EXPECT_EQ(transformer.taken().activations, T::bytes(model, limits).activations);
   const auto forward = [&](const Batch& b) { return transformer.forward(b, test_threads(), n_threads); };
   return run_schedule(forward, batches, sequences, schedule);
 }
@@ -376,6 +379,11 @@ TEST(Transformer, MlaWithLatentsOfTenThousand) {
   check(c, run<Transformer<Mla, Naive, KvF32, 16>, 16>, WIDE * tolerance<KvF32>());
   check(c, run<Transformer<Mla, Flash, KvF16, 16>, 16>, tolerance<KvF16>());
   check(c, run<Transformer<Mla, Flash, KvQ8, 16>, 16>, tolerance<KvQ8>());
+}
+
+TEST(Transformer, ATeamLargerThanPlannedIsRefused) {
+  Transformer<Gqa, Flash, KvF16, 16> transformer(the_case<Gqa>().model, {8, 1, 1, 8, 1, 1, MlaForm::automatic});
+  EXPECT_THROW(transformer.forward(Batch(), test_threads(), 2), Error);
 }
 
 TEST(Transformer, RefusesAnotherVariant) {
