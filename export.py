@@ -152,7 +152,10 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
     ]
-    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
+    notes = {tensor.note for tensor in model.tensors.values()}
+    lost = sorted(notes - {"", "MXFP4"})
+    if "MXFP4" in notes:
+        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
     lines += [f"  note        {note}" for note in source.notes]

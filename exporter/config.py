@@ -15,6 +15,8 @@ ALIASES = {  # the same thing under other architectures' names
     "rms_norm_eps": "norm_eps",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
+    "sliding_window_size": "sliding_window",
+    "experts_per_token": "num_experts_per_tok",
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
@@ -56,6 +58,7 @@ NO_EFFECT = {
     "attn_implementation",
     "pretraining_tp",
     "n_ctx",
+    "initial_context_length",
     "initializer_range",
     "attention_dropout",
     "resid_pdrop",
@@ -162,6 +165,15 @@ OF_SOME = {
     "multi_query": False,
     "num_experts": 0,
     "num_nextn_predict_layers": 0,
+    "original_max_position_embeddings": None,
+    "partial_rotary_factor": 1,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 0,
+    "embedding_multiplier": 1,
+    "attention_multiplier": None,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "swiglu_limit": None,
 }
 
 # Keys that do, of which this project has one value: that which switches a feature off, or says what the model does
@@ -192,8 +204,11 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "use_bidirectional_attention": (False,),
     "rope_interleaved": (False,),
-    "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
+    "interpolate_factor": (1,),
+    "full_attn_mod": (1,),
+    "lm_head_bias": (False,),
+    "swiglu_alpha": (1.702,),
 }
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it."""
+"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it, MXFP4
+as gpt-oss."""
 
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 from exporter.errors import ExportError, shown
 from exporter.names import IGNORED
 from exporter.source import Source, array_tensor, map_file, open_file
-from exporter.weights import Tensor, Weight, size, unreadable
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -20,6 +21,7 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
+MXFP4_PARTS = ("_blocks", "_scales")
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -58,7 +60,7 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     passed_over = [name for name in weights_in(path) if name not in files]
     if passed_over:
         source.notes.append(f"{', '.join(passed_over)}: not read, {WEIGHTS if WEIGHTS in files else INDEX} comes first")
-    dequantize_fp8(source)
+    dequantize(source)
     return source
 
 
@@ -99,7 +101,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         length = struct.unpack_from("<Q", data, 0)[0]
         header = json.loads(bytes(data[8 : 8 + length]))
         return {
-            name: safetensors_tensor(f"{path}: tensor {name}", data[8 + length :], entry)
+            name: safetensors_tensor(path, name, data[8 + length :], entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -107,12 +109,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
 
 
-def safetensors_tensor(where: str, data: np.ndarray, entry: dict) -> Tensor:
+def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> Tensor:
     """One of a header's entries. A tensor that cannot be read is a problem only for a model that has a place for it."""
-    (begin, end), shape, name = entry["data_offsets"], tuple(entry["shape"]) or (1,), entry["dtype"]
-    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(name, str):
+    where, kind = f"{path}: tensor {name}", entry["dtype"]
+    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(kind, str):
         raise ValueError("a shape or an offset is no natural number")
-    dtype, type_ = SAFETENSORS_TYPES.get(name, (None, ""))
+    dtype, type_ = SAFETENSORS_TYPES.get(kind, (None, ""))
+    if kind == "U8" and name.endswith(MXFP4_PARTS):
+        dtype, type_ = "u1", "u8"
     wanted = end - begin if dtype is None else size(shape) * np.dtype(dtype).itemsize
     if not begin <= end <= len(data) or end - begin != wanted:
         raise ExportError(
@@ -121,24 +126,56 @@ def safetensors_tensor(where: str, data: np.ndarray, entry: dict) -> Tensor:
         )
     if dtype is None:
         known = ", ".join(SAFETENSORS_TYPES)
-        return unreadable(shape, f"{where} has dtype {name}, not one of {known}: convert the checkpoint to bfloat16")
+        return unreadable(shape, f"{where} has dtype {kind}, not one of {known}: convert the checkpoint to bfloat16")
     if not size(shape):
         return unreadable(shape, f"{where} {shown(list(shape))} is empty: save the checkpoint again, with its weights")
     return array_tensor(data[begin:end], dtype, type_, shape)
 
 
-def dequantize_fp8(source: Source) -> None:
-    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
+def dequantize(source: Source) -> None:
     settings = source.config.pop("quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         raise ExportError(
             f"{source.where}: quantization_config is {shown(settings)}: must be an object: fetch it again"
         )
-    if settings and (settings.get("quant_method"), settings.get("fmt", "e4m3")) != ("fp8", "e4m3"):
+    method = (settings or {}).get("quant_method")
+    if settings and (method not in ("fp8", "mxfp4") or settings.get("fmt", "e4m3") != "e4m3"):
         raise ExportError(
-            f"{source.where}: quantization_config.quant_method is {shown(settings.get('quant_method'))}, only fp8 "
-            "(e4m3) is known: export the checkpoint that it was made from"
+            f"{source.where}: quantization_config.quant_method is {shown(method)}, only fp8 (e4m3) and mxfp4 "
+            "are known: export the checkpoint that it was made from"
         )
+    if method == "mxfp4":
+        dequantize_mxfp4(source)
+    dequantize_fp8(source, settings)
+
+
+def dequantize_mxfp4(source: Source) -> None:
+    """X_blocks [..., k / 32, 16] of two codes a byte, the low half first, and X_scales [..., k / 32] -> X [..., k]."""
+    for name in [name for name in source.tensors if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, scales = source.tensors.pop(name), source.tensors.pop(stem + "_scales", None)
+        known = scales is not None and (scales.type, blocks.type) == ("u8", "u8") and len(scales.shape) > 1
+        if not known or blocks.shape != (*scales.shape, GROUP // 2):
+            raise ExportError(
+                f"{source.path}: tensor {name} is MXFP4, and {stem}_scales with one scale for each 32 elements is not "
+                "there: export another checkpoint"
+            )
+        source.tensors[stem] = mxfp4_tensor(blocks, scales)
+
+
+def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
+    groups = scales.k
+
+    def read(index: np.ndarray) -> Weight:
+        bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
+        return mxfp4(codes, scales.read(index).data)
+
+    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+
+
+def dequantize_fp8(source: Source, settings: dict | None) -> None:
+    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
     block = (settings or {}).get("weight_block_size")
     known = isinstance(block, list) and len(block) == 2 and all(type(length) is int and length > 0 for length in block)
     for name, tensor in list(source.tensors.items()):

@@ -17,7 +17,7 @@
 #include <functional>
 #include <span>
 
-#include "kernels/device.h"
+#include "host/error.h"
 #include "host/utf8.h"
 
 namespace {
