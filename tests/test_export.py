@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import signal
 import struct
 import subprocess
@@ -591,6 +592,27 @@ NEWER = ["gemma2", "phi4_mini_long", "glm4", "smollm3", "granite", "gpt_oss"]
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
 
 
+def test_keys_that_switch_nothing_on_are_taken(tmp_path):
+    """What other architectures have, in the values by which a config says that this one has it not."""
+    without = {
+        "use_sliding_window": False,
+        "num_experts": 0,
+        "layer_types": ["full_attention"] * 2,
+        "swiglu_limit": None,
+    }
+    without |= {"partial_rotary_factor": 1.0, "logits_scaling": 1.0, "qkv_bias": False, "use_qk_norm": False}
+    source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
+    plain = build(source).config
+    whole = source.config
+    for key, value in without.items():
+        source.config = whole | {key: value}
+        assert build(source).config == plain, key
+    for key, value in {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True}.items():
+        source.config = whole | {key: value}
+        with pytest.raises(ExportError, match=key):
+            build(source)
+
+
 @pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3", *NEWER])
 def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
     """Never another exception than the one that becomes a line."""
@@ -654,6 +676,31 @@ def test_refused_sources(tmp_path, capsys):
     (folder / "config.json").write_text("{")
     assert "not JSON" in line(folder)
     assert "No such file or directory" in refused(capsys, folder / "x", "-o", out)
+
+
+@pytest.mark.parametrize("name", ["a&{}&", "`{}`", "$({})", "$(shell {})", "a b;{};", "'\"; {} #"])
+@pytest.mark.parametrize("suffix", [".gguf", ".safetensors"])
+def test_make_run_takes_any_name(name, suffix, tmp_path):
+    """No part of a file's name is a command, neither to make nor to the shell: the file is missing, and that is all."""
+    model = name.format(f"touch {tmp_path}/ran") + suffix
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "-s", "run", f"MODEL={model}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "No such file" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipes_are_refused(tmp_path):
+    """At once: opened as a file, a pipe that nobody writes to would be waited for."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text("{}")
+    for name in ("m.gguf", "m.bin", "folder/model.safetensors"):
+        pipe = tmp_path / name
+        os.mkfifo(pipe)
+        source = pipe.parent if pipe.name == "model.safetensors" else pipe
+        command = [sys.executable, "export.py", source, "-o", tmp_path / "out.safetensors"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and str(pipe) in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
