@@ -13,7 +13,6 @@ PROMPT ?= Once upon a time
 ARGS ?= -n 128
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices below, the rest once.
-
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error)
@@ -24,7 +23,6 @@ LIGHT := $(addprefix host/,loader safetensors json scheduler) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
-
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
 values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
@@ -48,7 +46,6 @@ OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERN
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # maybe-uninitialized, restrict: g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
-
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o): private OPTIMIZE := -O1
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
