@@ -62,7 +62,7 @@ OUT := build/$(ATTENTION)-$(CACHE)-$(KERNEL)-$(KV)-$(DEVICE)$(block_suffix_$(CAC
 # g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
 # Less where the compiler's time goes into templates and no loop runs per token.
 OPTIMIZE := -O3
-$(addprefix $(COMMON)/,host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o): private OPTIMIZE := -O1
+$(addprefix $(COMMON)/,$(patsubst %.cpp,%.o,$(wildcard host/jinja*.cpp)) host/json.o host/loader.o host/scheduler.o cli/requests.o cli/session.o cli/talk.o): private OPTIMIZE := -O1
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror \
   -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -fopenmp $(WARNINGS)
@@ -180,7 +180,7 @@ models/gemma-3-270m-q4_k_m.gguf: | .venv/installed
 # ---- make test: every stage in every combination; the kernels again at each lower level that this machine has.
 
 TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
-TEST_TOOLS := tokenize
+TEST_TOOLS := tokenize render
 KERNEL_TESTS := $(filter simd_test matmul_test layers_test kvcache_test attention_test,$(TESTS))
 cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := x86-64 $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake)
