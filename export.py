@@ -49,17 +49,17 @@ def export(options: argparse.Namespace) -> None:
     output, tokenizer = options.output, options.output.with_suffix(".tokenizer.bin")
     unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (tokenizer, output)}
     try:
-        write_tokenizer(source, unfinished[tokenizer])
+        chat = write_tokenizer(source, unfinished[tokenizer])
         counts = writer.write(model, options.type, unfinished[output], unfinished[tokenizer], source.name)
         for path, part in unfinished.items():
             part.replace(path)
     finally:
         for part in unfinished.values():
             part.unlink(missing_ok=True)
-    print(summary(source, model, counts, output, tokenizer))
+    print(summary(source, model, counts, chat, output, tokenizer))
 
 
-def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
+def summary(source, model: Model, counts, chat: str, output: Path, tokenizer: Path) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":
@@ -75,6 +75,7 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
+        f"  chat        {chat}",
     ]
     lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:

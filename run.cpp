@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <optional>
 
@@ -19,13 +20,24 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
-Tokenizer load_tokenizer(const Model& model) {
+std::string read_template(const std::string& path) {
+  constexpr std::streamsize MOST = 1 << 20;
+  std::ifstream in(path, std::ios::binary);
+  std::string text(MOST + 1, '\0');
+  in.read(text.data(), MOST + 1);
+  if (!in.eof())
+    fail("--chat-template %s: cannot be read, or is no template: give a file of at most 1 MB", path.c_str());
+  text.resize(static_cast<size_t>(in.gcount()));
+  return text;
+}
+
+Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
   const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
   Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
-  return tokenizer;
+  return chat_template.empty() ? tokenizer : tokenizer.with_template(chat_template, read_template(chat_template));
 }
 
 // Tokens that the layer with the longest sight sees; 0: all.
@@ -145,7 +157,7 @@ int run(const Options& o) {
          name(BUILD_ATTENTION::variant), name(variant));
   if (!o.mla.empty() && model.config.attention != Variant::mla)
     fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
-  const Tokenizer tokenizer = load_tokenizer(model);
+  const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
   Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}, {}};
   read_input(session);
   session.setup = plan(session);

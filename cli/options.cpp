@@ -81,6 +81,22 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
       });
 }
 
+void add_template_flags(CLI::App& app, Options& o, std::string& arguments) {
+  app.add_option("--chat-template", o.chat_template, "a chat template in Jinja, instead of the model's own");
+  app.add_option("--chat-template-kwargs", arguments, "further variables of it, as JSON: {\"enable_thinking\": false}");
+}
+
+// Throws Usage.
+Json parse_template_arguments(const std::string& text) {
+  try {
+    Json arguments = parse_json(text, "--chat-template-kwargs");
+    if (!arguments.object()) throw Usage(complaint("--chat-template-kwargs", text, "must be a JSON object"));
+    return arguments;
+  } catch (const Error& e) {
+    throw Usage(e.what());
+  }
+}
+
 void add_mode_flags(CLI::App& app, Options& o) {
   app.add_flag("--chat", o.chat, "a conversation: each line of standard input is a turn");
   app.add_option("--system", o.system, "the system message of --chat");
@@ -119,6 +135,9 @@ void check_together(const CLI::App& app) {
   for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{
            {"--system", "--chat"}, {"--parallel", "--prompts"}, {"--chunks", "--perplexity"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+  for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
+    if (app.count(flag) > 0 && app.count("--chat") + app.count("--prompts") == 0)
+      throw Usage(flag + " needs --chat or --prompts");
 }
 
 // Cores that the quota of this process's cgroup pays for; infinity where there is none.
@@ -182,7 +201,9 @@ Options parse(int argc, char** argv) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
   add_text_flags(app, o);
   add_sampler_flags(app, o.sampler);
+  std::string template_arguments;
   add_mode_flags(app, o);
+  add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
   try {
     app.parse(argc, argv);
@@ -201,6 +222,7 @@ Options parse(int argc, char** argv) {
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
+  if (!template_arguments.empty()) o.chat_arguments = parse_template_arguments(template_arguments);
   if (app.count("--kv-memory") > 0) o.kv_memory = parse_size(kv_memory);
   check(o);
   o.n = std::max(0, o.n);

@@ -60,6 +60,18 @@ std::vector<Message> get_messages(const Json& list) {
   return messages;
 }
 
+// The command line's, and the request's own in their place.
+Json get_template_arguments(const Session& s, const Json& request) {
+  const Json* own = request.find("chat_template_kwargs");
+  if (!own) return s.options.chat_arguments;
+  if (!own->object()) fail("\"chat_template_kwargs\" must be an object, not %s", own->text().c_str());
+  Json::Object all = *own->object();
+  if (const Json::Object* others = s.options.chat_arguments.object())
+    for (const auto& member : *others)
+      if (!own->find(member.first)) all.push_back(member);
+  return all;
+}
+
 std::vector<std::string> get_stops(const Json& stop) {
   std::vector<std::string> stops;
   for (const Json& text : stop.array() ? *stop.array() : Json::Array{stop}) {
@@ -81,16 +93,19 @@ struct Asked {
 Asked parse_request(const Session& s, const std::string& line) {
   const Json j = parse_json(line, "the line");
   if (!j.object()) fail("a request must be a JSON object, not %s", line.c_str());
-  static const std::set<std::string> keys = {"prompt", "messages",       "n",    "temperature", "top_k", "top_p",
-                                             "min_p",  "repeat_penalty", "seed", "stop"};
+  static const std::set<std::string> keys = {
+      "prompt",         "messages", "n",    "temperature",         "top_k", "top_p", "min_p",
+      "repeat_penalty", "seed",     "stop", "chat_template_kwargs"};
   for (const auto& [key, value] : *j.object())
     if (!keys.count(key))
       fail("unknown key \"%s\": %s", key.c_str(),
-           "a request has prompt or messages, n, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop");
+           "a request has prompt or messages, n, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop, "
+           "chat_template_kwargs");
   const Json* messages = j.find("messages");
   if ((messages != nullptr) == (j.find("prompt") != nullptr)) fail("a request needs either \"prompt\" or \"messages\"");
+  if (!messages && j.find("chat_template_kwargs")) fail("\"chat_template_kwargs\" makes no sense without \"messages\"");
   Asked a;
-  a.prompt = messages ? s.tokenizer.encode_chat(get_messages(*messages))
+  a.prompt = messages ? s.tokenizer.encode_chat(get_messages(*messages), get_template_arguments(s, j))
                       : s.tokenizer.encode(get_text(j, "prompt"), false, true);
   if (a.prompt.empty()) fail("the prompt is empty, and this model has no token to begin a text with");
   const SamplerOptions& o = s.options.sampler;

@@ -124,9 +124,7 @@ void read_input(Session& s) {
   const Options& o = s.options;
   for (int id = 0; id < s.tokenizer.vocab_size() && !o.ignore_eos; id++)
     if (s.tokenizer.is_end_of_generation(id)) s.stop_ids.push_back(id);
-  if (o.chat && !s.tokenizer.chat().present) fail("--chat: %s", s.tokenizer.chat().refusal.c_str());
-  if (o.chat && !o.system.empty() && !s.tokenizer.chat().system_refusal.empty())
-    fail("--system: %s", s.tokenizer.chat().system_refusal.c_str());
+  if (o.chat && !s.tokenizer.chat().refusal().empty()) fail("--chat: %s", s.tokenizer.chat().refusal().c_str());
   if (o.chat || o.bench) return;
   s.sequences = o.samples;
   if (!o.prompts.empty()) {

@@ -101,7 +101,7 @@ void chat(Session& s) {
     if (line.empty()) continue;
     require_utf8(line, "this line");
     messages.push_back({Message::user, line});
-    s.prompt = s.tokenizer.encode_chat(messages);
+    s.prompt = s.tokenizer.encode_chat(messages, s.options.chat_arguments);
     const int room = s.room(s.prompt.size()), n = s.options.n > 0 ? std::min(s.options.n, room) : room;
     if (room < 1)
       fail("the conversation fills the context of %d tokens: begin a new one, or enlarge it with -c",

@@ -125,7 +125,7 @@ Value groupby(Work& work, const Value& input, Call& a) {
 // map(attribute=...) or map("filter", its arguments).
 Value map(Work& work, const Value& input, Call& a) {
   List out({}, List::lazy);
-  const std::vector<Value> items = all_elements(work, input);
+  const std::vector<Value> items = input.truth() ? all_elements(work, input) : std::vector<Value>();
   if (a.positional.empty()) {
     const auto bound = bind(a, "map", {"attribute", "default"}, 1);
     for (const Value& value : items) {
@@ -154,6 +154,7 @@ Value select(Work& work, const Value& input, Call& a, bool wanted, bool attribut
     name = to_utf8(str(a.positional[0]));
     a.positional.erase(a.positional.begin());
   }
+  if (!input.truth()) return out;
   for (const Value& value : all_elements(work, input)) {
     const Value tested = attribute ? by_path(work, value, path) : value;
     Arguments copy = a;
