@@ -310,6 +310,7 @@ Value round(Work&, const Value& input, Call& a) {
   if (method == "ceil") return std::ceil(*number * scale) / scale;
   if (method == "floor") return std::floor(*number * scale) / scale;
   if (method != "common") throw Problem("round knows common, ceil and floor");
+  if (input.integer() && scale >= 1) return *input.integer();
   return std::nearbyint(*number * scale) / scale;
 }
 

@@ -397,7 +397,7 @@ TEST(Tokenizer, AConversationIsOneText) {
   EXPECT_EQ(error_of([&] { load(byte_level()).encode_chat({user("x")}); }), "no template");
   EXPECT_EQ(t.with_template("other", "<g>{{ messages[0].content }}").encode_chat({user("x")}),
             ids_of(file, {"<g>", "x"}));
-  EXPECT_EQ(error_of([&] { t.with_template("other", "{{ ("); }).substr(0, 23), "other, line 1, column 4");
+  EXPECT_EQ(error_of([&] { t.with_template("other", "{{ ("); }).substr(0, 23), "other, line 1, column 5");
   file.chat = "{{ raise_exception('no\nthanks') }}";
   const std::string error = error_of([&] { load(file).encode_chat({user("x")}); });
   EXPECT_NE(error.find("chat template, line 1, column"), std::string::npos) << error;
