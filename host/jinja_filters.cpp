@@ -484,7 +484,7 @@ using Test = bool (*)(const Value&);
 const std::map<std::string, Test>& tests() {
   static const std::map<std::string, Test> TESTS = {
       {"boolean", [](const Value& v) { return v.boolean() != nullptr; }},
-      {"callable", [](const Value& v) { return v.function() != nullptr; }},
+      {"callable", [](const Value& v) { return v.function() || v.undefined(); }},
       {"defined", [](const Value& v) { return !v.undefined(); }},
       {"even", [](const Value& v) { return divided(v, 2) == 0; }},
       {"false", [](const Value& v) { return v.boolean() && !*v.boolean(); }},
