@@ -77,7 +77,10 @@ def summary(source, model: Model, counts, chat: str, output: Path, tokenizer: Pa
         f"  context     {c['seq_len']} tokens",
         f"  chat        {chat}",
     ]
-    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
+    notes = {tensor.note for tensor in model.tensors.values()}
+    lost = sorted(notes - {"", "MXFP4"})
+    if "MXFP4" in notes:
+        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
     return "\n".join(lines)

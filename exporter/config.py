@@ -17,6 +17,8 @@ ALIASES = {  # the same thing under other architectures' names
     "rms_norm_eps": "norm_eps",
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
+    "sliding_window_size": "sliding_window",
+    "experts_per_token": "num_experts_per_tok",
     "num_mtp_layers": "num_nextn_predict_layers",
 }
 
@@ -58,6 +60,7 @@ NO_EFFECT = {
     "attn_implementation",
     "pretraining_tp",
     "n_ctx",
+    "initial_context_length",
     "initializer_range",
     "attention_dropout",
     "resid_pdrop",
@@ -99,9 +102,17 @@ OF_SOME = {
     "multi_query",
     "num_experts",
     "num_nextn_predict_layers",
+    "original_max_position_embeddings",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "swiglu_limit",
 }
 
-# Keys that do, of which this project has one value; null stands for "not set".
+# Keys that do, of which architectures without a default for them have one value; null stands for "not set".
 FIXED = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -110,6 +121,10 @@ FIXED = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
     "moe_layer_freq": (1,),
+    "interpolate_factor": (1,),
+    "full_attn_mod": (1,),
+    "lm_head_bias": (False,),
+    "swiglu_alpha": (1.702,),
 }
 
 
@@ -135,7 +150,7 @@ class Keys:
                 self.names[key], self.values[key] = name, value
         self.defaults = defaults
         for key, allowed in FIXED.items():
-            if self.get(key, allowed[0]) not in allowed:
+            if key not in defaults and self.get(key, allowed[0]) not in allowed:
                 self.refuse(key, f"only {allowed[0]!r} is supported: export another model")
 
     def refuse(self, key: str, expected: str):

@@ -9,7 +9,7 @@ import numpy as np
 from exporter.errors import ExportError
 from exporter.rope import yarn_mscale
 from exporter.source import Source, map_file
-from exporter.weights import GROUP, Tensor, Weight, size
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -40,6 +40,10 @@ GGUF_KEYS = {
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.q_lora_rank": "q_lora_rank",
@@ -145,7 +149,8 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
     rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
     if kind.name in GGUF_TYPES:
         type, unpack = GGUF_TYPES[kind.name]
-        return Tensor(shape, type, lambda index: unpack(rows[index]))
+        note = kind.name if kind.name == "MXFP4" else ""
+        return Tensor(shape, type, lambda index: unpack(rows[index]), note=note)
     return Tensor(
         shape,
         "f32",
@@ -196,6 +201,12 @@ def q5_0(rows: np.ndarray) -> Weight:
     return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
 
 
+def mxfp4_blocks(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("e", "u1"), ("q", "u1", GROUP // 2)])
+    codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
+    return mxfp4(codes.reshape(len(rows), -1), blocks["e"])
+
+
 GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
     "F32": ("f32", float_rows("<f4", "f32")),
     "F16": ("f16", float_rows("<f2", "f16")),
@@ -204,10 +215,20 @@ GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without lo
     "Q5_0": ("q8", q5_0),
     "Q4_0": ("q4", q4_0),
     "Q4_1": ("q4", q4_1),
+    "MXFP4": ("q8", mxfp4_blocks),
 }
 
 
-MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "starcoder": "gpt_bigcode",
+    "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v2",
+    "chatglm": "glm",
+    "gpt-oss": "gpt_oss",
+}
+# llama.cpp has no query_pre_attn_scalar: it is head_dim, but in the 27B, known by its layers, hidden_size / heads.
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 def gguf_config(source: Source) -> dict:
@@ -234,13 +255,15 @@ def gguf_config(source: Source) -> dict:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
     if config.get("num_experts"):
         gguf_experts(config)
-    if architecture == "gemma3":  # llama.cpp has no query_pre_attn_scalar: head_dim, but in the 27B of 62 layers
-        wide = config.get("num_hidden_layers") == 62
+    if architecture in GEMMA_27B_LAYERS:
+        wide = config.get("num_hidden_layers") == GEMMA_27B_LAYERS[architecture]
         scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
         config["query_pre_attn_scalar"] = scalar
+    if architecture == "phi3":
+        config["sliding_window"] = config.get("sliding_window") or None  # the converter's 0 is none
     if architecture == "deepseek2":
         gguf_latent(config)
-    gguf_rope(config)
+    gguf_rope(source, config)
     return config
 
 
@@ -269,16 +292,27 @@ def gguf_latent(config: dict) -> None:
     config.setdefault("q_lora_rank", None)
 
 
-def gguf_rope(config: dict) -> None:
-    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin."""
+def gguf_rope(source: Source, config: dict) -> None:
+    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin.
+
+    LongRoPE has no kind there: it is where the tensors of its factors are.
+    """
     names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
     kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
-    if not kind or kind == "none":
+    factors = {name: source.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
+    if None not in factors.values():
+        kind = "longrope"
+        scaling |= {f"{name}_factor": tensor.float32().reshape(-1).tolist() for name, tensor in factors.items()}
+        if extra:
+            scaling["attention_factor"] = extra
+    elif not kind or kind == "none":
         return
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    if extra not in (0, 1):
+    if kind != "longrope" and extra not in (0, 1):
         own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
+    if config["model_type"] == "gpt_oss":
+        scaling["truncate"] = False  # GGUF has no key for it
     config["rope_scaling"] = scaling | {"rope_type": kind}

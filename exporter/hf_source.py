@@ -1,4 +1,5 @@
-"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it."""
+"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it, MXFP4
+as gpt-oss."""
 
 import json
 import struct
@@ -8,7 +9,7 @@ import numpy as np
 
 from exporter.errors import ExportError
 from exporter.source import Source, array_tensor, map_file
-from exporter.weights import Tensor, Weight, size
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -17,6 +18,7 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
+MXFP4_PARTS = ("_blocks", "_scales")
 
 
 def read_json(path: Path) -> dict:
@@ -50,7 +52,7 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
         )
     for file in files:
         source.tensors.update(read_safetensors(path / file))
-    dequantize_fp8(source)
+    dequantize(source)
     return source
 
 
@@ -65,6 +67,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 continue
             (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
             dtype, type = SAFETENSORS_TYPES.get(entry["dtype"], (None, None))
+            if entry["dtype"] == "U8" and name.endswith(MXFP4_PARTS):
+                dtype, type = "u1", "u8"
             if dtype is None:
                 raise ExportError(
                     f"{path}: tensor {name} has dtype {entry['dtype']}, not one of "
@@ -81,16 +85,48 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def dequantize_fp8(source: Source) -> None:
-    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
+def dequantize(source: Source) -> None:
     settings = source.config.pop("quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
         raise ExportError(f"{source.where}: quantization_config is {settings!r}: must be an object: fetch it again")
-    if settings and (settings.get("quant_method"), settings.get("fmt", "e4m3")) != ("fp8", "e4m3"):
+    method = (settings or {}).get("quant_method")
+    if settings and (method not in ("fp8", "mxfp4") or settings.get("fmt", "e4m3") != "e4m3"):
         raise ExportError(
-            f"{source.where}: quantization_config.quant_method is {settings.get('quant_method')!r}, only fp8 "
-            "(e4m3) is known: export the checkpoint that it was made from"
+            f"{source.where}: quantization_config.quant_method is {method!r}, only fp8 (e4m3) and mxfp4 "
+            "are known: export the checkpoint that it was made from"
         )
+    if method == "mxfp4":
+        dequantize_mxfp4(source)
+    dequantize_fp8(source, settings)
+
+
+def dequantize_mxfp4(source: Source) -> None:
+    """X_blocks [..., k / 32, 16] of two codes a byte, the low half first, and X_scales [..., k / 32] -> X [..., k]."""
+    for name in [name for name in source.tensors if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, scales = source.tensors.pop(name), source.tensors.pop(stem + "_scales", None)
+        known = scales is not None and (scales.type, blocks.type) == ("u8", "u8") and len(scales.shape) > 1
+        if not known or blocks.shape != (*scales.shape, GROUP // 2):
+            raise ExportError(
+                f"{source.path}: tensor {name} is MXFP4, and {stem}_scales with one scale for each 32 elements is not "
+                "there: export another checkpoint"
+            )
+        source.tensors[stem] = mxfp4_tensor(blocks, scales)
+
+
+def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
+    groups = scales.k
+
+    def read(index: np.ndarray) -> Weight:
+        bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
+        return mxfp4(codes, scales.read(index).data)
+
+    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+
+
+def dequantize_fp8(source: Source, settings: dict | None) -> None:
+    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
     block = (settings or {}).get("weight_block_size")
     known = isinstance(block, list) and len(block) == 2 and all(type(length) is int and length > 0 for length in block)
     for name, tensor in list(source.tensors.items()):

@@ -1,7 +1,7 @@
 #include "host/chat.h"
 
+#include "host/error.h"
 #include "host/jinja.h"
-#include "kernels/device.h"
 
 ChatTemplate::ChatTemplate(const std::string& name, std::string source, Variables variables, std::string refusal)
     : refusal_(std::move(refusal)), variables_(std::move(variables)) {

@@ -3,10 +3,10 @@
 #include <cmath>
 #include <span>
 
+#include "host/error.h"
 #include "host/jinja.h"
 #include "host/jinja_builtins.h"
 #include "host/jinja_syntax.h"
-#include "kernels/device.h"
 
 namespace jinja {
 

@@ -6,8 +6,8 @@
 #include <cstdlib>
 #include <memory>
 
+#include "host/error.h"
 #include "host/utf8.h"
-#include "kernels/device.h"
 
 namespace {
 

@@ -17,8 +17,8 @@
 #include <functional>
 #include <span>
 
+#include "host/error.h"
 #include "host/utf8.h"
-#include "kernels/device.h"
 
 namespace {
 

@@ -5,9 +5,9 @@
 #include <iostream>
 #include <string>
 
+#include "host/error.h"
 #include "host/jinja.h"
 #include "host/json.h"
-#include "kernels/device.h"
 
 namespace {
 

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import itertools
 import json
 import random
 import subprocess
@@ -101,13 +102,15 @@ SYSTEMS = (None, "Be nice.", "", " \n\u3000x\u3000\n")
 CONVERSATIONS = [conversation(system, *turns) for system in SYSTEMS for turns in TURNS]
 
 
+ARGUMENTS = {}, {"enable_thinking": False}, {"enable_thinking": True, "tools": None, "documents": None}
+
+
 @pytest.mark.parametrize("path", [*PUBLIC, *OWN], ids=lambda path: path.stem)
 def test_templates_of_models(engine, path):
     template = path.read_text("utf-8")
-    for arguments in {}, {"enable_thinking": False}, {"enable_thinking": True, "tools": None, "documents": None}:
-        for messages in CONVERSATIONS:
-            tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-            assert_same(engine, template, {"messages": messages, "add_generation_prompt": True, **tokens, **arguments})
+    for messages, arguments in zip(CONVERSATIONS, itertools.cycle(ARGUMENTS)):
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+        assert_same(engine, template, {"messages": messages, "add_generation_prompt": True, **tokens, **arguments})
 
 
 @pytest.mark.skipif(not PUBLIC, reason="llama-cpp-python's source package is not unpacked in models/")
@@ -310,12 +313,14 @@ def statement(choose: random.Random, depth: int = 0) -> str:
             return "{{" + choose.choice(["", "-"]) + f" {value} " + choose.choice(["", "-"]) + "}}" + body()
 
 
+# Jinja writes Python, which warns of what the fuzz asks for: 1[0].
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @pytest.mark.parametrize("seed", range(4))
 def test_random_templates(engine, seed):
     """Never another text than Jinja's. Most of these make no sense, and the engine refuses some that Jinja takes (a
     generator that is printed, say), but not many."""
     choose, rendered, refused = random.Random(seed), 0, 0
-    for _ in range(300):
+    for _ in range(200):
         wild = "".join(statement(choose) + choose.choice(SPACE) for _ in range(3))
         for template in "{{ " + expression(choose) + " }}", wild:
             try:

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <random>
 
+#include "host/error.h"
 #include "kernels/device.h"
 
 namespace {
