@@ -15,11 +15,12 @@ ARGS ?= -n 128
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices below, the rest once.
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
-HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error)
+JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
+HOST := $(addprefix host/,loader safetensors json tokenizer chat $(JINJA) sampler engine scheduler blocks error)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
-LIGHT := $(addprefix host/,loader safetensors json scheduler) \
+LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.

@@ -98,13 +98,13 @@ def export(options: argparse.Namespace) -> str:
             unfinished[real] = real.with_name(f".{real.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
             os.close(os.open(unfinished[real], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # follows no planted link
         parts = list(unfinished.values())
-        write_tokenizer(source, parts[0])
+        chat = write_tokenizer(source, parts[0])
         counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
         finish(unfinished)
     finally:
         for part in unfinished.values():
             part.unlink(missing_ok=True)
-    return summary(source, model, counts, output, tokenizer)
+    return summary(source, model, counts, chat, output, tokenizer)
 
 
 def finish(unfinished: dict[Path, Path]) -> None:
@@ -135,7 +135,7 @@ def is_ours(path: Path) -> bool:
     return path.name.endswith(".tokenizer.bin") or metadata(path) is not None
 
 
-def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
+def summary(source, model: Model, counts, chat: str, output: Path, tokenizer: Path) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":
@@ -151,6 +151,7 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
+        f"  chat        {chat}",
     ]
     notes = {tensor.note for tensor in model.tensors.values()}
     lost = sorted(notes - {"", "MXFP4"})

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <optional>
 
@@ -19,7 +20,20 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
-Tokenizer load_tokenizer(const Model& model) {
+std::string read_template(const std::string& path) {
+  constexpr std::streamsize MOST = 1 << 20;
+  std::ifstream in(path, std::ios::binary);
+  std::string text(MOST + 1, '\0');
+  in.read(text.data(), MOST + 1);
+  if (!in.eof())
+    fail("--chat-template %s: cannot be read, or is no template: give a file of at most 1 MB", path.c_str());
+  text.resize(static_cast<size_t>(in.gcount()));
+  if (text.empty()) fail("--chat-template %s: the file is empty", path.c_str());
+  require_utf8(text, "--chat-template " + path);
+  return text;
+}
+
+Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
   namespace fs = std::filesystem;
   fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
   if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
@@ -30,7 +44,7 @@ Tokenizer load_tokenizer(const Model& model) {
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
-  return tokenizer;
+  return chat_template.empty() ? tokenizer : tokenizer.with_template(chat_template, read_template(chat_template));
 }
 
 // Tokens that the layer with the longest sight sees; 0: all.
@@ -157,7 +171,7 @@ int run(const Options& o) {
     fail("--mla %s: this model uses %s", o.mla.c_str(), model.config.attention.c_str());
   if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
-  const Tokenizer tokenizer = load_tokenizer(model);
+  const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
   Session session{
       .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);

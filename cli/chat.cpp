@@ -39,12 +39,12 @@ bool next_turn(Session& s, std::string& turn) {
 std::vector<int> render(Session& s, std::vector<Message>& messages) {
   const int context = s.engine->max_request_tokens(), wanted = context / 4;
   const int needed = s.options.n > 0 ? std::min(s.options.n, wanted) : wanted;
-  std::vector<int> prompt = s.tokenizer.encode_chat(messages);
+  std::vector<int> prompt = s.tokenizer.encode_chat(messages, s.options.chat_arguments);
   if (s.room(prompt.size()) >= std::max(1, needed)) return prompt;
   const auto begin = messages.begin() + (messages[0].role == Message::system ? 1 : 0);
   while (messages.end() - begin > 2 && s.room(prompt.size()) < context / 2) {
     messages.erase(begin, begin + 2);
-    prompt = s.tokenizer.encode_chat(messages);
+    prompt = s.tokenizer.encode_chat(messages, s.options.chat_arguments);
   }
   return prompt;
 }

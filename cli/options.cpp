@@ -113,6 +113,22 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
       });
 }
 
+void add_template_flags(CLI::App& app, Options& o, std::string& arguments) {
+  app.add_option("--chat-template", o.chat_template, "a chat template in Jinja, instead of the model's own");
+  app.add_option("--chat-template-kwargs", arguments, "further variables of it, as JSON: {\"enable_thinking\": false}");
+}
+
+// Throws Usage.
+Json parse_template_arguments(const std::string& text) {
+  try {
+    Json arguments = parse_json(text, "--chat-template-kwargs");
+    if (!arguments.object()) throw Usage(complaint("--chat-template-kwargs", text, "must be a JSON object"));
+    return arguments;
+  } catch (const Error& e) {
+    throw Usage(e.what());
+  }
+}
+
 void add_mode_flags(CLI::App& app, Options& o, std::string& max_line) {
   app.add_flag("--chat", o.chat,
                R"(a conversation: each line of standard input is a turn; \ at its end: so is the next)");
@@ -158,6 +174,8 @@ void check_together(const CLI::App& app) {
   const auto any = [&](const Names& flags) {
     return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
   };
+  for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
+    if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
   if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
     throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
   if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
@@ -231,7 +249,9 @@ Options parse(int argc, char** argv) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
   add_text_flags(app, o);
   add_sampler_flags(app, o.sampler);
+  std::string template_arguments;
   add_mode_flags(app, o, max_line);
+  add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
   try {
     app.parse(argc, argv);
@@ -250,6 +270,7 @@ Options parse(int argc, char** argv) {
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
+  if (app.count("--chat-template-kwargs") > 0) o.chat_arguments = parse_template_arguments(template_arguments);
   if (app.count("--kv-memory") > 0) o.kv_memory = parse_size("--kv-memory", kv_memory);
   if (app.count("--max-line") > 0) o.max_line = parse_size("--max-line", max_line);
   o.model_context = app.count("--context") > 0 && o.context == 0;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "host/json.h"
 #include "host/sampler.h"
 
 struct Options {
@@ -17,6 +18,8 @@ struct Options {
   std::string prompt, prompt_file;
   bool has_prompt = false;
   std::string system;
+  std::string chat_template;  // a file; empty: the model's own
+  Json chat_arguments;        // further variables of the template: an object, or null
   std::vector<std::string> stop;
   bool ignore_eos = false, special = false, escape = false;
   SamplerOptions sampler;

@@ -94,6 +94,18 @@ std::vector<Message> get_messages(const Json& list) {
   return messages;
 }
 
+// The command line's, and the request's own in their place.
+Json get_template_arguments(const Session& s, const Json& request) {
+  const Json* own = find(request, "chat_template_kwargs");
+  if (!own) return s.options.chat_arguments;
+  if (!own->object()) fail("\"chat_template_kwargs\" must be an object, not %s", own->text().c_str());
+  Json::Object all = *own->object();
+  if (const Json::Object* others = s.options.chat_arguments.object())
+    for (const auto& member : *others)
+      if (!own->find(member.first)) all.push_back(member);
+  return all;
+}
+
 std::vector<std::string> get_stops(const Json& stop) {
   std::vector<std::string> stops;
   for (const Json& text : stop.array() ? *stop.array() : Json::Array{stop}) {
@@ -124,20 +136,22 @@ void encode_prompt(const Session& s, const Json& j, Asked& a) {
 
 Asked parse_request(const Session& s, const Json& j) {
   if (!j.object()) fail("a request must be a JSON object, not %s", j.text().c_str());
-  static const std::set<std::string> keys = {"id",    "prompt", "messages", "special",        "n",    "temperature",
-                                             "top_k", "top_p",  "min_p",    "repeat_penalty", "seed", "stop"};
+  static const std::set<std::string> keys = {
+      "id",    "prompt", "messages",       "special", "n",    "temperature",         "top_k",
+      "top_p", "min_p",  "repeat_penalty", "seed",    "stop", "chat_template_kwargs"};
   for (const auto& [key, value] : *j.object())
     if (!keys.count(key))
       fail("unknown key \"%s\": %s", key.c_str(),
-           "a request has prompt or messages, id, special, n, temperature, top_k, top_p, min_p, repeat_penalty, seed, "
-           "stop");
+           "a request has prompt or messages, id, special, chat_template_kwargs, n, temperature, top_k, top_p, min_p, "
+           "repeat_penalty, seed, stop");
   const Json* messages = find(j, "messages");
   if ((messages != nullptr) == (find(j, "prompt") != nullptr))
     fail("a request needs either \"prompt\" or \"messages\"");
   if (messages && find(j, "special")) fail("\"special\" goes with \"prompt\": what messages say is plain text");
+  if (!messages && find(j, "chat_template_kwargs")) fail("\"chat_template_kwargs\" goes with \"messages\"");
   Asked a;
   if (messages)
-    a.prompt = s.tokenizer.encode_chat(get_messages(*messages));
+    a.prompt = s.tokenizer.encode_chat(get_messages(*messages), get_template_arguments(s, j));
   else
     encode_prompt(s, j, a);
   if (a.prompt.empty()) fail("the prompt is empty, and this model has no token to begin a text with");

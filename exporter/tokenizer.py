@@ -8,7 +8,7 @@ points, with bytes for those it lacks.
 The file. Integers are unsigned 32 bits, little-endian; a string is its length in bytes, the bytes, and zeros up to a
 multiple of 4; everything is aligned to 4 bytes, and the file ends where the last section ends.
 
-    magic "attn.tok", version 1, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
+    magic "attn.tok", version 2, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
     n_patterns, n_before, n_after, n_end_of_generation
     offsets[vocab_size + 1]  of each token in the string below, the first 0
     kinds[vocab_size]        one byte each, padded to 4: 0 text, 1 byte that others fall back to, 2 control, 3 unused
@@ -19,14 +19,13 @@ multiple of 4; everything is aligned to 4 bytes, and the file ends where the las
     after[n_after]           and after it: EOS
     end_of_generation[n_end_of_generation]  ids
     patterns[n_patterns]     strings, in PCRE2's syntax; a match is a piece and so is what lies between two
-    chat                     trim (1 system, 2 user, 4 assistant), then strings: refusal, system_refusal, start,
-                             system_start, system_to_user, user_to_assistant, assistant_to_user, generation
+    chat                     strings: why there is no template ("": there is one), the template in Jinja; the number
+                             of its variables, then for each two strings: name (bos_token, ...), text
 
-ChatTemplate in tokenizer.h explains the chat strings; flags, prefix and kinds have their names in vocabularies.py.
+Flags, prefix and kinds have their names in vocabularies.py.
 SentencePiece's tokens are written with spaces for U+2581: that character is read as a space in texts, as theirs is.
 """
 
-import hashlib
 import struct
 from pathlib import Path
 
@@ -35,11 +34,11 @@ import numpy as np
 from exporter.errors import ExportError
 from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_tokenizer, text_config
 
-MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
+MAGIC, VERSION, NONE = b"attn.tok", 2, 0xFFFFFFFF
 
 
 def write_tokenizer(source, path: Path) -> str:
-    """Writes the tokenizer of a sources.Source; returns the file's SHA-256 in hexadecimal."""
+    """Writes the tokenizer of a sources.Source; returns what is to be said of the chat template."""
     tokenizer = read_tokenizer(source)
     for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
         if id is not None and not is_id(id):
@@ -48,9 +47,8 @@ def write_tokenizer(source, path: Path) -> str:
                 "tokenizer again"
             )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
-    data = serialize(tokenizer)
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    path.write_bytes(serialize(tokenizer))
+    return tokenizer.chat.summary()
 
 
 def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
@@ -88,7 +86,6 @@ def serialize(t: Tokenizer) -> bytes:
     lengths = np.fromiter((len(token) for token in t.tokens), np.uint32, len(t.tokens))
     kinds = bytes(t.kinds)
     chat = t.chat
-    trim = chat.trim_system | chat.trim_user << 1 | chat.trim_assistant << 2
     return b"".join(
         [
             MAGIC,
@@ -102,19 +99,9 @@ def serialize(t: Tokenizer) -> bytes:
             integers(t.after),
             integers(t.end_of_generation),
             *(string(pattern) for pattern in t.patterns),
-            integers([trim]),
-            *(
-                string(text)
-                for text in (
-                    chat.refusal,
-                    chat.system_refusal,
-                    chat.start,
-                    chat.system_start,
-                    chat.system_to_user,
-                    chat.user_to_assistant,
-                    chat.assistant_to_user,
-                    chat.generation,
-                )
-            ),
+            string(chat.refusal),
+            string(chat.source),
+            integers([len(chat.variables)]),
+            *(string(text) for variable in chat.variables.items() for text in variable),
         ]
     )

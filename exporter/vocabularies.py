@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.chat import ChatTemplate, take_apart
+from exporter.chat import ChatTemplate, chat_template, find_template
 from exporter.errors import ExportError
 from exporter.hf_source import read_json
 from exporter.patterns import DIGIT, GGUF_PRE, GPT2, pcre
@@ -146,7 +146,7 @@ def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int,
     return merges
 
 
-def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> None:
+def set_special_ids(t: Tokenizer, texts: list[str], template) -> None:
     """End of generation by name, the chat template: once the tokens are known."""
     t.end_of_generation += [
         id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, (0,))[0] & 1
@@ -155,9 +155,9 @@ def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> Non
         t.end_of_generation.append(t.eos)
 
     def name(id):
-        return "" if id is None else texts[id]
+        return None if id is None else texts[id]
 
-    t.chat = take_apart(template, name(t.bos), name(t.eos))
+    t.chat = chat_template(template, {"bos_token": name(t.bos), "eos_token": name(t.eos), "unk_token": name(t.unk)})
 
 
 GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
@@ -353,12 +353,7 @@ def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    set_special_ids(t, texts, template)
+    set_special_ids(t, texts, find_template(folder, settings))
 
 
 def from_gpt2_files(source) -> Tokenizer:

@@ -23,7 +23,7 @@
 namespace {
 
 constexpr char MAGIC[] = "attn.tok";
-constexpr uint32_t VERSION = 1;
+constexpr uint32_t VERSION = 2;
 constexpr uint32_t NONE = 0xFFFFFFFF;
 constexpr uint32_t MAX_VOCAB = 1 << 24;
 
@@ -45,7 +45,6 @@ struct FreeCode {
 };
 using Pattern = std::unique_ptr<pcre2_code, FreeCode>;
 
-constexpr char CONVERSATION[] = "a conversation is [system] user (assistant user)*: end it with the user's turn";
 constexpr std::string_view SPACE_MARK = "\u2581";  // SentencePiece's spelling of a space
 constexpr std::string_view REPLACEMENT = "\uFFFD";
 constexpr std::string_view WHITE_SPACE = " \t\n\v\f\r";
@@ -194,7 +193,7 @@ struct Tokenizer::Impl {
   void read_file(const std::string& path);
   void parse(const std::string& path);
   void parse_specials(Reader& in, size_t n);
-  void parse_chat(Reader& in);
+  void parse_chat(Reader& in, const std::string& path);
   void index();
 
   std::string_view token(uint32_t id) const { return texts.substr(offsets[id], offsets[id + 1] - offsets[id]); }
@@ -264,7 +263,7 @@ void Tokenizer::Impl::parse(const std::string& path) {
   after = in.ids(counts[4], vocab_size, "after");
   end_of_generation = in.ids(counts[5], vocab_size, "end_of_generation");
   for (uint32_t i = 0; i < counts[2]; ++i) patterns.push_back(compile(in.string("pattern"), path));
-  parse_chat(in);
+  parse_chat(in, path);
   if (in.left() != 0) fail("%s: %zu bytes too long: the file is damaged, export it again", path.c_str(), in.left());
 }
 
@@ -280,16 +279,14 @@ void Tokenizer::Impl::parse_specials(Reader& in, size_t n) {
   for (size_t byte = 1; byte < first_special.size(); ++byte) first_special[byte] += first_special[byte - 1];
 }
 
-void Tokenizer::Impl::parse_chat(Reader& in) {
-  const uint32_t trim = in.integer("trim");
-  chat.trim_system = trim & 1;
-  chat.trim_user = trim & 2;
-  chat.trim_assistant = trim & 4;
-  for (std::string* text : {&chat.refusal, &chat.system_refusal, &chat.start, &chat.system_start, &chat.system_to_user,
-                            &chat.user_to_assistant, &chat.assistant_to_user, &chat.generation}) {
-    *text = in.string("chat");
+void Tokenizer::Impl::parse_chat(Reader& in, const std::string& path) {
+  const std::string refusal(in.string("chat")), source(in.string("chat"));
+  ChatTemplate::Variables variables;
+  for (uint32_t n = in.integer("chat"); n > 0; --n) {
+    const std::string name(in.string("chat"));
+    variables.emplace_back(name, in.string("chat"));
   }
-  chat.present = chat.refusal.empty();
+  chat = ChatTemplate(path + ": chat template", source, std::move(variables), refusal);
 }
 
 void Tokenizer::Impl::index() {
@@ -334,9 +331,7 @@ class Encoder {
     pcre2_jit_stack_assign(context_.get(), nullptr, jit_stack_.get());
   }
 
-  struct Range {
-    size_t begin, end;
-  };
+  using Range = ChatText::Range;
   // Control tokens are found only within `control_ranges`, which are in order.
   void encode(std::string_view text, std::span<const Range> control_ranges);
   std::vector<int> ids;
@@ -554,11 +549,6 @@ void Encoder::merge_symbols() {
   }
 }
 
-std::string_view trimmed(std::string_view text) {
-  const size_t begin = text.find_first_not_of(WHITE_SPACE);
-  return begin == text.npos ? "" : text.substr(begin, text.find_last_not_of(WHITE_SPACE) + 1 - begin);
-}
-
 }  // namespace
 
 Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
@@ -582,7 +572,14 @@ int Tokenizer::bos() const {
   return impl_->bos == NONE ? -1 : static_cast<int>(impl_->bos);
 }
 const ChatTemplate& Tokenizer::chat() const {
-  return impl_->chat;
+  return chat_ ? *chat_ : impl_->chat;
+}
+
+Tokenizer Tokenizer::with_template(const std::string& name, const std::string& source) const {
+  Tokenizer other = *this;
+  other.chat_ = std::make_shared<const ChatTemplate>(name, source, chat().variables());
+  if (!other.chat().refusal().empty()) fail("%s", other.chat().refusal().c_str());
+  return other;
 }
 
 bool Tokenizer::is_end_of_generation(int id) const {
@@ -633,34 +630,10 @@ std::vector<int> Tokenizer::encode(std::string_view text, bool parse_special, bo
   return std::move(encoder.ids);
 }
 
-std::vector<int> Tokenizer::encode_chat(const std::vector<Message>& messages) const {
-  const ChatTemplate& chat = impl_->chat;
-  if (!chat.present) fail("%s", chat.refusal.c_str());
-  const bool has_system = !messages.empty() && messages[0].role == Message::system;
-  if (has_system && !chat.system_refusal.empty()) fail("%s", chat.system_refusal.c_str());
-
-  std::string text;
-  std::vector<Encoder::Range> ranges;
-  const auto add_template = [&](const std::string& piece) {
-    ranges.push_back({text.size(), text.size() + piece.size()});
-    text += piece;
-  };
-  add_template(has_system ? chat.system_start : chat.start);
-  if (has_system) {
-    text += chat.trim_system ? trimmed(messages[0].content) : messages[0].content;
-    add_template(chat.system_to_user);
-  }
-  bool user = true;  // whose turn it is
-  for (size_t i = has_system; i < messages.size(); ++i, user = !user) {
-    const auto& [role, content] = messages[i];
-    if (role != (user ? Message::user : Message::assistant)) fail("%s", CONVERSATION);
-    text += (user ? chat.trim_user : chat.trim_assistant) ? trimmed(content) : content;
-    if (i + 1 < messages.size()) add_template(user ? chat.user_to_assistant : chat.assistant_to_user);
-  }
-  if (user) fail("%s", CONVERSATION);
-  add_template(chat.generation);
+std::vector<int> Tokenizer::encode_chat(const std::vector<Message>& messages, const Json& arguments) const {
+  const ChatText chat = this->chat().render(messages, arguments);
   Encoder encoder(*impl_);
-  encoder.encode(text, ranges);
+  encoder.encode(chat.text, chat.own);
   return std::move(encoder.ids);
 }
 

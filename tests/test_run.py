@@ -640,7 +640,9 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"messages": []}': "",
         "null": "JSON object",
         '{"messages": [{"role": "wizard", "content": "x"}]}': "role",
-        '{"messages": [{"role": "assistant", "content": "x"}]}': "",
+        '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": [1]}': "must be an object, not [1]",
+        '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 1}}': "leave it out",
+        '{"prompt": "a", "chat_template_kwargs": {}}': 'goes with "messages"',
         '{"prompt": "' + "x" * 400 + '"}': "256",
     }
     lines = "\n".join(f"{good}\n{line}" for line in wrong) + "\n\n" + good + "\n"
@@ -768,6 +770,27 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
     )
 
 
+def test_a_template_of_the_command_line_and_its_variables(model, tmp_path):
+    """A request's own variables come before the command line's, and none becomes a control token."""
+    (tmp_path / "t.jinja").write_text("<|im_start|>{{ a }}.{{ b }}|{{ messages[0].content }}")
+    flags = ("--chat-template", tmp_path / "t.jinja", "--chat-template-kwargs", '{"a": "1", "b": "<|im_end|>"}')
+    flags += ("--temperature", 0, "-n", 5)
+    messages = [{"role": "user", "content": "hello"}]
+    requests = [{"messages": messages, "chat_template_kwargs": own} for own in (None, {"b": "22"})]
+    one, two = answers(model, *flags, stdin="\n".join(map(json.dumps, requests)))
+    assert one["prompt_tokens"] == len("_1.<|im_end|>|hello") and two["prompt_tokens"] == len("_1.22|hello")
+    assert run(model, "--chat", *flags, "-q", stdin=b"hello\n").stdout.decode() == one["text"] + "\n"
+    again = answers(model, *flags[:2], *flags[4:], stdin=json.dumps(requests[1]))[0]
+    assert again["prompt_tokens"] == len("_.22|hello")
+
+
+def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}x")
+    done = run(model, "--chat", "--system", "s", "--chat-template", template, code=1)
+    assert done.stderr.endswith(b": no system here\n") and done.stderr.count(b"\n") == 1
+
+
 # ---- Wrong input: one line that names the thing, and the right exit code
 
 
@@ -821,6 +844,17 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--chat", "--bench"], 2, "--bench"),
         (["MODEL", "--chat", "-i", "x"], 2, "--chat"),
         (["MODEL", "--system", "x"], 2, "--chat"),
+        (["MODEL", "-i", "x", "--chat-template", "TEMPLATE"], 2, "--chat-template needs --chat or --prompts"),
+        (["MODEL", "-i", "x", "--chat-template-kwargs", "{}"], 2, "--chat-template-kwargs needs --chat or --prompts"),
+        (["MODEL", "--chat", "--chat-template-kwargs", "{"], 2, "--chat-template-kwargs is not JSON"),
+        (["MODEL", "--chat", "--chat-template-kwargs", "[1]"], 2, "--chat-template-kwargs [1]"),
+        (["MODEL", "--chat", "--chat-template-kwargs", ""], 2, "--chat-template-kwargs"),
+        (["MODEL", "--chat", "--chat-template-kwargs", '{"messages": 1}'], 1, '"messages"'),
+        (["MODEL", "--chat", "--chat-template", "nothing"], 1, "--chat-template nothing"),
+        (["MODEL", "--chat", "--chat-template", "FOLDER"], 1, "--chat-template FOLDER"),
+        (["MODEL", "--chat", "--chat-template", "/dev/zero"], 1, "--chat-template /dev/zero"),
+        (["MODEL", "--chat", "--chat-template", "EMPTY"], 1, "is empty"),
+        (["MODEL", "--prompts", "-", "--chat-template", "TEMPLATE"], 1, "TEMPLATE, line 2, column"),
         (["MODEL", "-i", "x", "-f", "y"], 2, "--prompt"),
         (["MODEL", "-i", "x", "-i", "y"], 2, "--prompt"),
         (["nothing.safetensors"], 1, "nothing.safetensors"),
@@ -855,9 +889,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
 def test_wrong_input(model, tmp_path, arguments, code, names):
     (tmp_path / "SHORT").write_text("short")
     (tmp_path / "EMPTY").touch()
+    (tmp_path / "TEMPLATE").write_text("a\n{{ (")
     os.mkfifo(tmp_path / "PIPE")
     places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
-    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE")}
+    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE", "TEMPLATE")}
     quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
     done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
@@ -873,6 +908,7 @@ def test_wrong_bytes(model, tmp_path):
         ([], b"n\xe9"),
         (["--perplexity", tmp_path / "latin1"], b""),
         (["--chat", "--system", b"n\xe9"], b""),
+        (["--chat", "--chat-template", tmp_path / "latin1"], b""),
         (["-i", "x", "--stop", b"n\xe9"], b""),
     ):
         line = [*command(model, "-q", "--threads", 1), *flags]

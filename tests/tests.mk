@@ -12,7 +12,7 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
-TOOLS := tokenize
+TOOLS := tokenize render
 
 test: .venv/tests
 	@$(MAKE) gtest
