@@ -16,11 +16,11 @@ ARGS ?= -n 128
 
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
-HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error)
+HOST := $(addprefix host/,loader safetensors json tokenizer sampler engine scheduler blocks error cpus)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
-LIGHT := $(addprefix host/,loader safetensors json scheduler) \
+LIGHT := $(addprefix host/,loader safetensors json scheduler cpus) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
