@@ -16,11 +16,12 @@ ARGS ?= -n 128
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
-HOST := $(addprefix host/,loader safetensors json tokenizer chat $(JINJA) sampler engine scheduler blocks error)
+HOST := $(addprefix host/,loader safetensors json tokenizer chat $(JINJA) sampler engine thread_count scheduler blocks \
+  error cpus)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 
 # The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
-LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler) \
+LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
@@ -32,7 +33,7 @@ values_KV := f32 f16 bf16 q8
 values_DEVICE := cpu
 values_BLOCK := 1 2 4 8 16 32 64 128 256
 values_SANITIZE := 0 1
-note_DEVICE := ; cuda is not there yet (step 4 of the roadmap)
+note_DEVICE := ; cuda is not there yet
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
   $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
 

@@ -3,15 +3,12 @@
 // Apart from run.cpp because compiling CLI11 takes longer than all of run.cpp.
 #include "cli/options.h"
 
-#include <sched.h>
-
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <cmath>
-#include <fstream>
 #include <random>
-#include <set>
 
+#include "host/cpus.h"
 #include "host/error.h"
 
 namespace {
@@ -149,7 +146,7 @@ void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
   app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
   app.add_option("--mla", o.mla, "absorbed or expanded: MLA in this form alone")
       ->check(CLI::IsMember({"absorbed", "expanded"}));
-  app.add_option("-t,--threads", o.threads, "one a physical core")->capture_default_str();
+  app.add_option("-t,--threads", o.threads, "of each step (the number that is fastest now, at most one a core)");
   app.add_option("--stats", o.stats, "write the report to this JSON file; -: standard output");
   app.add_flag("-q,--quiet", o.quiet, "no report");
 }
@@ -179,39 +176,6 @@ void check_together(const CLI::App& app) {
   if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
     throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
   if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
-}
-
-// Cores that the quota of this process's cgroup pays for; infinity where there is none.
-double cgroup_cores() {
-  double cores = std::numeric_limits<double>::infinity(), quota = 0, period = 0;
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    if (line.rfind("0::", 0) != 0) continue;  // version 2; a quota holds for all groups below it
-    for (std::string group = line.substr(3);; group.resize(group.rfind('/'))) {
-      if (group == "/") group.clear();
-      std::ifstream file("/sys/fs/cgroup" + group + "/cpu.max");
-      if (file >> quota >> period) cores = std::min(cores, quota / period);  // "max" is no number: no quota
-      if (group.empty()) break;
-    }
-  }
-  std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  if (v1_quota >> quota && v1_period >> period && quota > 0) cores = std::min(cores, quota / period);
-  return cores;
-}
-
-int physical_cores() {
-  cpu_set_t allowed;
-  CPU_ZERO(&allowed);
-  sched_getaffinity(0, sizeof allowed, &allowed);
-  std::set<std::string> cores;
-  for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
-    if (!CPU_ISSET(static_cast<size_t>(cpu), &allowed)) continue;
-    std::ifstream siblings("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-    std::string list = std::to_string(cpu);
-    std::getline(siblings, list);
-    cores.insert(list);
-  }
-  return std::max(1, static_cast<int>(std::min(static_cast<double>(cores.size()), cgroup_cores())));
 }
 
 }  // namespace
@@ -270,6 +234,7 @@ Options parse(int argc, char** argv) {
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
+  o.choose_threads = app.count("--threads") == 0;
   if (app.count("--chat-template-kwargs") > 0) o.chat_arguments = parse_template_arguments(template_arguments);
   if (app.count("--kv-memory") > 0) o.kv_memory = parse_size("--kv-memory", kv_memory);
   if (app.count("--max-line") > 0) o.max_line = parse_size("--max-line", max_line);

@@ -34,7 +34,8 @@ struct Options {
   size_t kv_memory = 0;        // bytes; 0: chosen by plan()
   int batch = 512;             // tokens a step
   std::string mla;             // "absorbed" or "expanded" forces that form
-  int threads = 0;             // default: one a physical core that affinity and the cgroup's quota allow
+  int threads = 0;             // at most; default: one a physical core that affinity and the cgroup's quota allow
+  bool choose_threads = true;  // for every step anew, up to that many; not with -t
   std::string stats;
   bool quiet = false;
 };

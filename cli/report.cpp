@@ -86,6 +86,14 @@ double total_tokens_per_second(const Stats& s) {
   return ratio(static_cast<double>(s.generated_tokens), s.prompt_seconds + s.decode_seconds);
 }
 
+// Of the two kinds of steps, on average.
+double prompt_threads(const Stats& s) {
+  return ratio(static_cast<double>(s.prompt_threads), static_cast<double>(s.steps - s.decode_steps));
+}
+double decode_threads(const Stats& s) {
+  return ratio(static_cast<double>(s.decode_threads), static_cast<double>(s.decode_steps));
+}
+
 }  // namespace
 
 void print_setup(const Model& model, const Setup& s) {
@@ -110,6 +118,8 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
   std::fprintf(stderr, "decode   %" PRId64 " %s in %.3f s: %.1f %s/s, %.2f GB/s; first token %.0f ms after the start\n",
                s.decode_steps, step, s.decode_seconds, decode_steps_per_second(s), step,
                decode_bytes_per_second(model, setup, m) / 1e9, m.first_token * 1e3);
+  std::fprintf(stderr, "threads  %.2f for prompts, %.2f for decode: the mean of the steps, of %d\n", prompt_threads(s),
+               decode_threads(s), setup.threads);
   std::fprintf(stderr, "logits   hash %016" PRIx64 " of %" PRId64 " rows\n", logits_hash(m), m.logit_rows);
   if (setup.limits.max_sequences == 1) return;
   std::fprintf(stderr,
@@ -137,6 +147,8 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
                     {"device", setup.device},
                     {"kernels", kernel_level()},
                     {"threads", setup.threads},
+                    {"prompt_threads", prompt_threads(s)},
+                    {"decode_threads", decode_threads(s)},
                     {"seed", setup.seed},
                     {"parameters", model.n_parameters},
                     {"weights", model.types},

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "host/error.h"
+#include "host/thread_count.h"
 
 namespace {
 
@@ -60,11 +61,14 @@ struct Engine::Impl {
   Forward forward;
   Threads& threads;
   int n_threads;
+  bool choose_threads;
   int vocab_size;
   Scheduler scheduler;
+  ThreadCount thread_count{n_threads};
   std::vector<std::unique_ptr<Sample>> samples = {};  // unfinished, by age
   std::vector<SamplerScratch> scratch = {};           // [n_threads]
   int n_requests = 0;
+  int step_threads = n_threads;  // of the latest step
   Stats stats = {};
 
   bool count_step(const Batch& batch);
@@ -169,8 +173,11 @@ void Engine::Impl::drop_ended() {
 
 // False: the pass went wrong, for all that are in it.
 bool Engine::Impl::compute(const Batch& batch, const float** logits) {
+  if (choose_threads) step_threads = thread_count.next(batch.n_tokens, machine_load());
+  const auto start = Clock::now();
   try {
-    *logits = forward(batch, n_threads);
+    *logits = forward(batch, step_threads);
+    if (choose_threads) thread_count.note(seconds_since(start));
     return true;
   } catch (const std::exception& e) {
     for (Sequence* s : scheduler.scheduled()) static_cast<Sample*>(s)->result.error = e.what();
@@ -195,10 +202,11 @@ bool Engine::Impl::count_step(const Batch& batch) {
 // ---- the interface
 
 Engine::Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
-               BlockHash hash)
+               BlockHash hash, bool choose_threads)
     : impl_(new Impl{.forward = std::move(forward),
                      .threads = threads,
                      .n_threads = limits.max_threads,
+                     .choose_threads = choose_threads,
                      .vocab_size = vocab_size,
                      .scheduler = Scheduler(limits, block_size, window, hash)}) {
   for (int i = 0; i < limits.max_threads; i++) impl_->scratch.emplace_back(vocab_size);
@@ -273,6 +281,7 @@ bool Engine::step() {
   e.scheduler.advance();
   e.draw(e.collect(logits));
   (decode ? e.stats.decode_seconds : e.stats.prompt_seconds) += seconds_since(start);
+  (decode ? e.stats.decode_threads : e.stats.prompt_threads) += e.step_threads;
   return true;
 }
 

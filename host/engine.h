@@ -57,7 +57,8 @@ struct Stats : CacheStats {
   int64_t prompt_tokens = 0;            // computed, those computed again included
   int64_t generated_tokens = 0;
   int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
-  double prompt_seconds = 0, decode_seconds = 0;  // of steps with, and without a prompt's tokens
+  double prompt_seconds = 0, decode_seconds = 0;   // of steps with, and without a prompt's tokens
+  int64_t prompt_threads = 0, decode_threads = 0;  // sums over those steps
   Durations first_token, between_tokens;
 };
 
@@ -70,9 +71,10 @@ class Engine {
 
   // max_tokens is the budget of a step. block_size: of the cache (contiguous: limits.context). window: tokens
   // that the layer with the longest sight sees; 0: all of them.
-  // threads: with which tokens are drawn; a step has limits.max_threads.
+  // threads: with which tokens are drawn. A step has limits.max_threads or, where they are chosen, the number of those
+  // that was fastest lately (thread_count.h).
   Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
-         BlockHash hash = block_hash);
+         BlockHash hash = block_hash, bool choose_threads = false);
   ~Engine();
   // Bytes that it allocates for any number of requests, but for their tokens.
   static size_t bytes(const Limits& limits, int vocab_size);

@@ -255,6 +255,15 @@ def test_threads_and_chunks_do_not_change_a_bit(model, tmp_path):
 # ---- Files
 
 
+def test_openmp_settings_do_not_change_the_number_of_threads(model, tmp_path):
+    def threads(**settings):
+        line = command(model, "-i", PROMPT, "-n", 1, "--stats", tmp_path / "stats.json")
+        subprocess.run(line, env={**os.environ, **settings}, capture_output=True, timeout=300, check=True)
+        return json.loads((tmp_path / "stats.json").read_text())["threads"]
+
+    assert threads(OMP_PROC_BIND="true", OMP_PLACES="{0}", GOMP_CPU_AFFINITY="0", OMP_NUM_THREADS="1") == threads()
+
+
 def test_logits(model, tmp_path):
     path = tmp_path / "logits.npy"
     run(model, "-i", PROMPT, "--logits", path)
