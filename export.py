@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the same model in another attention layout, exactly",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
+    parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre of a GGUF file that lacks it")
     options = parser.parse_args(argv)
     if options.output.suffix != ".safetensors":
         parser.error(f"argument -o/--output: {options.output}: the name must end in .safetensors")
@@ -43,23 +44,24 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> None:
     source = open_source(options.source, options.tokenizer)
+    source.pre = options.pre
     model = build(source)
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
     output, tokenizer = options.output, options.output.with_suffix(".tokenizer.bin")
     unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (tokenizer, output)}
     try:
-        write_tokenizer(source, unfinished[tokenizer])
+        ends = write_tokenizer(source, unfinished[tokenizer])
         counts = writer.write(model, options.type, unfinished[output], unfinished[tokenizer], source.name)
         for path, part in unfinished.items():
             part.replace(path)
     finally:
         for part in unfinished.values():
             part.unlink(missing_ok=True)
-    print(summary(source, model, counts, output, tokenizer))
+    print(summary(source, model, counts, output, tokenizer, ends))
 
 
-def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
+def summary(source, model: Model, counts, output: Path, tokenizer: Path, ends: list[str]) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":
@@ -75,6 +77,7 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path) -> str:
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
+        f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
     ]
     lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:

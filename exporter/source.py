@@ -14,7 +14,8 @@ class Source:
 
     config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
     metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
-    folder: a Hugging Face folder, None elsewhere. tokenizer_file: --tokenizer, None where not given.
+    folder: a Hugging Face folder, None elsewhere. tokenizer_file, pre: --tokenizer and --pre, None where
+    not given.
     """
 
     def __init__(self, kind: str, path: Path, where: Path, tokenizer_file: Path | None):
@@ -23,6 +24,7 @@ class Source:
         self.where = where
         self.folder = path if kind == "hf" else None
         self.tokenizer_file = tokenizer_file
+        self.pre: str | None = None
         self.config: dict = {}
         self.metadata: dict = {}
         self.tensors: dict[str, Tensor] = {}

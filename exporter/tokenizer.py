@@ -8,13 +8,14 @@ points, with bytes for those it lacks.
 The file. Integers are unsigned 32 bits, little-endian; a string is its length in bytes, the bytes, and zeros up to a
 multiple of 4; everything is aligned to 4 bytes, and the file ends where the last section ends.
 
-    magic "attn.tok", version 1, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
+    magic "attn.tok", version 2, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
     n_patterns, n_before, n_after, n_end_of_generation
     offsets[vocab_size + 1]  of each token in the string below, the first 0
     kinds[vocab_size]        one byte each, padded to 4: 0 text, 1 byte that others fall back to, 2 control, 3 unused
     string                   the tokens one after the other: the bytes that each stands for; a control token's name
     merges[n_merges][3]      left id, right id, merged id; the rank is the index
-    specials[n_specials]     id, flags (1 control, 2 takes the white space to its left, 4 to its right), string: text
+    specials[n_specials]     id, flags (1 control, 2 takes the white space to its left, 4 to its right,
+                             8 is looked for in normalized text), string: text
     before[n_before]         ids put before a text: BOS
     after[n_after]           and after it: EOS
     end_of_generation[n_end_of_generation]  ids
@@ -26,7 +27,6 @@ ChatTemplate in tokenizer.h explains the chat strings; flags, prefix and kinds h
 SentencePiece's tokens are written with spaces for U+2581: that character is read as a space in texts, as theirs is.
 """
 
-import hashlib
 import struct
 from pathlib import Path
 
@@ -35,11 +35,11 @@ import numpy as np
 from exporter.errors import ExportError
 from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_tokenizer, text_config
 
-MAGIC, VERSION, NONE = b"attn.tok", 1, 0xFFFFFFFF
+MAGIC, VERSION, NONE = b"attn.tok", 2, 0xFFFFFFFF
 
 
-def write_tokenizer(source, path: Path) -> str:
-    """Writes the tokenizer of a sources.Source; returns the file's SHA-256 in hexadecimal."""
+def write_tokenizer(source, path: Path) -> list[str]:
+    """Writes the tokenizer of a sources.Source; returns the tokens that end a text."""
     tokenizer = read_tokenizer(source)
     for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
         if id is not None and not is_id(id):
@@ -48,9 +48,8 @@ def write_tokenizer(source, path: Path) -> str:
                 "tokenizer again"
             )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
-    data = serialize(tokenizer)
-    path.write_bytes(data)
-    return hashlib.sha256(data).hexdigest()
+    path.write_bytes(serialize(tokenizer))
+    return [tokenizer.tokens[id].decode("utf-8", "replace") for id in tokenizer.end_of_generation]
 
 
 def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
