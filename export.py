@@ -1,31 +1,52 @@
 #!/usr/bin/env python3
 """Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback of theirs
+
 import argparse
 import os
-import signal
+import secrets
 import sys
 from pathlib import Path
 
 from exporter import rewrite, writer
-from exporter.errors import ExportError
+from exporter.errors import ExportError, printable
+from exporter.made_from import export_name, inputs, is_current, metadata, record
 from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
 from exporter.weights import TYPES, size
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"export.py: {message}: see export.py --help\n")
+        self.exit(2, f"export.py: {printable(message)}: see export.py --help\n")
+
+
+def existing(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: give a .gguf file, a Hugging Face folder or a .bin")
+    return Path(text)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
+        "source", type=existing, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="NAME.safetensors")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("-o", "--output", type=Path, metavar="NAME.safetensors")
+    place.add_argument(
+        "--into",
+        type=Path,
+        metavar="FOLDER",
+        help="choose the name, export only if the source has changed since, and print the model file's path alone",
+    )
     parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
     parser.add_argument(
         "--as",
@@ -37,31 +58,87 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
     parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre of a GGUF file that lacks it")
     options = parser.parse_args(argv)
-    if options.output.suffix != ".safetensors":
+    if options.output and options.output.suffix != ".safetensors":
         parser.error(f"argument -o/--output: {options.output}: the name must end in .safetensors")
     return options
 
 
-def export(options: argparse.Namespace) -> None:
+def export_into(options: argparse.Namespace) -> Path:
+    """The model file of a source in the folder --into, made now where it is missing or the source has changed."""
+    if options.source.suffix == ".safetensors" and options.source.is_file() and metadata(options.source):
+        return options.source
+    wanted = record(options.source, options.tokenizer, options.type, options.layout, options.pre)
+    options.into.mkdir(parents=True, exist_ok=True)
+    tokenizer = options.tokenizer and os.path.realpath(options.tokenizer)
+    chosen = (options.type, options.layout, tokenizer, options.pre)
+    options.output = options.into / export_name(options.source, options.into, chosen)
+    if not is_current(options.output, tokenizer_of(options.output), wanted):
+        if options.output.exists() and not metadata(options.output):
+            raise ExportError(f"{options.output}: export.py has not made this file: move it away")
+        print(export(options), file=sys.stderr)
+    return options.output
+
+
+def tokenizer_of(output: Path) -> Path:
+    return output.with_suffix(".tokenizer.bin")
+
+
+def export(options: argparse.Namespace) -> str:
+    """Writes options.output and its tokenizer, both or neither; returns the summary."""
+    made_from = record(options.source, options.tokenizer, options.type, options.layout, options.pre)
     source = open_source(options.source, options.tokenizer)
     source.pre = options.pre
     model = build(source)
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
-    output, tokenizer = options.output, options.output.with_suffix(".tokenizer.bin")
-    unfinished = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in (tokenizer, output)}
+    output, tokenizer = options.output, tokenizer_of(options.output)
+    for path in (tokenizer, output):
+        check_output(path, options.source, inputs(options.source, options.tokenizer))
+    unfinished = {}
     try:
-        ends = write_tokenizer(source, unfinished[tokenizer])
-        counts = writer.write(model, options.type, unfinished[output], unfinished[tokenizer], source.name)
-        for path, part in unfinished.items():
-            part.replace(path)
+        for path in (tokenizer, output):
+            real = Path(os.path.realpath(path))  # a link stays a link
+            unfinished[real] = real.with_name(f".{real.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+            os.close(os.open(unfinished[real], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # follows no planted link
+        parts = list(unfinished.values())
+        chat, ends = write_tokenizer(source, parts[0])
+        counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
+        finish(unfinished)
     finally:
         for part in unfinished.values():
             part.unlink(missing_ok=True)
-    print(summary(source, model, counts, output, tokenizer, ends))
+    return summary(source, model, counts, chat, ends, output, tokenizer)
 
 
-def summary(source, model: Model, counts, output: Path, tokenizer: Path, ends: list[str]) -> str:
+def finish(unfinished: dict[Path, Path]) -> None:
+    """Gives all files their names: a signal that comes meanwhile is too late to stop the export."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        for path, part in unfinished.items():
+            part.replace(path)
+        while signal.sigtimedwait(STOPPING, 0):
+            pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_output(path: Path, source: Path, read: list[Path]) -> None:
+    """An export replaces neither what it reads nor anything else that makes up the checkpoint."""
+    real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(source))
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: a folder, a pipe or a device: give the name of a file to -o")
+    if path.exists() and any(os.path.samefile(path, file) for file in read):
+        raise ExportError(f"{path}: this file is read, and would be replaced: give another name to -o")
+    inside = source.is_dir() and real.is_relative_to(folder)
+    if inside and (real.name == "model.safetensors" or (path.exists() and not is_ours(path))):
+        raise ExportError(f"{path}: this is the checkpoint's own file, or would be taken for it: give another to -o")
+
+
+def is_ours(path: Path) -> bool:
+    return path.name.endswith(".tokenizer.bin") or metadata(path) is not None
+
+
+def summary(source, model: Model, counts, chat: str, ends: list[str], output: Path, tokenizer: Path) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":
@@ -78,35 +155,48 @@ def summary(source, model: Model, counts, output: Path, tokenizer: Path, ends: l
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
         f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
+        f"  chat        {chat}",
     ]
-    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
+    notes = {tensor.note for tensor in model.tensors.values()}
+    lost = sorted(notes - {"", "MXFP4"})
+    if "MXFP4" in notes:
+        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
-    return "\n".join(lines)
+    lines += [f"  note        {note}" for note in source.notes]
+    return "\n".join(map(printable, lines))
 
 
 def stop(number: int, frame):
+    for other in STOPPING:  # one is enough: a second would end the cleaning up
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     code = 1
     try:
-        export(arguments(argv))
+        options = arguments(argv)
+        print(export_into(options) if options.into else export(options))
     except ExportError as error:
         line = str(error)
     except KeyboardInterrupt:
         line, code = "interrupted: nothing was written", 130
+    except MemoryError:
+        line = f"{options.source}: not enough memory for its largest tensor: free some, or export on another machine"
     except OSError as error:
-        line = f"{error.filename or 'the output'}: {error.strerror}: give a folder that can be written and has room"
+        place = error.filename or options.output
+        line = f"{place}: {error.strerror}: give a place that is there, can be read or written, and has room"
     else:
         return 0
-    print(f"export.py: {line}", file=sys.stderr)
+    print(f"export.py: {printable(line)}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: they would leave unfinished files
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="surrogateescape")  # names of files are bytes
     sys.exit(main())

@@ -1,144 +1,61 @@
-// kvcache.h: where the keys and values of every token live.
+// kvcache.h: where the keys and values of every token live: the contract that every device keeps.
 //
 // Token t of sequence s, layer l, KV head g is the row
 //
 //     block_table[s][t / block_size], slot t % block_size
 //
 // of layer l and head g. A contiguous cache is a paged cache whose block is the whole context (Block = 0): one
-// addressing function, and the division disappears. The batch carries positions, lengths and tables as plain arrays, so
-// that they can sit in device memory. Names follow vLLM: block_table, block_size, slot_mapping, context_len,
-// query_start.
+// addressing function, and the division disappears. Names follow vLLM: block_table, block_size, slot_mapping,
+// context_len, query_start.
+//
+// How a block's rows lie in it is the device's own choice: kernels/kv_cpu.h.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <numeric>
+#include <limits>
 
-#include "kernels/device.h"
-#include "kernels/simd.h"
+#include "kernels/arena.h"
+#include "kernels/batch.h"
+#include "kernels/team.h"
 
-// One step's work: any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] ..
-// query_start[s + 1] - 1, in order of position, and are the last tokens of its context.
-struct Batch {
-  int n_tokens = 0;                   // T
-  int n_sequences = 0;                // S
-  const int* tokens = nullptr;        // [T]
-  const int* positions = nullptr;     // [T] position in its sequence, from 0
-  const int* query_start = nullptr;   // [S + 1]
-  const int* context_len = nullptr;   // [S] tokens of the sequence in the cache once this step has appended its own
-  const int* block_table = nullptr;   // [S, max_blocks]; entries past the context (or behind every window) are not read
-  int max_blocks = 0;                 // row length of block_table
-  const int* slot_mapping = nullptr;  // [T] block * block_size + slot: where append writes the token's rows
-  int n_logits = 0;
-  const int* logit_rows = nullptr;  // [n_logits] tokens of the batch whose logits are wanted, ascending
-  int n_copies = 0;                 // blocks to copy in every layer before anything is appended (copy on write)
-  const int* copy_from = nullptr;   // [n_copies] block
-  const int* copy_to = nullptr;     // [n_copies] block
-};
+// What is kept of a number: a type's name and the bytes of a row of dim elements. Infinities and NaN come back as
+// infinities or NaN (q8: as NaN, with all that share their scale), never as a plausible number. So does what is beyond
+// the type's `largest`, as NaN: an infinite key could give a weight of 0, and nobody would see it.
+constexpr float FLOAT_MAX = std::numeric_limits<float>::max();
 
-// Tokens whose keys may lie side by side, see KVCache.
-constexpr int KEY_LANES = 16;
-static_assert(KEY_LANES % simd::LANES == 0);
-
-// How `dim` elements of a token are kept: a row of scales (q8 alone) and elements, or, k-major, KEY_LANES tokens' rows
-// as one matrix, transposed: [scales of a row, KEY_LANES], then [dim, KEY_LANES]; it takes the bytes of KEY_LANES rows.
-// Each type: name, Element, the bytes of a row's scales and of all of it (a multiple of 2), store a row, and ways to
-// read floats. `element` is one of a row; `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of
-// LANES; `key` is element i of one token of a k-major matrix; `keys` that of tokens lane .. lane + LANES - 1.
-// Infinities and NaN come back as infinities or NaN (q8: as NaN, with their group), never as a plausible number.
-template <class Codec, class T>
-struct Unscaled {
-  using Element = T;
-  static constexpr size_t scale_bytes(int) { return 0; }
-  static constexpr size_t row_bytes(int dim) { return sizeof(T) * static_cast<size_t>(dim); }
-  static float element(const std::byte* row, int, int i) { return Codec::widen(at(row)[i]); }
-  static simd::F32 lanes(const std::byte* row, int, int i) { return Codec::load(at(row) + i); }
-  static float key(const std::byte* matrix, int, int i, int lane) {
-    return Codec::widen(at(matrix)[i * KEY_LANES + lane]);
-  }
-  static simd::F32 keys(const std::byte* matrix, int, int i, int lane) {
-    return Codec::load(at(matrix) + i * KEY_LANES + lane);
-  }
-
- private:
-  static const T* at(const std::byte* p) { return reinterpret_cast<const T*>(p); }
-};
-
-struct KvF32 : Unscaled<KvF32, float> {  // float32
+struct KvF32 {  // float32
   static constexpr const char* name = "f32";
-  static float widen(float x) { return x; }
-  static simd::F32 load(const float* p) { return simd::load(p); }
-  static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, row_bytes(dim)); }
+  static constexpr float largest = FLOAT_MAX;
+  static constexpr size_t row_bytes(int dim) { return sizeof(float) * static_cast<size_t>(dim); }
 };
 
-// IEEE half, round to nearest even: error 2^-11 of the element, 65520 and above become infinity.
-struct KvF16 : Unscaled<KvF16, uint16_t> {
+// IEEE half, round to nearest even: error 2^-11 of the element.
+struct KvF16 {
   static constexpr const char* name = "f16";
-  static float widen(uint16_t x) { return f16_to_float(x); }
-  static simd::F32 load(const uint16_t* p) { return simd::load_f16(p); }
-  static void store(const float* x, int dim, std::byte* row) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(row);
-    int i = 0;
-    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
-    for (; i < dim; i++) to[i] = float_to_f16(x[i]);
-  }
+  static constexpr float largest = 65504;
+  static constexpr size_t row_bytes(int dim) { return sizeof(uint16_t) * static_cast<size_t>(dim); }
 };
 
-struct KvBF16 : Unscaled<KvBF16, uint16_t> {  // bfloat16, round to nearest even: error 2^-8 of the element
+struct KvBF16 {  // bfloat16, round to nearest even: error 2^-8 of the element
   static constexpr const char* name = "bf16";
-  static float widen(uint16_t x) { return bf16_to_float(x); }
-  static simd::F32 load(const uint16_t* p) { return simd::load_bf16(p); }
-  static void store(const float* x, int dim, std::byte* row) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(row);
-    for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
-  }
+  static constexpr float largest = FLOAT_MAX;
+  static constexpr size_t row_bytes(int dim) { return sizeof(uint16_t) * static_cast<size_t>(dim); }
 };
 
-// int8 in groups of 32 (the last may be shorter): x = scale * q, q in -127 .. 127, scale = amax / 127 rounded *up* to
-// float16, so that amax itself is in reach: error (1 + 2^-10) amax / 254 of the group's largest magnitude, or 2^-25
+// int8, and a float16 scale for each QUANT_GROUP elements (the last may be fewer): x = scale * q, q in -127 .. 127,
+// scale = amax / 127 rounded *up* to float16, so that amax itself is in reach: error (1 + 2^-10) amax / 254, or 2^-25
 // where the scale is subnormal.
 struct KvQ8 {
   static constexpr const char* name = "q8";
-  static constexpr int GROUP_SIZE = 32;
-  using Element = int8_t;
+  static constexpr float largest = 127 * 65504.0f;
+  static constexpr int QUANT_GROUP = 32;
   static constexpr size_t scale_bytes(int dim) {
-    return sizeof(uint16_t) * static_cast<size_t>((dim + GROUP_SIZE - 1) / GROUP_SIZE);
+    return sizeof(uint16_t) * static_cast<size_t>((dim + QUANT_GROUP - 1) / QUANT_GROUP);
   }
+  // Even, so that the scales of the next row are aligned.
   static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + static_cast<size_t>(dim + dim % 2); }
-  static float element(const std::byte* row, int dim, int i) {
-    return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
-  }
-  static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    return simd::mul(simd::load_i8(elements(row, dim, 1) + i), simd::set(f16_to_float(*scale(row, i, 1))));
-  }
-  static float key(const std::byte* matrix, int dim, int i, int lane) {
-    return static_cast<float>(elements(matrix, dim, KEY_LANES)[i * KEY_LANES + lane]) *
-           f16_to_float(scale(matrix, i, KEY_LANES)[lane]);
-  }
-  static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
-    return simd::mul(simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane),
-                     simd::load_f16(scale(matrix, i, KEY_LANES) + lane));
-  }
-  static void store(const float* x, int dim, std::byte* row);
-
- private:
-  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
-    return reinterpret_cast<const uint16_t*>(rows) + i / GROUP_SIZE * n_rows;
-  }
-  static const int8_t* elements(const std::byte* rows, int dim, size_t n_rows) {
-    return reinterpret_cast<const int8_t*>(rows + n_rows * scale_bytes(dim));
-  }
 };
-
-// Elements first .. last - 1 of a row of dim; first is a multiple of LANES.
-template <class Kv>
-void load_row(const std::byte* row, int dim, int first, int last, float* x) {
-  int i = first;
-  for (; i + simd::LANES <= last; i += simd::LANES) simd::store(x + i - first, Kv::lanes(row, dim, i));
-  for (; i < last; i++) x[i - first] = Kv::element(row, dim, i);
-}
 
 struct CacheShape {
   int n_layers, n_kv_heads;
@@ -148,76 +65,59 @@ struct CacheShape {
   int block_size;  // tokens a block; a paged cache's equals its Block
 };
 
-// One array of runs [n_layers, n_kv_heads, n_blocks, block_size / RUN]: each the K rows, then the V rows of RUN tokens.
-// So a tile's K and V lie together (4 KB of f16 at a head_dim of 64), wherever a sequence's blocks are; and blocks that
-// follow each other are one stream of bytes for a head.
-//
-// A score is a sum over a K row's elements, and a register holds many tokens' scores: it needs the same element of many
-// tokens. So where nothing else reads K and a block is whole matrices, KEY_LANES tokens' rows are kept k-major (as in
-// vLLM, whose key blocks are [head_dim / x, block_size, x]). V is read by rows, and MLA's V is K: its cache stays
-// token-major.
+// The cache as kernels see it, passed by value.
+template <class Kv, int Block>
+struct CacheView {
+  std::byte* memory = nullptr;  // [n_layers, n_kv_heads, n_blocks, block_bytes]
+  CacheShape shape{};
+  size_t block_bytes = 0;  // K and V rows of one head and the tokens of one block, and what the layout adds
+
+  int block_size() const { return Block ? Block : shape.block_size; }
+  std::byte* block(int layer, int block, int kv_head) const {
+    const auto size = [](int n) { return static_cast<size_t>(n); };
+    const size_t head = size(layer) * size(shape.n_kv_heads) + size(kv_head);
+    return memory + (head * size(shape.n_blocks) + size(block)) * block_bytes;
+  }
+};
+
 template <class Kv, int Block>
 class KVCache {
  public:
-  static constexpr int RUN = std::gcd(Block, KEY_LANES);  // Block 0: KEY_LANES; the context is rounded up to it
-
   KVCache() = default;
-  explicit KVCache(const CacheShape& shape);
+  KVCache(Arena& arena, const CacheShape& shape);
 
   static size_t bytes_per_token(const CacheShape& shape);  // all layers
   static size_t bytes(const CacheShape& shape);
 
-  const CacheShape& shape() const { return shape_; }
-  int block_size() const { return Block ? Block : shape_.block_size; }
-  bool k_major() const { return RUN == KEY_LANES && shape_.v_dim > 0; }
-
-  // k-major: the matrix of the run that begins with slot, a multiple of RUN
-  const std::byte* k_row(int layer, int block, int kv_head, int slot) const {
-    return memory_.data() + k_offset(layer, block, kv_head, slot);
-  }
-  const std::byte* v_row(int layer, int block, int kv_head, int slot) const {
-    return memory_.data() + v_offset(layer, block, kv_head, slot);
-  }
-
-  // out [k_dim] float32: one token's K row, for those who are not in a hurry.
-  void load_k(int layer, int block, int kv_head, int slot, float* out) const;
+  const CacheShape& shape() const { return view_.shape; }
+  int block_size() const { return view_.block_size(); }
+  const CacheView<Kv, Block>& view() const { return view_; }
 
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
-  // slot_mapping[t]. Called by every thread of the team.
-  void append(int layer, const Batch& batch, const float* k, const float* v);
+  // slot_mapping[t]. Every thread of the team calls it; ends with a barrier.
+  void append(const Team& team, int layer, const Batch& batch, const float* k, const float* v);
+
+  // Whether anything finite was beyond Kv::largest, and so is NaN now.
+  bool overflowed() const { return overflowed_; }
+
+  // One token's rows, for those who are not in a hurry: out [k_dim] float32 ...
+  void load_k(int layer, int block, int kv_head, int slot, float* out) const;
+  // ... and out [n] float32, the first n elements of V's row; of K's, where there are no V rows.
+  void load_v(int layer, int block, int kv_head, int slot, int n, float* out) const;
 
   // out [n, k_dim] float32: the K rows of the one KV head at positions first .. first + n - 1 of the batch's sequence s
-  // (for MLA's expanded form). Called by every thread of the team; ends with a barrier.
-  void read_k(int layer, const Batch& batch, int s, int first, int n, float* out) const;
+  // (for MLA's expanded form). Every thread of the team calls it; ends with a barrier.
+  void read_k(const Team& team, int layer, const Batch& batch, int s, int first, int n, float* out) const;
 
-  // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Called by every thread of the team.
-  void copy_blocks(const Batch& batch);
+  // Copies whole blocks, all layers: copy_from[i] -> copy_to[i]. Every thread of the team calls it; ends with a
+  // barrier.
+  void copy_blocks(const Team& team, const Batch& batch);
 
-  Buffer<std::byte>& memory() { return memory_; }  // for the tests: freed slots are poisoned
+  // For the tests, which poison freed slots: [size()] bytes.
+  std::byte* memory() { return view_.memory; }
+  size_t size() const { return bytes(view_.shape); }
 
  private:
-  static size_t runs_of_block(const CacheShape& shape) {
-    return static_cast<size_t>(((Block ? Block : shape.block_size) + RUN - 1) / RUN);
-  }
-  static size_t run_bytes(const CacheShape& shape) {
-    return RUN * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
-  }
-  size_t block_offset(int layer, int block, int kv_head) const {
-    const auto size = [](int n) { return static_cast<size_t>(n); };
-    const size_t head = size(layer) * size(shape_.n_kv_heads) + size(kv_head);
-    return (head * size(shape_.n_blocks) + size(block)) * block_bytes_;
-  }
-  size_t k_offset(int layer, int block, int kv_head, int slot) const {
-    const size_t run = static_cast<size_t>(slot / RUN), i = static_cast<size_t>(slot % RUN);
-    return block_offset(layer, block, kv_head) + run * run_bytes_ + i * k_row_bytes_;
-  }
-  size_t v_offset(int layer, int block, int kv_head, int slot) const {
-    const size_t i = static_cast<size_t>(slot % RUN);
-    return k_offset(layer, block, kv_head, slot - slot % RUN) + RUN * k_row_bytes_ + i * v_row_bytes_;
-  }
-  void store_k(int layer, int block, int kv_head, int slot, const float* x);
-
-  CacheShape shape_{};
-  size_t k_row_bytes_ = 0, v_row_bytes_ = 0, run_bytes_ = 0, block_bytes_ = 0;
-  Buffer<std::byte> memory_;
+  CacheView<Kv, Block> view_;
+  bool overflowed_ = false;
 };

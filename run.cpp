@@ -1,15 +1,16 @@
 // run.cpp: parse, load, plan the memory, run, report.
-#include <omp.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <limits>
 #include <optional>
 
 #include "cli/session.h"
+#include "host/error.h"
 #include "transformer.h"
 #include "variants.h"
 
@@ -19,13 +20,31 @@ using Runtime = Transformer<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK
 
 constexpr int LOGIT_FLOATS = 4 << 20;  // of a step where every token's logits are wanted
 
-Tokenizer load_tokenizer(const Model& model) {
-  const std::filesystem::path path = std::filesystem::path(model.path).replace_extension(".tokenizer.bin");
+std::string read_template(const std::string& path) {
+  constexpr std::streamsize MOST = 1 << 20;
+  std::ifstream in(path, std::ios::binary);
+  std::string text(MOST + 1, '\0');
+  in.read(text.data(), MOST + 1);
+  if (!in.eof())
+    fail("--chat-template %s: cannot be read, or is no template: give a file of at most 1 MB", path.c_str());
+  text.resize(static_cast<size_t>(in.gcount()));
+  if (text.empty()) fail("--chat-template %s: the file is empty", path.c_str());
+  require_utf8(text, "--chat-template " + path);
+  return text;
+}
+
+Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
+  namespace fs = std::filesystem;
+  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
+  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
+    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
+    if (fs::exists(beside)) path = beside;
+  }
   Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
-  return tokenizer;
+  return chat_template.empty() ? tokenizer : tokenizer.with_template(chat_template, read_template(chat_template));
 }
 
 // Tokens that the layer with the longest sight sees; 0: all.
@@ -54,17 +73,19 @@ Setup setup_for(const Session& session, int context, size_t available) {
   l.max_sequences = sequences;
   l.max_tokens = std::max(o.batch, sequences);
   l.max_logits = std::max(sequences, all_logits ? std::min(o.batch, LOGIT_FLOATS / config.vocab_size) : 1);
+  l.max_threads = o.threads;
   l.mla_form = o.mla == "absorbed" ? MlaForm::absorbed : o.mla == "expanded" ? MlaForm::expanded : MlaForm::automatic;
-  s.activation_bytes = Runtime::activation_bytes(config, l);
   l.n_blocks = 1;
-  const size_t block_bytes = Runtime::kv_bytes(config, l), rest = available - std::min(available, s.activation_bytes);
+  const auto [block_bytes, activations] = Runtime::bytes(session.model, l);
+  s.activation_bytes = activations + Engine::bytes(l, config.vocab_size);
+  const size_t rest = available - std::min(available, s.activation_bytes);
   const size_t each = static_cast<size_t>((context + s.block_size - 1) / s.block_size);  // blocks of a sequence
   const size_t most =
       static_cast<size_t>(std::numeric_limits<int>::max() / s.block_size);  // slots are numbered by ints
   const size_t affordable = std::min((o.kv_memory ? o.kv_memory : rest) / block_bytes, most);
   l.n_blocks =
       static_cast<int>(o.kv_memory ? affordable : std::clamp(affordable, each, each * static_cast<size_t>(sequences)));
-  s.kv_bytes = Runtime::kv_bytes(config, l);
+  s.kv_bytes = Runtime::bytes(session.model, l).kv;
   return s;
 }
 
@@ -98,12 +119,13 @@ Setup plan(const Session& session) {
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
-  int context = o.context ? o.context : std::min(wanted.most, config.seq_len);
+  const int asked = o.model_context ? config.seq_len : o.context;  // 0: nothing
+  int context = asked ? asked : std::min(wanted.most, config.seq_len);
   const char* why = o.context ? "-c" : "the model's longest";
   Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
     const int largest = largest_context_that_fits(session, context, available);
-    if (o.context || largest < wanted.least)
+    if (asked || largest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
           "beside "
@@ -135,27 +157,34 @@ Mode mode(const Options& o) {
 }
 
 int run(const Options& o) {
-  omp_set_num_threads(o.threads);
+  check_outputs(o);
+  Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  std::optional<Editor> editor;
+  if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
+  blame_for_lost_pages(o.model);
   ModelFile file(o.model);
   const Model& model = file.model;
-  if (const Variant variant = model.config.attention; variant != BUILD_ATTENTION::variant)
-    fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", o.model.c_str(), name(variant),
-         name(BUILD_ATTENTION::variant), name(variant));
-  if (!o.mla.empty() && model.config.attention != Variant::mla)
-    fail("--mla %s: this model uses %s", o.mla.c_str(), name(model.config.attention));
-  const Tokenizer tokenizer = load_tokenizer(model);
-  Session session{o, model, tokenizer, "", {}, {}, 1, {}, nullptr, {}, {}};
+  Runtime::check(model);
+  if (!o.mla.empty() && model.config.attention != "mla")
+    fail("--mla %s: this model uses %s", o.mla.c_str(), model.config.attention.c_str());
+  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
+    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
+  const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
+  Session session{
+      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
-  file.pack();
+  file.pack(threads);
+  blame_for_lost_pages("");
   Runtime runtime(model, session.setup.limits);
-  Engine engine([&](const Batch& batch) { return runtime.forward(batch); }, session.setup.limits,
-                session.setup.block_size, model.config.vocab_size, longest_window(model.config));
+  Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
+                session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config));
   session.engine = &engine;
+  session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();
   mode(o)(session);
 
@@ -166,24 +195,14 @@ int run(const Options& o) {
     stats->write(json.data(), json.size());
     stats->commit();
   }
-  return interrupted() ? 130 : 0;  // 128 + SIGINT
-}
-
-// A thread that waits for the others of its team first spins, then sleeps. By default libgomp spins for milliseconds:
-// where another program has the core that is waited for, most of the time goes there. A tenth of a millisecond is as
-// fast alone and, with ten programs on two cores, four times as fast. libgomp reads its settings when it is loaded,
-// before main.
-void spin_briefly(char** argv) {
-  if (std::getenv("GOMP_SPINCOUNT") || std::getenv("OMP_WAIT_POLICY")) return;
-  setenv("GOMP_SPINCOUNT", "3000", 1);
-  execv("/proc/self/exe", argv);
+  return interrupted() ? 130 : session.failed;  // 128 + SIGINT
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  spin_briefly(argv);
   try {
+    prepare_process();
     const Options options = parse(argc, argv);
     return options.model.empty() ? 0 : run(options);
   } catch (const Usage& e) {

@@ -1,32 +1,117 @@
 // transformer.h: the forward pass: one function for prompt chunks, decode tokens and any mix of them.
+//
+// Device-neutral: every line calls a stage, and every thread of the team runs every line (the stages share their work
+// among the team and end with a barrier).
 #pragma once
 
-#include "attention.h"
-#include "model.h"
-#include "kernels/step.h"
+#include "kernels/logits.h"
+#include "kernels/mlp.h"
+#include "variants.h"
 
 template <class Attention, class Kernel, class Kv, int Block>
 class Transformer {
  public:
-  // The model must outlive it. Throws Error when the model's variant is not Attention's, or memory cannot be
-  // had.
-  Transformer(const Model& model, const Limits& limits);
-  ~Transformer();
+  // Bytes of the cache, and of everything else but the weights.
+  struct Bytes {
+    size_t kv, activations;
+  };
+  static Bytes bytes(const Model& model, const Limits& limits) {
+    Arena kv, activations;
+    Parts(model, limits, kv, activations);
+    return {kv.bytes(), activations.bytes()};
+  }
+  static size_t kv_bytes_per_token(const Config& config) {
+    return KVCache<Kv, Block>::bytes_per_token(Attention::cache_shape(config, 1, 1));
+  }
+
+  // Throws Error where the model's variant is not Attention.
+  static void check(const Model& model) {
+    if (model.config.attention != Attention::name)
+      fail("%s: this model uses %s, this binary was built for %s: make ATTENTION=%s", model.path.c_str(),
+           model.config.attention.c_str(), Attention::name, model.config.attention.c_str());
+  }
+
+  // The model must outlive it. Throws Error as check does, or where memory cannot be had.
+  Transformer(const Model& model, const Limits& limits)
+      : model_(checked(model)),
+        limits_(limits),
+        kv_(bytes(model, limits).kv),
+        activations_(bytes(model, limits).activations),
+        parts_(model, limits, kv_, activations_) {}
 
   // One step: appends the batch's tokens to the cache and returns the logits of its logit_rows, [n_logits,
-  // vocab_size], which stay until the next call (the sampler may change them). A row's logits depend on its
-  // own sequence alone, bit for bit. n_logits 0: the classifier is skipped.
-  float* forward(const Batch& batch);
+  // vocab_size], which stay until the next call. A row's logits depend on its own sequence alone, bit for bit. n_logits
+  // 0: the classifier is skipped. Throws Error for more threads than limits.max_threads.
+  const float* forward(const Batch& batch, Threads& threads, int n_threads) {
+    if (n_threads > limits_.max_threads)
+      fail("a step of %d threads, in memory that was made for %d", n_threads, limits_.max_threads);
+    const Batch& on_device = parts_.batch.upload(batch);
+    threads.run(n_threads, [&](const Team& team) { step(team, on_device, batch); });
+    return parts_.logits.host();
+  }
 
-  KVCache<Kv, Block>& cache();
-
-  static CacheShape cache_shape(const Config& config, const Limits& limits);
-  static size_t kv_bytes_per_token(const Config& config);
-  // Bytes of the cache, and of everything else but the weights, before anything is allocated.
-  static size_t kv_bytes(const Config& config, const Limits& limits);
-  static size_t activation_bytes(const Config& config, const Limits& limits);
+  KVCache<Kv, Block>& cache() { return parts_.cache; }
+  // Taken: what bytes() said.
+  Bytes taken() const { return {kv_.bytes(), activations_.bytes()}; }
 
  private:
-  struct Impl;
-  std::unique_ptr<Impl> impl_;
+  void step(const Team& team, const Batch& batch, const Batch& host) {
+    Parts& p = parts_;
+    const Config& c = model_.config;
+    const Step step{team, c, batch, host, p.angles, p.x, p.h, p.y, p.matmul_workspace};
+    p.cache.copy_blocks(team, batch);
+    embed(team, model_.embed_tokens, model_.position_embedding, batch, c.embedding_scale, p.x);
+    // The longest that a sequence may become chooses, so that no key has to rotate anew as a text grows.
+    const bool long_context = c.original_seq_len > 0 && limits_.context > c.original_seq_len;
+    for (size_t i = 0; i < p.angles.size(); i++)
+      rope_angles(team, batch, long_context ? model_.rope[i].long_inv_freq : model_.rope[i].inv_freq, p.angles[i].n,
+                  c.rope_scale[i], p.angles[i].cos, p.angles[i].sin);
+    for (int l = 0; l < c.n_layers; l++) {
+      const Layer& layer = model_.layers[static_cast<size_t>(l)];
+      step.norm_x(layer.attention_norm, p.h);
+      p.attention.template forward<Kernel>(l, layer, step, p.cache, p.attention_workspace);
+      step.norm_x(layer.mlp_norm, p.h);
+      p.mlp.forward(l, layer, step);
+    }
+    p.logits.forward(model_, step);
+  }
+
+  // All that takes memory; with arenas that only count, what it would take.
+  struct Parts {
+    Workspace matmul_workspace, attention_workspace;
+    DeviceBatch batch;
+    KVCache<Kv, Block> cache;
+    Attention attention;
+    MlpStage mlp;
+    LogitsStage logits;
+    float *x, *h, *y;            // [max_tokens, dim]
+    std::vector<Angles> angles;  // one for each RoPE table
+
+    Parts(const Model& m, const Limits& limits, Arena& kv, Arena& arena)
+        : cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
+          attention(arena, matmul_workspace, m.config, limits),
+          mlp(arena, matmul_workspace, m.config, limits),
+          logits(arena, matmul_workspace, m.config, limits),
+          x(arena.take<float>(area(limits.max_tokens, m.config.dim))),
+          h(arena.take<float>(area(limits.max_tokens, m.config.dim))),
+          y(arena.take<float>(area(limits.max_tokens, m.config.dim))) {
+      for (const Model::Rope& table : m.rope) {
+        const size_t n = area(limits.max_tokens, table.n);
+        angles.push_back({table.n, arena.take<float>(n), arena.take<float>(n)});
+      }
+      attention_workspace.plan(Attention::template workspace_bytes<Kernel>(m.config, limits));
+      matmul_workspace.allocate(arena);
+      attention_workspace.allocate(arena);
+    }
+  };
+
+  static const Model& checked(const Model& model) {
+    check(model);
+    return model;
+  }
+
+  const Model& model_;
+  Limits limits_;
+  Arena kv_, activations_;
+  Parts parts_;
 };

@@ -1,66 +1,75 @@
-// variants.h: what sets MHA, MQA, GQA and MLA apart: how the query and the rows to store are projected, the
-// shape they hand to `attend`, and how the result is projected back. Device-neutral: it only calls the other
-// stages.
+// variants.h: what sets MHA, MQA, GQA and MLA apart, one struct each: what it reads of the config, which tensors it
+// takes, the cache's shape, how the query and the rows to store are projected, the shape it hands to attention, and how
+// the result is projected back. Device-neutral: it only calls the stages.
 //
-// A new variant costs one struct here, a line in build.h and one in the Makefile.
+// A new variant costs one struct here and its name in the list at the end, its fields in model.h, its name in the
+// Makefile.
 #pragma once
 
 #include <algorithm>
+#include <tuple>
 
 #include "attention.h"
 #include "kernels/step.h"
 
-// Query heads share the rows of n_kv_heads KV heads (arXiv 2305.13245): K and V are projected from the token
-// itself.
+// Query heads share the rows of n_kv_heads KV heads (arXiv 2305.13245): K and V are projected from the token itself.
 class Gqa {
  public:
-  static constexpr Variant variant = Variant::gqa;
+  static constexpr const char* name = "gqa";
+
+  // What the model file's config must say (Fields: host/loader.cpp).
+  template <class Fields>
+  static void read(Fields& f, Config& c) {
+    f.integer("n_kv_heads", c.n_kv_heads, 1, c.n_heads);
+    f.integer("head_dim", c.head_dim, 1, MAX_WIDTH);
+    f.require(c.n_heads % c.n_kv_heads == 0, "n_kv_heads", "a divisor of n_heads");
+    f.fits("n_heads x head_dim", c.n_heads, c.head_dim);
+  }
+
+  // The tensors of layer l, at "layers.N." (Tensors: host/loader.cpp).
+  template <class Tensors>
+  static void collect(Tensors& t, const std::string& at, const Config& c, Layer& l) {
+    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj);
+    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
+    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
+    t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
+    t.norm_of_heads(at + "q_norm", c.n_heads, c.head_dim, l.q_norm);
+    t.norm_of_heads(at + "k_norm", c.n_kv_heads, c.head_dim, l.k_norm);
+    t.optional_vector(at + "sinks", {c.n_heads}, l.sinks);
+  }
+
+  // Elements of a head that RoPE may rotate.
+  static int rotated(const Config& c) { return c.head_dim; }
 
   static CacheShape cache_shape(const Config& c, int n_blocks, int block_size) {
     return {c.n_layers, c.n_kv_heads, c.head_dim, c.head_dim, n_blocks, block_size};
   }
 
-  static size_t bytes(const Config& c, const Limits& limits) {
-    return sizeof(float) * area(limits.max_tokens, 2 * (c.n_heads + c.n_kv_heads) * c.head_dim);
-  }
-
+  template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
-    return matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim);
+    return Kernel::workspace_bytes(shape(c, 0, nullptr), limits);
   }
 
-  static size_t attention_bytes(const Config& c, const Limits& limits, int n_threads) {
-    return AttentionWorkspace::bytes(shape(c, 0), limits.max_tokens, limits.context, n_threads);
+  Gqa(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits)
+      : q_(arena.take<float>(area(limits.max_tokens, c.n_heads * c.head_dim))),
+        k_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
+        v_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
+        out_(arena.take<float>(area(limits.max_tokens, c.n_heads * c.head_dim))) {
+    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
+    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim));
   }
-
-  Gqa(const Config& c, const Limits& limits)
-      : q_(area(limits.max_tokens, c.n_heads * c.head_dim)),
-        k_(area(limits.max_tokens, c.n_kv_heads * c.head_dim)),
-        v_(area(limits.max_tokens, c.n_kv_heads * c.head_dim)),
-        out_(area(limits.max_tokens, c.n_heads * c.head_dim)) {}
 
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
   template <class Kernel, class Kv, int Block>
-  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
-    const Config& c = step.config;
-    const int T = step.batch.n_tokens, d = c.head_dim;
-    const Product projections[] = {product(w.q_proj, step.h, T, q_.data()), product(w.k_proj, step.h, T, k_.data()),
-                                   product(w.v_proj, step.h, T, v_.data())};
-    matmul(projections, 3, step.workspace);
-    if (w.q_norm) norm(c.norm, c.norm_eps, w.q_norm, q_.data(), d, T * c.n_heads, d, q_.data(), d);
-    if (w.k_norm) norm(c.norm, c.norm_eps, w.k_norm, k_.data(), d, T * c.n_kv_heads, d, k_.data(), d);
-    const int table = c.rope[static_cast<size_t>(layer)];
-    if (table >= 0) {
-      const Angles& a = step.angles[static_cast<size_t>(table)];
-      rope(q_.data(), c.n_heads * d, T, c.n_heads, d, a.n, a.cos.data(), a.sin.data());
-      rope(k_.data(), c.n_kv_heads * d, T, c.n_kv_heads, d, a.n, a.cos.data(), a.sin.data());
-    }
-    cache.append(layer, step.batch, k_.data(), v_.data());
-    attend<Kernel>(q_.data(), cache, layer, step.batch, shape(c, layer), out_.data(), workspace);
-    step.add_product(w.o_proj, out_.data(), w.attention_post_norm);
+  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
+    project(layer, w, step);
+    cache.append(step.team, layer, step.batch, k_, v_);
+    Kernel::attend(step.team, q_, cache, layer, step.batch, shape(step.config, layer, w.sinks), out_, workspace);
+    step.add_product(w.o_proj, out_, w.attention_post_norm);
   }
 
  private:
-  static AttentionShape shape(const Config& c, int layer) {
+  static AttentionShape shape(const Config& c, int layer, const float* sinks) {
     AttentionShape s;
     s.n_heads = c.n_heads;
     s.n_kv_heads = c.n_kv_heads;
@@ -68,27 +77,62 @@ class Gqa {
     s.scale = c.attention_scale;
     s.softcap = c.attention_softcap;
     s.window = c.window[static_cast<size_t>(layer)];
+    s.sinks = sinks;
     return s;
   }
 
-  Buffer<float> q_;    // [T, n_heads, head_dim]
-  Buffer<float> k_;    // [T, n_kv_heads, head_dim]
-  Buffer<float> v_;    // [T, n_kv_heads, head_dim]
-  Buffer<float> out_;  // [T, n_heads, head_dim]
+  // x [T, width], in runs as long as the norm's weight: heads, or whole rows
+  static void norm_heads(const Step& step, const Norm& weights, int width, float* x) {
+    const Config& c = step.config;
+    const int n = weights.n;
+    if (weights) norm(step.team, c.norm, c.norm_eps, weights, x, n, step.batch.n_tokens * (width / n), n, x, n);
+  }
+
+  // q, k and v of the tokens; q and k normed and rotated.
+  void project(int layer, const Layer& w, const Step& step) {
+    const Team& team = step.team;
+    const Config& c = step.config;
+    const int T = step.batch.n_tokens, H = c.n_heads, G = c.n_kv_heads, d = c.head_dim;
+    const Product projections[] = {product(w.q_proj, step.h, T, q_), product(w.k_proj, step.h, T, k_),
+                                   product(w.v_proj, step.h, T, v_)};
+    matmul(team, projections, 3, step.workspace);
+    norm_heads(step, w.q_norm, H * d, q_);
+    norm_heads(step, w.k_norm, G * d, k_);
+    const int table = c.rope[static_cast<size_t>(layer)];
+    if (table < 0) return;
+    const Angles& a = step.angles[static_cast<size_t>(table)];
+    rope(team, q_, H * d, T, H, d, a.n, a.cos, a.sin);
+    rope(team, k_, G * d, T, G, d, a.n, a.cos, a.sin);
+  }
+
+  float* q_;    // [T, n_heads, head_dim]
+  float* k_;    // [T, n_kv_heads, head_dim]
+  float* v_;    // [T, n_kv_heads, head_dim]
+  float* out_;  // [T, n_heads, head_dim]
 };
 
 // Every query head has rows of its own (arXiv 1706.03762): n_kv_heads = n_heads.
 class Mha : public Gqa {
  public:
-  static constexpr Variant variant = Variant::mha;
+  static constexpr const char* name = "mha";
   using Gqa::Gqa;
+  template <class Fields>
+  static void read(Fields& f, Config& c) {
+    Gqa::read(f, c);
+    f.require(c.n_kv_heads == c.n_heads, "n_kv_heads", "n_heads for mha");
+  }
 };
 
 // All query heads share one head's rows (arXiv 1911.02150): n_kv_heads = 1.
 class Mqa : public Gqa {
  public:
-  static constexpr Variant variant = Variant::mqa;
+  static constexpr const char* name = "mqa";
   using Gqa::Gqa;
+  template <class Fields>
+  static void read(Fields& f, Config& c) {
+    Gqa::read(f, c);
+    f.require(c.n_kv_heads == 1, "n_kv_heads", "1 for mqa");
+  }
 };
 
 // The cache holds one row a token: the latent c [kv_lora_rank], normed, and a rotated key [qk_rope_head_dim] that all
@@ -98,65 +142,87 @@ class Mqa : public Gqa {
 //             W_UV is applied to the result. Decode: no row is ever expanded.
 //   expanded  K = W_UK c and V = W_UV c are rebuilt for every head, a split of the context at a time, and attention
 //             runs on H heads of width nope + p. Long prompts: a row is expanded once for all the prompt's queries.
-//             The rows of the whole context never exist together, which the naive kernel would need: this form runs
-//             on flash attention, also where the build's kernel, which the absorbed form takes, is naive.
+//             The rows of the whole context never exist together, which the naive kernel would need: it has the
+//             absorbed form alone.
 class Mla {
  public:
-  static constexpr Variant variant = Variant::mla;
+  static constexpr const char* name = "mla";
+
+  template <class Fields>
+  static void read(Fields& f, Config& c) {
+    f.integer("q_lora_rank", c.q_lora_rank, 0, MAX_WIDTH);
+    f.integer("kv_lora_rank", c.kv_lora_rank, 1, MAX_WIDTH);
+    f.integer("qk_nope_head_dim", c.qk_nope_head_dim, 1, MAX_WIDTH);
+    f.integer("qk_rope_head_dim", c.qk_rope_head_dim, 1, MAX_WIDTH);
+    f.integer("v_head_dim", c.v_head_dim, 1, MAX_WIDTH);
+    f.fits("n_heads x (qk_nope_head_dim + qk_rope_head_dim)", c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim);
+    f.fits("n_heads x (kv_lora_rank + qk_rope_head_dim)", c.n_heads, c.kv_lora_rank + c.qk_rope_head_dim);
+    f.fits("n_heads x v_head_dim", c.n_heads, c.v_head_dim);
+  }
+
+  template <class Tensors>
+  static void collect(Tensors& t, const std::string& at, const Config& c, Layer& l) {
+    const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
+    if (c.q_lora_rank) {
+      t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj);
+      t.norm(at + "q_a_norm", c.q_lora_rank, l.q_a_norm);
+      t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj);
+    } else {
+      t.linear(at + "q_proj", q_width, c.dim, l.q_proj);
+    }
+    t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
+    t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
+    t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk);
+    t.heads_transposed(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk_t);
+    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, l.w_uv);
+  }
+
+  static int rotated(const Config& c) { return c.qk_rope_head_dim; }
 
   static CacheShape cache_shape(const Config& c, int n_blocks, int block_size) {
     return {c.n_layers, 1, c.kv_lora_rank + c.qk_rope_head_dim, 0, n_blocks, block_size};
   }
 
-  static size_t bytes(const Config& c, const Limits& limits) {
-    const auto H = static_cast<size_t>(c.n_heads), r = static_cast<size_t>(c.kv_lora_rank);
-    const auto p = static_cast<size_t>(c.qk_rope_head_dim), v = static_cast<size_t>(c.v_head_dim);
-    const size_t q = static_cast<size_t>(c.qk_nope_head_dim) + p;
-    return sizeof(float) * (static_cast<size_t>(limits.max_tokens) *
-                                (static_cast<size_t>(c.q_lora_rank) + r + p + H * (q + r + p + r + v)) +
-                            ATTENTION_SPLIT * (r + p + H * (q + v)));
-  }
-
+  template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
-    const auto H = static_cast<size_t>(c.n_heads);
-    const int T = limits.max_tokens;
-    return std::max({H * matmul_workspace_bytes(T, std::max(c.kv_lora_rank, c.qk_nope_head_dim)),
-                     matmul_workspace_bytes(T, c.n_heads * c.v_head_dim), matmul_workspace_bytes(T, c.q_lora_rank),
-                     matmul_workspace_bytes(ATTENTION_SPLIT, c.kv_lora_rank)});
+    const size_t bytes = Kernel::workspace_bytes(absorbed(c, 0), limits);
+    return Kernel::takes_rows ? std::max(bytes, Kernel::workspace_bytes(expanded(c, 0), limits)) : bytes;
   }
 
-  static size_t attention_bytes(const Config& c, const Limits& limits, int n_threads) {
-    return std::max(AttentionWorkspace::bytes(absorbed(c, 0), limits.max_tokens, limits.context, n_threads),
-                    AttentionWorkspace::bytes(expanded(c, 0), limits.max_tokens, limits.context, n_threads));
+  Mla(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits) : form_(limits.mla_form) {
+    const int T = limits.max_tokens, H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank;
+    const int p = c.qk_rope_head_dim, v = c.v_head_dim;
+    q_a_ = arena.take<float>(area(T, c.q_lora_rank));
+    q_ = arena.take<float>(area(T, H * (nope + p)));
+    kv_ = arena.take<float>(area(T, r + p));
+    q_latent_ = arena.take<float>(area(T, H * (r + p)));
+    out_latent_ = arena.take<float>(area(T, H * r));
+    out_ = arena.take<float>(area(T, H * v));
+    rows_ = arena.take<float>(area(ATTENTION_SPLIT, r + p));
+    k_ = arena.take<float>(area(ATTENTION_SPLIT, H * (nope + p)));
+    v_ = arena.take<float>(area(ATTENTION_SPLIT, H * v));
+    for (const int width : {c.dim, c.q_lora_rank, H * v}) workspace.plan(matmul_workspace_bytes(T, width));
+    for (const int width : {nope, r}) workspace.plan(matmul_workspace_bytes(T * H, width));
+    workspace.plan(matmul_workspace_bytes(ATTENTION_SPLIT, r));
   }
-
-  Mla(const Config& c, const Limits& limits)
-      : form_(limits.mla_form),
-        q_a_(area(limits.max_tokens, c.q_lora_rank)),
-        q_(area(limits.max_tokens, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))),
-        kv_(area(limits.max_tokens, c.kv_lora_rank + c.qk_rope_head_dim)),
-        q_latent_(area(limits.max_tokens, c.n_heads * (c.kv_lora_rank + c.qk_rope_head_dim))),
-        out_latent_(area(limits.max_tokens, c.n_heads * c.kv_lora_rank)),
-        out_(area(limits.max_tokens, c.n_heads * c.v_head_dim)),
-        rows_(area(ATTENTION_SPLIT, c.kv_lora_rank + c.qk_rope_head_dim)),
-        k_(area(ATTENTION_SPLIT, c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim))),
-        v_(area(ATTENTION_SPLIT, c.n_heads * c.v_head_dim)),
-        products_(2 * static_cast<size_t>(c.n_heads)) {}
 
   template <class Kernel, class Kv, int Block>
-  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
+  void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     project(layer, w, step);
-    cache.append(layer, step.batch, kv_.data(), nullptr);
-    for (int s = 0, end = 0; s < step.batch.n_sequences; s = end) {
+    cache.append(step.team, layer, step.batch, kv_, nullptr);
+    for (int s = 0, end = 0; s < step.host.n_sequences; s = end) {
       end = s + 1;
-      if (expands(step, s)) {
-        attend_expanded(layer, w, step, s, cache, workspace);
-        continue;
+      if constexpr (Kernel::takes_rows) {
+        if (expands(step, s)) {
+          attend_expanded<Kernel>(layer, w, step, s, cache, workspace);
+          continue;
+        }
       }
-      while (end < step.batch.n_sequences && !expands(step, end)) end++;
+      while (end < step.host.n_sequences && !(Kernel::takes_rows && expands(step, end))) end++;
       attend_absorbed<Kernel>(layer, w, step, s, end, cache, workspace);
     }
-    step.add_product(w.o_proj, out_.data(), w.attention_post_norm);
+    step.add_product(w.o_proj, out_, w.attention_post_norm);
   }
 
  private:
@@ -187,7 +253,7 @@ class Mla {
   bool expands(const Step& step, int s) const {
     if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
     const Config& c = step.config;
-    const double t = step.batch.query_start[s + 1] - step.batch.query_start[s], n = step.batch.context_len[s];
+    const double t = step.host.query_start[s + 1] - step.host.query_start[s], n = step.host.context_len[s];
     const double r = c.kv_lora_rank, p = c.qk_rope_head_dim, nope = c.qk_nope_head_dim, v = c.v_head_dim;
     const double pairs = t * (n - t / 2), carry = nope * r + r * v;
     return n * carry + pairs * (nope + p + v) < t * carry + pairs * (2 * r + p);
@@ -195,103 +261,101 @@ class Mla {
 
   // q [T, n_heads, nope + p] and kv [T, r + p], normed and rotated.
   void project(int layer, const Layer& w, const Step& step) {
+    const Team& team = step.team;
     const Config& c = step.config;
     const int T = step.batch.n_tokens, r = c.kv_lora_rank, p = c.qk_rope_head_dim, q_width = c.qk_nope_head_dim + p;
-    const Product first[] = {
-        product(w.kv_a_proj, step.h, T, kv_.data()),
-        c.q_lora_rank ? product(w.q_a_proj, step.h, T, q_a_.data()) : product(w.q_proj, step.h, T, q_.data())};
-    matmul(first, 2, step.workspace);
-    if (w.kv_a_norm) norm(c.norm, c.norm_eps, w.kv_a_norm, kv_.data(), r + p, T, r, kv_.data(), r + p);
-    if (c.q_lora_rank) {
-      const int rank = c.q_lora_rank;
-      if (w.q_a_norm) norm(c.norm, c.norm_eps, w.q_a_norm, q_a_.data(), rank, T, rank, q_a_.data(), rank);
-      const Product second = product(w.q_b_proj, q_a_.data(), T, q_.data());
-      matmul(&second, 1, step.workspace);
+    const int rank = c.q_lora_rank;
+    const Product first[] = {product(w.kv_a_proj, step.h, T, kv_),
+                             rank ? product(w.q_a_proj, step.h, T, q_a_) : product(w.q_proj, step.h, T, q_)};
+    matmul(team, first, 2, step.workspace);
+    if (w.kv_a_norm) norm(team, c.norm, c.norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
+    if (rank) {
+      if (w.q_a_norm) norm(team, c.norm, c.norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
+      const Product second = product(w.q_b_proj, q_a_, T, q_);
+      matmul(team, &second, 1, step.workspace);
     }
     const int table = c.rope[static_cast<size_t>(layer)];
     if (table < 0) return;
     const Angles& a = step.angles[static_cast<size_t>(table)];
-    rope(q_.data() + c.qk_nope_head_dim, c.n_heads * q_width, T, c.n_heads, q_width, a.n, a.cos.data(), a.sin.data());
-    rope(kv_.data() + r, r + p, T, 1, p, a.n, a.cos.data(), a.sin.data());
+    rope(team, q_ + c.qk_nope_head_dim, c.n_heads * q_width, T, c.n_heads, q_width, a.n, a.cos, a.sin);
+    rope(team, kv_ + r, r + p, T, 1, p, a.n, a.cos, a.sin);
   }
 
   // out of sequences first .. last - 1, in the absorbed form.
   template <class Kernel, class Kv, int Block>
   void attend_absorbed(int layer, const Layer& w, const Step& step, int first, int last,
-                       const KVCache<Kv, Block>& cache, AttentionWorkspace& workspace) {
+                       const KVCache<Kv, Block>& cache, const Workspace& workspace) {
+    const Team& team = step.team;
     const Config& c = step.config;
     const int H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim, v = c.v_head_dim;
-    const int start = step.batch.query_start[first], T = step.batch.query_start[last] - start;
-    const float* q = q_.data() + area(start, H * (nope + p));
-    float* q_latent = q_latent_.data() + area(start, H * (r + p));
+    const int start = step.host.query_start[first], T = step.host.query_start[last] - start;
+    const float* q = q_ + area(start, H * (nope + p));
+    float* q_latent = q_latent_ + area(start, H * (r + p));
 
-    per_head(0, w.w_uk_t, T, q, H * (nope + p), nope + p, q_latent, r + p);
-    matmul(products_.data(), H, step.workspace);
-    copy_rows(q + nope, nope + p, T * H, p, 1, q_latent + r, r + p);
+    const Product carry = per_head(w.w_uk_t, T, q, H * (nope + p), nope + p, q_latent, r + p);
+    matmul(team, &carry, 1, step.workspace);
+    copy_rows(team, q + nope, nope + p, T * H, p, 1, q_latent + r, r + p);
 
-    Batch batch = step.batch;  // its rows first .. last - 1
+    Batch batch = step.batch;  // its sequences first .. last - 1
     batch.n_sequences = last - first;
     batch.query_start += first;
     batch.context_len += first;
     batch.block_table += area(first, batch.max_blocks);
-    attend<Kernel>(q_latent_.data(), cache, layer, batch, absorbed(c, layer), out_latent_.data(), workspace);
+    Kernel::attend(team, q_latent_, cache, layer, batch, absorbed(c, layer), out_latent_, workspace);
 
-    per_head(0, w.w_uv, T, out_latent_.data() + area(start, H * r), H * r, r, out_.data() + area(start, H * v), v);
-    matmul(products_.data(), H, step.workspace);
+    const Product back = per_head(w.w_uv, T, out_latent_ + area(start, H * r), H * r, r, out_ + area(start, H * v), v);
+    matmul(team, &back, 1, step.workspace);
   }
 
   // out of sequence s, in the expanded form.
-  template <class Kv, int Block>
+  template <class Kernel, class Kv, int Block>
   void attend_expanded(int layer, const Layer& w, const Step& step, int s, const KVCache<Kv, Block>& cache,
-                       AttentionWorkspace& workspace) {
+                       const Workspace& workspace) {
+    const Team& team = step.team;
     const Config& c = step.config;
     const int H = c.n_heads, nope = c.qk_nope_head_dim, r = c.kv_lora_rank, p = c.qk_rope_head_dim, v = c.v_head_dim;
     const AttentionShape shape = expanded(c, layer);
     // What lies behind the window of its first query may have been given back.
-    const int first_query = step.batch.positions[step.batch.query_start[s]];
+    const int first_query = step.host.positions[step.host.query_start[s]];
     const int seen = shape.window > 0 ? std::max(0, first_query - shape.window + 1) : 0;
-    attend_begin(step.batch, s, shape, out_.data(), workspace);
-    for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < step.batch.context_len[s];
-         split += ATTENTION_SPLIT) {
-      const int rows = std::min(ATTENTION_SPLIT, step.batch.context_len[s] - split);
-      const int unseen = std::max(0, seen - split), n = rows - unseen;
-      float* k = k_.data() + area(unseen, H * (nope + p));
-      cache.read_k(layer, step.batch, s, split + unseen, n, rows_.data());
-      per_head(0, w.w_uk, n, rows_.data(), r + p, 0, k, nope + p);
-      per_head(H, w.w_uv, n, rows_.data(), r + p, 0, v_.data() + area(unseen, H * v), v);
-      matmul(products_.data(), 2 * H, step.workspace);
-      copy_rows(rows_.data() + r, r + p, n, p, H, k + nope, nope + p);
-      attend_rows(q_.data(), {k_.data(), v_.data(), split, rows}, step.batch, s, shape, out_.data(), workspace);
+    const int context = step.host.context_len[s];
+    Kernel::begin(team, step.batch, s, shape, out_, workspace);
+    for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
+      const int rows = std::min(ATTENTION_SPLIT, context - split), unseen = std::max(0, seen - split);
+      const int n = rows - unseen;
+      float* k = k_ + area(unseen, H * (nope + p));
+      cache.read_k(team, layer, step.batch, s, split + unseen, n, rows_);
+      const Product expand[] = {per_head(w.w_uk, n, rows_, r + p, 0, k, nope + p),
+                                per_head(w.w_uv, n, rows_, r + p, 0, v_ + area(unseen, H * v), v)};
+      matmul(team, expand, 2, step.workspace);
+      copy_rows(team, rows_ + r, r + p, n, p, H, k + nope, nope + p);
+      Kernel::attend_rows(team, q_, {k_, v_, split, rows}, step.batch, s, shape, out_, workspace);
     }
-    attend_end(step.batch, s, shape, out_.data(), workspace);
+    Kernel::end(team, step.batch, s, shape, out_, workspace);
   }
 
-  // products_[at + h]: head h of y [rows, n_heads, y_width] = matrices[h] times x, whose rows are x_stride apart and
-  // whose heads x_width (0: all heads read the same).
-  void per_head(int at, const std::vector<Matrix>& matrices, int rows, const float* x, int x_stride, int x_width,
-                float* y, int y_width) {
-    const int H = static_cast<int>(matrices.size());
-#pragma omp for schedule(static)
-    for (int h = 0; h < H; h++) {
-      Product& product = products_[static_cast<size_t>(at + h)];
-      product.weight = &matrices[static_cast<size_t>(h)];
-      product.x = x + h * x_width;
-      product.x_rows = product.rows = rows;
-      product.x_stride = x_stride;
-      product.y = y + h * y_width;
-      product.y_stride = H * y_width;
-    }
+  // Head h of y [rows, n_heads, y_width] = group h of the weight times x, whose rows are x_stride apart and whose heads
+  // x_width (0: all heads read the same).
+  static Product per_head(const Linear& linear, int rows, const float* x, int x_stride, int x_width, float* y,
+                          int y_width) {
+    Product p = product(linear, x, rows, y);
+    p.x_stride = x_stride;
+    p.x_group = x_width;
+    p.y_stride = linear.weight.groups * y_width;
+    p.y_group = y_width;
+    return p;
   }
 
   MlaForm form_;
-  Buffer<float> q_a_;              // [T, q_lora_rank]
-  Buffer<float> q_;                // [T, n_heads, nope + p]
-  Buffer<float> kv_;               // [T, r + p]
-  Buffer<float> q_latent_;         // [T, n_heads, r + p]
-  Buffer<float> out_latent_;       // [T, n_heads, r]
-  Buffer<float> out_;              // [T, n_heads, v_head_dim]
-  Buffer<float> rows_;             // [ATTENTION_SPLIT, r + p] latents out of the cache
-  Buffer<float> k_;                // [ATTENTION_SPLIT, n_heads, nope + p]
-  Buffer<float> v_;                // [ATTENTION_SPLIT, n_heads, v_head_dim]
-  std::vector<Product> products_;  // [2 n_heads]
+  float* q_a_;         // [T, q_lora_rank]
+  float* q_;           // [T, n_heads, nope + p]
+  float* kv_;          // [T, r + p]
+  float* q_latent_;    // [T, n_heads, r + p]
+  float* out_latent_;  // [T, n_heads, r]
+  float* out_;         // [T, n_heads, v_head_dim]
+  float* rows_;        // [ATTENTION_SPLIT, r + p] latents out of the cache
+  float* k_;           // [ATTENTION_SPLIT, n_heads, nope + p]
+  float* v_;           // [ATTENTION_SPLIT, n_heads, v_head_dim]
 };
+
+using Variants = std::tuple<Mha, Mqa, Gqa, Mla>;

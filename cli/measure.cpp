@@ -1,7 +1,7 @@
 // measure.cpp: perplexity, logits, speed.
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -22,9 +22,7 @@ double negative_log_probability(const float* logits, int n, int id) {
   for (; i + simd::LANES <= n; i += simd::LANES)
     sum += static_cast<double>(simd::sum(simd::exp(simd::sub(simd::load(logits + i), simd::set(largest)))));
   for (; i < n; i++) sum += std::exp(static_cast<double>(logits[i] - largest));
-  const double result = std::log(sum) - static_cast<double>(logits[id] - largest);
-  if (!std::isfinite(result)) fail("the logits are not finite numbers: the model file or its arithmetic is broken");
-  return result;
+  return std::log(sum) - static_cast<double>(logits[id] - largest);
 }
 
 // Sum of n floats (a multiple of 4 registers): four chains of additions, so that memory and not the adder is the limit.
@@ -36,20 +34,26 @@ float sum_of(const float* x, size_t n) {
 }
 
 // Bytes a second that the threads read together from memory that no cache holds.
-double read_bandwidth(int threads) {
-  constexpr size_t PIECE = size_t{1} << 16, PIECES = 2048;  // 512 MB
+double read_bandwidth(Threads& threads) {
+  constexpr size_t PIECE = size_t{1} << 16;
+  constexpr int PIECES = 2048;  // 512 MB
   Buffer<float> data(PIECE * PIECES);
-  float sum = 0;
+  const auto piece = [&](int i) { return data.data() + static_cast<size_t>(i) * PIECE; };
+  threads.run(threads.most(),
+              [&](const Team& team) { team.for_each(PIECES, [&](int i) { std::fill_n(piece(i), PIECE, 1.0f); }); });
   double best = 0;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (size_t i = 0; i < PIECES; i++) std::fill_n(data.data() + i * PIECE, PIECE, 1.0f);
+  std::atomic<float> total = 0;  // the sum is used, or the loop would go
   for (int repeat = 0; repeat < 5; repeat++) {
-    const double began = omp_get_wtime();
-#pragma omp parallel for schedule(static) reduction(+ : sum) num_threads(threads)
-    for (size_t i = 0; i < PIECES; i++) sum += sum_of(data.data() + i * PIECE, PIECE);
-    best = std::max(best, static_cast<double>(data.size() * sizeof(float)) / (omp_get_wtime() - began));
+    const auto began = std::chrono::steady_clock::now();
+    threads.run(threads.most(), [&](const Team& team) {
+      float sum = 0;
+      team.for_each(PIECES, [&](int i) { sum += sum_of(piece(i), PIECE); });
+      total = total + sum;
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
+    best = std::max(best, static_cast<double>(data.size() * sizeof(float)) / seconds.count());
   }
-  return sum > 0 ? best : 0;  // the sum is used, or the loop would go
+  return total > 0 ? best : 0;
 }
 
 // One request of random tokens; what it added to the statistics.
@@ -62,6 +66,10 @@ Run run_random(Session& s, int n_prompt, int n, unsigned seed) {
   for (int i = 0; i < n_prompt; i++)
     r.prompt.push_back(static_cast<int>(generator() % static_cast<unsigned>(s.model.config.vocab_size)));
   r.n = n;
+  r.on_logits = [&s](int, int, const float* logits) { require_finite(s, logits); };
+  r.on_finish = [](const Result& result) {
+    if (result.finish == Finish::error) fail("%s", result.error.c_str());
+  };
   const Stats before = s.engine->stats();
   s.engine->submit(std::move(r));
   work(s);
@@ -165,7 +173,7 @@ void write_logits(Session& s) {
 
 void bench(Session& s) {
   const int longest = s.engine->max_request_tokens();
-  const double bandwidth = read_bandwidth(s.options.threads);
+  const double bandwidth = read_bandwidth(s.threads);
   Json::Array tests;
   std::vector<double> speeds;
   const int n_prompt = std::min(BENCH_PROMPT, longest - 1);

@@ -12,7 +12,7 @@
 #include <random>
 #include <set>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 
@@ -21,7 +21,7 @@ std::string complaint(const char* what, const std::string& value, const char* fi
 }
 
 // "512M" -> bytes. K, M and G are powers of 1024.
-size_t parse_size(const std::string& text) {
+size_t parse_size(const char* flag, const std::string& text) {
   size_t end = 0;
   double number = -1;
   try {
@@ -33,8 +33,34 @@ size_t parse_size(const std::string& text) {
   const int shift = unit.empty() ? 0 : unit == "K" ? 10 : unit == "M" ? 20 : unit == "G" ? 30 : -1;
   const double bytes = std::ldexp(number, shift);
   if (shift < 0 || !(bytes >= 1 && bytes < 0x1p60))
-    throw Usage(complaint("--kv-memory", text, "must be a size such as 512M or 1.5G"));
+    throw Usage(complaint(flag, text, "must be a size such as 512M or 1.5G"));
   return static_cast<size_t>(bytes);
+}
+
+// -e: \n \r \t \\ \" \' and \xHH as in llama.cpp.
+std::string unescape(const char* flag, const std::string& text) {
+  static const std::map<char, char> letters = {{'n', '\n'},  {'r', '\r'}, {'t', '\t'},
+                                               {'\\', '\\'}, {'"', '"'},  {'\'', '\''}};
+  std::string out;
+  for (size_t i = 0; i < text.size(); i++) {
+    if (text[i] != '\\') {
+      out += text[i];
+      continue;
+    }
+    const char letter = ++i < text.size() ? text[i] : '\0';
+    unsigned code = 0;
+    const char* digits = text.data() + std::min(i + 1, text.size());
+    const char* end = std::min(digits + 2, text.data() + text.size());
+    if (const auto found = letters.find(letter); found != letters.end()) {
+      out += found->second;
+    } else if (letter == 'x' && end - digits == 2 && std::from_chars(digits, end, code, 16).ptr == end) {
+      out += static_cast<char>(code);
+      i += 2;
+    } else {
+      throw Usage(complaint(flag, text, R"(-e knows \n \r \t \\ \" \' and \xHH)"));
+    }
+  }
+  return out;
 }
 
 void check(const Options& o) {
@@ -42,49 +68,73 @@ void check(const Options& o) {
     if (!right) throw Usage(complaint(flag, CLI::detail::to_string(value), fix));
   };
   if (const std::string wrong = problem(o.sampler); !wrong.empty()) throw Usage("--" + wrong);
-  require(o.n >= -1, "-n", o.n, "must be > 0 (0 or -1: until the context is full)");
+  require(o.n >= -2, "-n", o.n, "must be > 0 (0, -1 or -2: until the context is full)");
   require(o.samples >= 1 && o.samples <= 65536, "--samples", o.samples, "must be 1 .. 65536");
   require(o.parallel >= 1 && o.parallel <= 65536, "--parallel", o.parallel, "must be 1 .. 65536");
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
-  require(o.context >= 0, "--context", o.context, "must be > 0 (0: chosen to fit the memory)");
+  require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 
 void add_text_flags(CLI::App& app, Options& o) {
-  app.add_option("MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
+  app.add_option("-m,--model,MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
       ->required();
   app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
-  app.add_option("-f,--prompt-file", o.prompt_file, "read it from a file; -: standard input");
-  app.add_option("-n,--n-predict", o.n, "most tokens to generate; 0 or -1: until the context is full (256; chat: 0)");
+  app.add_option("-f,--prompt-file,--file", o.prompt_file, "read it from a file; -: standard input");
+  app.add_option("-n,--n-predict,--predict", o.n,
+                 "most tokens to generate; 0, -1 or -2: until the context is full (256; chat: 0)");
   app.add_option("--stop", o.stop, "end the text before this one; may be given again")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
-      ->expected(1);
+      ->expected(1)
+      ->allow_extra_args(false);  // or a text in brackets would be a list
+  app.add_flag("-e,--escape", o.escape,
+               R"(\n, \t and the like in --prompt, --system and --stop are what they stand for)");
+  app.add_flag("--special", o.special, "special tokens in the prompt's text are those tokens, not plain text");
   app.add_flag("--ignore-eos", o.ignore_eos, "go on where the model would end the text");
   app.add_flag("--tokens", o.tokens, "print tokens instead of text: ID and text, one a line");
   app.add_option("--samples", o.samples, "continue the prompt this often, seeds SEED, SEED + 1, ...");
 }
 
 void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
-  app.add_option("--temp,--temperature", s.temperature, "0: always the likeliest token")->capture_default_str();
+  app.add_option("--temp,--temperature", s.temperature, "0 or less: always the likeliest token")->capture_default_str();
   app.add_option("--top-k", s.top_k, "choose among the K likeliest; 0: all")->capture_default_str();
   app.add_option("--top-p", s.top_p, "... the fewest that reach the probability P")->capture_default_str();
   app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
-  app.add_option("-s,--seed", s.seed, "of the draws (another one each time; the report names it)")
+  app.add_option("-s,--seed", s.seed, "of the draws; -1, as without it: another one each time (the report names it)")
+      ->transform([](const std::string& text) { return text == "-1" ? std::to_string(random_seed()) : text; })
       ->check([](const std::string& text) {  // CLI11 takes what is too large for the largest
         int64_t seed = 0;
         const char* end = text.data() + text.size();
         const auto [last, error] = std::from_chars(text.data(), end, seed);
         const bool right = last == end && error == std::errc() && seed >= 0;
-        return right ? "" : text + " is no whole number from 0 to 2^63 - 1";
+        return right ? "" : text + " is no whole number from -1 to 2^63 - 1";
       });
 }
 
-void add_mode_flags(CLI::App& app, Options& o) {
-  app.add_flag("--chat", o.chat, "a conversation: each line of standard input is a turn");
+void add_template_flags(CLI::App& app, Options& o, std::string& arguments) {
+  app.add_option("--chat-template", o.chat_template, "a chat template in Jinja, instead of the model's own");
+  app.add_option("--chat-template-kwargs", arguments, "further variables of it, as JSON: {\"enable_thinking\": false}");
+}
+
+// Throws Usage.
+Json parse_template_arguments(const std::string& text) {
+  try {
+    Json arguments = parse_json(text, "--chat-template-kwargs");
+    if (!arguments.object()) throw Usage(complaint("--chat-template-kwargs", text, "must be a JSON object"));
+    return arguments;
+  } catch (const Error& e) {
+    throw Usage(e.what());
+  }
+}
+
+void add_mode_flags(CLI::App& app, Options& o, std::string& max_line) {
+  app.add_flag("--chat", o.chat,
+               R"(a conversation: each line of standard input is a turn; \ at its end: so is the next)");
   app.add_option("--system", o.system, "the system message of --chat");
   app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
+  app.add_option("--max-line", max_line, "longest line of --prompts or --chat (16M)");
   app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str();
   app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
   app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all");
@@ -93,13 +143,14 @@ void add_mode_flags(CLI::App& app, Options& o) {
 }
 
 void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
-  app.add_option("-c,--context", o.context, "most tokens of a sequence; 0: 4096, or what model and memory allow");
-  app.add_option("-b,--batch", o.batch, "tokens a step")->capture_default_str();
+  app.add_option("-c,--context,--ctx-size", o.context,
+                 "most tokens of a sequence; 0: the model's longest (what is needed, at most 4096)");
+  app.add_option("-b,--batch,--batch-size", o.batch, "tokens a step")->capture_default_str();
   app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
   app.add_option("--mla", o.mla, "absorbed or expanded: MLA in this form alone")
       ->check(CLI::IsMember({"absorbed", "expanded"}));
   app.add_option("-t,--threads", o.threads, "one a physical core")->capture_default_str();
-  app.add_option("--stats", o.stats, "write the report to this JSON file");
+  app.add_option("--stats", o.stats, "write the report to this JSON file; -: standard output");
   app.add_flag("-q,--quiet", o.quiet, "no report");
 }
 
@@ -116,9 +167,18 @@ void check_together(const CLI::App& app) {
   refuse({"--tokens", "--samples"}, modes);
   refuse({"--prompt", "--prompt-file"}, {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench"});
   refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--bench"});
+  refuse({"--special"}, {"--chat", "--bench"});
   for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{
            {"--system", "--chat"}, {"--parallel", "--prompts"}, {"--chunks", "--perplexity"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+  const auto any = [&](const Names& flags) {
+    return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
+  };
+  for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
+    if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
+  if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
+    throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
+  if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
 }
 
 // Cores that the quota of this process's cgroup pays for; infinity where there is none.
@@ -166,23 +226,32 @@ std::string problem(const SamplerOptions& s) {
                      "must be > 0 and <= 1 (1: all tokens; the likeliest alone: temperature 0)");
   if (!(s.min_p >= 0 && s.min_p <= 1))
     return complaint("min-p", text(s.min_p), "must be >= 0 and <= 1 (0: all tokens)");
-  if (!(std::isfinite(s.repeat_penalty) && s.repeat_penalty > 0))
-    return complaint("repeat-penalty", text(s.repeat_penalty), "must be a number > 0 (1: no penalty)");
+  if (!(s.repeat_penalty >= 1e-9f && s.repeat_penalty <= 1e9f))  // with it, any logit stays a number
+    return complaint("repeat-penalty", text(s.repeat_penalty), "must be a number from 1e-9 to 1e9 (1: no penalty)");
   return "";
+}
+
+uint64_t random_seed() {
+  return std::random_device()();
 }
 
 Options parse(int argc, char** argv) {
   Options o;
   o.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .seed = 0};
-  o.sampler.seed = std::random_device()();
+  o.sampler.seed = random_seed();
   o.threads = physical_cores();
-  std::string kv_memory;
+  std::string kv_memory, max_line;
 
   CLI::App app("Text from a language model.", "run");
+  app.footer(
+      "Exit codes: 0; 1: it went wrong, or a line of --prompts or a turn of --chat did (its line says why); 2: the\n"
+      "command line is wrong; 130: Ctrl-C; 141: the reader of standard output went away.");
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
   add_text_flags(app, o);
   add_sampler_flags(app, o.sampler);
-  add_mode_flags(app, o);
+  std::string template_arguments;
+  add_mode_flags(app, o, max_line);
+  add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
   try {
     app.parse(argc, argv);
@@ -201,8 +270,17 @@ Options parse(int argc, char** argv) {
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
-  if (app.count("--kv-memory") > 0) o.kv_memory = parse_size(kv_memory);
+  if (app.count("--chat-template-kwargs") > 0) o.chat_arguments = parse_template_arguments(template_arguments);
+  if (app.count("--kv-memory") > 0) o.kv_memory = parse_size("--kv-memory", kv_memory);
+  if (app.count("--max-line") > 0) o.max_line = parse_size("--max-line", max_line);
+  o.model_context = app.count("--context") > 0 && o.context == 0;
+  if (o.sampler.temperature < 0) o.sampler.temperature = 0;
   check(o);
+  if (o.escape) {
+    o.prompt = unescape("--prompt", o.prompt);
+    o.system = unescape("--system", o.system);
+    for (std::string& stop : o.stop) stop = unescape("--stop", stop);
+  }
   o.n = std::max(0, o.n);
   return o;
 }

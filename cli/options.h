@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "host/json.h"
 #include "host/sampler.h"
 
 struct Options {
@@ -17,19 +18,23 @@ struct Options {
   std::string prompt, prompt_file;
   bool has_prompt = false;
   std::string system;
+  std::string chat_template;  // a file; empty: the model's own
+  Json chat_arguments;        // further variables of the template: an object, or null
   std::vector<std::string> stop;
-  bool ignore_eos = false;
+  bool ignore_eos = false, special = false, escape = false;
   SamplerOptions sampler;
   int n = 0;  // most tokens to generate; 0: until the context is full
   bool has_n = false;
   int samples = 1, parallel = 1;
-  int chunks = 0;  // of --perplexity; 0: all
+  size_t max_line = size_t{16} << 20;  // bytes
+  int chunks = 0;                      // of --perplexity; 0: all
 
-  int context = 0;       // 0: chosen by plan()
-  size_t kv_memory = 0;  // bytes; 0: chosen by plan()
-  int batch = 512;       // tokens a step
-  std::string mla;       // "absorbed" or "expanded" forces that form
-  int threads = 0;       // default: one a physical core that affinity and the cgroup's quota allow
+  int context = 0;             // 0: chosen by plan()
+  bool model_context = false;  // the model's longest
+  size_t kv_memory = 0;        // bytes; 0: chosen by plan()
+  int batch = 512;             // tokens a step
+  std::string mla;             // "absorbed" or "expanded" forces that form
+  int threads = 0;             // default: one a physical core that affinity and the cgroup's quota allow
   std::string stats;
   bool quiet = false;
 };
@@ -41,6 +46,8 @@ struct Usage : std::runtime_error {
 
 // What is wrong with them: "top-p 0: must be ..."; empty: nothing.
 std::string problem(const SamplerOptions& s);
+
+uint64_t random_seed();
 
 // Throws Usage with one line. After --help, which is printed, the model is empty.
 Options parse(int argc, char** argv);

@@ -22,6 +22,11 @@ uint64_t LogitsHash::value() const {
   return hash;
 }
 
+void HashOfAll::add(uint64_t hash) {
+  if (n_++ == 0) first_ = hash;
+  folded_ = (folded_ ^ hash) * 0x100000001b3u;
+}
+
 double tokens_read(const Config& config, int context) {
   double read = 0;
   for (const int window : config.window) read += window > 0 ? std::min(window, context) : context;
@@ -29,19 +34,28 @@ double tokens_read(const Config& config, int context) {
 }
 
 void Measured::use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits) {
-  if (sequence >= hashes.size()) hashes.resize(sequence + 1);
-  hashes[sequence].add(logits, config.vocab_size);
+  open[sequence].add(logits, config.vocab_size);
   logit_rows++;
   if (!generated) return;
   context_seen += position + 1;
   context_read += tokens_read(config, position + 1);
 }
 
+uint64_t Measured::hash_of(size_t sequence) const {
+  const auto found = open.find(sequence);
+  return found == open.end() ? LogitsHash().value() : found->second.value();
+}
+
+void Measured::close(size_t sequence) {
+  if (!open.count(sequence)) return;
+  closed.add(hash_of(sequence));
+  open.erase(sequence);
+}
+
 uint64_t logits_hash(const Measured& measured) {
-  if (measured.hashes.size() == 1) return measured.hashes[0].value();
-  uint64_t all = 0;
-  for (const LogitsHash& hash : measured.hashes) all = (all ^ hash.value()) * 0x100000001b3u;
-  return all;
+  HashOfAll all = measured.closed;
+  for (const auto& [sequence, hash] : measured.open) all.add(hash.value());
+  return all.value();
 }
 
 double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& measured) {
@@ -76,13 +90,10 @@ double total_tokens_per_second(const Stats& s) {
 
 void print_setup(const Model& model, const Setup& s) {
   const Limits& l = s.limits;
-  std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), name(model.config.attention),
+  std::fprintf(stderr, "model    %s: %s, %.1fM parameters: %s\n", model.path.c_str(), model.config.attention.c_str(),
                model.n_parameters / 1e6, model.types.c_str());
-  const bool flash_too = model.config.attention == Variant::mla && l.mla_form != MlaForm::absorbed &&
-                         std::string_view(s.kernel) == "naive";
-  std::fprintf(stderr, "run      %s cache, %s kernel%s, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
-               s.kernel, flash_too ? " (flash where MLA is expanded)" : "", s.kv, s.device, kernel_level(), s.threads,
-               s.seed);
+  std::fprintf(stderr, "run      %s cache, %s kernel, KV %s, %s (%s), %d threads, seed %" PRIu64 "\n", s.cache,
+               s.kernel, s.kv, s.device, kernel_level(), s.threads, s.seed);
   std::fprintf(stderr, "KV       %zu bytes a token; %d x %d tokens: %.1f MB\n", s.kv_bytes_per_token, l.n_blocks,
                s.block_size, mb(s.kv_bytes));
   std::fprintf(stderr, "memory   %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
@@ -106,8 +117,8 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
                " preempted; first token %.0f ms "
                "(p99 %.0f), between tokens %.1f ms (p99 %.1f)\n",
                s.generated_tokens, total_tokens_per_second(s), s.peak_sequences, s.preemptions,
-               percentile(s.first_token, 0.5) * 1e3, percentile(s.first_token, 0.99) * 1e3,
-               percentile(s.between_tokens, 0.5) * 1e3, percentile(s.between_tokens, 0.99) * 1e3);
+               s.first_token.percentile(0.5) * 1e3, s.first_token.percentile(0.99) * 1e3,
+               s.between_tokens.percentile(0.5) * 1e3, s.between_tokens.percentile(0.99) * 1e3);
   std::fprintf(stderr,
                "blocks   %d used at most, of %d; %d shared at most, %" PRId64 " copied, %" PRId64
                " evicted, waste %.1f %%\n",
@@ -119,7 +130,7 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
   char hash[17];
   std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
   Json::Object j = {{"model", model.path},
-                    {"attention", name(model.config.attention)},
+                    {"attention", model.config.attention},
                     {"cache", setup.cache},
                     {"kernel", setup.kernel},
                     {"kv", setup.kv},
@@ -159,10 +170,10 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
                     {"copied_blocks", s.copies},
                     {"evicted_blocks", s.evicted},
                     {"waste", s.waste},
-                    {"first_token_p50", percentile(s.first_token, 0.5)},
-                    {"first_token_p99", percentile(s.first_token, 0.99)},
-                    {"between_tokens_p50", percentile(s.between_tokens, 0.5)},
-                    {"between_tokens_p99", percentile(s.between_tokens, 0.99)}};
+                    {"first_token_p50", s.first_token.percentile(0.5)},
+                    {"first_token_p99", s.first_token.percentile(0.99)},
+                    {"between_tokens_p50", s.between_tokens.percentile(0.5)},
+                    {"between_tokens_p99", s.between_tokens.percentile(0.99)}};
   if (m.perplexity) j.emplace_back("perplexity", *m.perplexity);
   return Json(j).text(true) + "\n";
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,13 +34,25 @@ class LogitsHash {
   uint64_t streams_[STREAMS] = {OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET, OFFSET};
 };
 
+// Of one sequence its own hash, of several theirs, in order, folded into one.
+class HashOfAll {
+ public:
+  void add(uint64_t hash);
+  uint64_t value() const { return n_ == 1 ? first_ : folded_; }
+
+ private:
+  uint64_t first_ = 0, folded_ = 0;
+  int64_t n_ = 0;
+};
+
 // Tokens whose rows a layer reads for one at the end of this context, the mean of the layers: windows hide some.
 double tokens_read(const Config& config, int context);
 
 // What came of it.
 struct Measured {
   Stats stats;
-  std::vector<LogitsHash> hashes;  // of the logits used, one for each sequence
+  HashOfAll closed;                   // of the logits used
+  std::map<size_t, LogitsHash> open;  // ... by the sequences that may go on, or wait for one before them
   int64_t logit_rows = 0;
   // Sums over the generated tokens: of the context, and of tokens_read.
   double context_seen = 0, context_read = 0;
@@ -48,6 +61,8 @@ struct Measured {
 
   // The logits [vocab_size] of a sequence at this position were used; generated: not the prompt's.
   void use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits);
+  uint64_t hash_of(size_t sequence) const;  // of one that is open
+  void close(size_t sequence);              // it has ended; to be called in the order of the sequences
 };
 
 uint64_t logits_hash(const Measured& measured);

@@ -1,15 +1,12 @@
 // session.cpp: what every mode of run works with.
 #include "cli/session.h"
 
-#include <fcntl.h>
-#include <poll.h>
-#include <signal.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
@@ -19,7 +16,15 @@ namespace {
 constexpr int DEFAULT_N = 256, DEFAULT_CONTEXT = 4096, PERPLEXITY_CONTEXT = 512;
 
 const auto start = std::chrono::steady_clock::now();
-volatile sig_atomic_t interrupt_came = 0;
+
+// At a terminal, with editing; until Ctrl-D.
+std::string typed_text() {
+  Editor editor;
+  std::fputs("the prompt, ended by Ctrl-D:\n", stderr);
+  std::string text, line;
+  for (bool first = true; editor.read("", line); first = false) text += (first ? "" : "\n") + line;
+  return text;
+}
 
 std::string read_all(const std::string& path) {
   FILE* file = path == "-" ? stdin : std::fopen(path.c_str(), "rb");
@@ -43,29 +48,14 @@ std::string read_text(const std::string& path) {
 
 }  // namespace
 
-void catch_interrupt() {
-  struct sigaction action = {};
-  action.sa_handler = [](int) { interrupt_came = 1; };
-  action.sa_flags = static_cast<int>(SA_RESETHAND);  // and no SA_RESTART: a read that waits ends
-  sigaction(SIGINT, &action, nullptr);
-  signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write
-}
-
-bool interrupted() {
-  return interrupt_came != 0;
-}
-
-void print(std::string_view text) {
-  if (text.empty()) return;
-  if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
-  if (errno == EPIPE) throw ClosedPipe{};
-  fail("cannot write to standard output: %s", std::strerror(errno));
-}
-
-// Bytes that are no UTF-8 leave the stream as something else than they entered.
-void require_utf8(const std::string& text, const std::string& what) {
+std::string valid_utf8(const std::string& text) {
   Utf8Stream stream;
-  const std::string valid = stream.push(text) + stream.finish();
+  const std::string valid = stream.push(text);
+  return valid + stream.finish();
+}
+
+void require_utf8(const std::string& text, const std::string& what) {
+  const std::string valid = valid_utf8(text);
   if (text == valid) return;
   const auto differs = std::mismatch(text.begin(), text.end(), valid.begin(), valid.end()).first - text.begin();
   const size_t at = std::min(static_cast<size_t>(differs), text.size() - 1);
@@ -73,64 +63,33 @@ void require_utf8(const std::string& text, const std::string& what) {
        static_cast<unsigned>(static_cast<unsigned char>(text[at])), at);
 }
 
+std::string looks_special(const Tokenizer& tokenizer, const std::string& text) {
+  const std::vector<int> plain = tokenizer.encode(text, false, false);
+  for (const int id : tokenizer.encode(text, true, false))
+    if (tokenizer.bytes(id).empty() && std::find(plain.begin(), plain.end(), id) == plain.end())
+      return tokenizer.text(id);
+  return "";
+}
+
 // ---- The input.
-
-LineReader::~LineReader() {
-  if (fd_ > 0) close(fd_);
-}
-
-void LineReader::open(const std::string& path) {
-  if (path == "-") return;
-  name_ = path;
-  fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat info = {};
-  if (fd_ < 0 || fstat(fd_, &info) != 0) fail("cannot read %s: %s", path.c_str(), std::strerror(errno));
-  if (S_ISDIR(info.st_mode)) fail("cannot read %s: it is a directory", path.c_str());
-  if (S_ISREG(info.st_mode)) size_ = static_cast<size_t>(info.st_size);
-}
-
-LineReader::Got LineReader::next(std::string& line, bool wait) {
-  size_t searched = 0;
-  for (;;) {
-    if (const size_t end = held_.find('\n', searched); end != std::string::npos) return hand_out(line, end + 1);
-    if (ended_) return held_.empty() ? Got::end : hand_out(line, held_.size());
-    searched = held_.size();
-    pollfd ready = {fd_, POLLIN, 0};
-    if (poll(&ready, 1, wait ? 50 : 0) <= 0) {  // a Ctrl-C just before it would not end a poll without an end
-      if (!wait) return Got::nothing;
-      if (interrupted()) return Got::end;
-      continue;
-    }
-    char piece[65536];
-    const ssize_t n = read(fd_, piece, sizeof piece);
-    if (n < 0 && errno != EINTR) fail("cannot read %s: %s", name_.c_str(), std::strerror(errno));
-    if (n > 0) held_.append(piece, static_cast<size_t>(n));
-    ended_ = n == 0;
-  }
-}
-
-// The first `end` bytes of held_.
-LineReader::Got LineReader::hand_out(std::string& line, size_t end) {
-  line = held_.substr(0, end);
-  held_.erase(0, end);
-  handed_out_ += end;
-  number_++;
-  if (line.ends_with('\n')) line.pop_back();
-  if (line.ends_with('\r')) line.pop_back();
-  return Got::line;
-}
 
 void read_input(Session& s) {
   const Options& o = s.options;
   for (int id = 0; id < s.tokenizer.vocab_size() && !o.ignore_eos; id++)
     if (s.tokenizer.is_end_of_generation(id)) s.stop_ids.push_back(id);
-  if (o.chat && !s.tokenizer.chat().present) fail("--chat: %s", s.tokenizer.chat().refusal.c_str());
-  if (o.chat && !o.system.empty() && !s.tokenizer.chat().system_refusal.empty())
-    fail("--system: %s", s.tokenizer.chat().system_refusal.c_str());
+  require_utf8(o.system, "--system");
+  for (const std::string& stop : o.stop) require_utf8(stop, "--stop");
+  if (o.chat && !s.tokenizer.chat().refusal().empty()) fail("--chat: %s", s.tokenizer.chat().refusal().c_str());
+  if (o.chat) {  // a template that refuses the system message, or a variable, does so before anything is typed
+    std::vector<Message> opening{{Message::user, "x"}};
+    if (!o.system.empty()) opening.insert(opening.begin(), {Message::system, o.system});
+    s.tokenizer.encode_chat(opening, o.chat_arguments);
+  }
+  if (o.chat && !s.editor) s.lines.open("-", o.max_line);
   if (o.chat || o.bench) return;
   s.sequences = o.samples;
   if (!o.prompts.empty()) {
-    s.lines.open(o.prompts);
+    s.lines.open(o.prompts, o.max_line);
     s.sequences = o.parallel;
     return;
   }
@@ -140,11 +99,12 @@ void read_input(Session& s) {
     require_utf8(s.text, source);
   } else {
     const std::string path = !o.perplexity.empty() ? o.perplexity : !o.prompt_file.empty() ? o.prompt_file : "-";
-    if (path == "-" && isatty(STDIN_FILENO)) std::fputs("the prompt, ended by Ctrl-D:\n", stderr);
-    s.text = read_text(path);
+    s.text = path == "-" && isatty(STDIN_FILENO) ? typed_text() : read_text(path);
     source = path == "-" ? "standard input" : path;
   }
-  s.prompt = s.tokenizer.encode(s.text, false, true);
+  s.prompt = s.tokenizer.encode(s.text, o.special, true);
+  if (const std::string token = o.special ? "" : looks_special(s.tokenizer, s.text); !token.empty())
+    note(source + " has " + token + " as plain text; with --special it is that token");
   if (s.prompt.empty())
     fail("%s is empty, and this model has no token to begin a text with: give it some text", source.c_str());
 }
@@ -169,12 +129,25 @@ Request make_request(Session& s, std::vector<int> prompt, int n, size_t first_se
   r.n = n;
   r.sampler = s.options.sampler;
   r.stop = s.stop_ids;
+  r.on_finish = [](const Result& result) {
+    if (result.finish == Finish::error) fail("%s", result.error.c_str());
+  };
   r.on_logits = [&s, first_sequence, n_prompt = static_cast<int>(r.prompt.size())](int sample, int position,
                                                                                    const float* logits) {
+    require_finite(s, logits);
     s.measured.use_logits(s.model.config, first_sequence + static_cast<size_t>(sample), position, position >= n_prompt,
                           logits);
   };
   return r;
+}
+
+void require_finite(const Session& s, const float* logits) {
+  const int n = s.model.config.vocab_size;
+  if (std::all_of(logits, logits + n, [](float x) { return std::isfinite(x); })) return;
+  if (s.kv_overflowed())
+    fail("the logits are not finite numbers: this text has keys or values that KV %s cannot hold: make KV=bf16",
+         s.setup.kv);
+  fail("the logits are not finite numbers: the model file or its arithmetic is broken: export the model again");
 }
 
 void note_first_token(Session& s) {
@@ -222,31 +195,4 @@ size_t TextStream::longest_beginning() const {
     for (size_t n = std::min(stop.size() - 1, held_.size()); n > longest; n--)
       if (std::string_view(held_).substr(held_.size() - n) == std::string_view(stop).substr(0, n)) longest = n;
   return longest;
-}
-
-// ---- Output files.
-
-OutputFile::OutputFile(const std::string& path) : path_(path), written_path_(path) {
-  struct stat status;
-  const bool exists = stat(path.c_str(), &status) == 0;
-  if (exists && S_ISDIR(status.st_mode)) fail("cannot write %s: it is a directory", path.c_str());
-  if (!exists || S_ISREG(status.st_mode)) written_path_ += ".partial";  // a device or a pipe is written as it is
-  file_ = std::fopen(written_path_.c_str(), "wb");
-  if (!file_) fail("cannot write %s: %s", path.c_str(), std::strerror(errno));
-}
-
-OutputFile::~OutputFile() {
-  if (!file_) return;
-  std::fclose(file_);
-  if (written_path_ != path_) std::remove(written_path_.c_str());
-}
-
-void OutputFile::write(const void* data, size_t bytes) {
-  if (std::fwrite(data, 1, bytes, file_) != bytes) fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
-}
-
-void OutputFile::commit() {
-  const bool closed = std::fclose(std::exchange(file_, nullptr)) == 0;
-  if (!closed || (written_path_ != path_ && std::rename(written_path_.c_str(), path_.c_str()) != 0))
-    fail("cannot write %s: %s", path_.c_str(), std::strerror(errno));
 }

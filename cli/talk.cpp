@@ -1,6 +1,4 @@
-// talk.cpp: continue a text; a conversation.
-#include <unistd.h>
-
+// talk.cpp: continue a text.
 #include <cstdio>
 #include <optional>
 
@@ -82,46 +80,14 @@ void continue_text(Session& s) {
   Request r = make_request(s, s.prompt, tokens_to_generate(s, s.prompt.size(), s.options.has_n, s.options.n), 0);
   r.samples = s.options.samples;
   r.on_token = [&](int sample, int id) { return samples->token(sample, id); };
-  r.on_finish = [&](const Result& result) { samples->finish(result.sample); };
+  std::string error;  // of one sample; the others go on
+  r.on_finish = [&](const Result& result) {
+    if (!result.error.empty()) error = result.error;
+    samples->finish(result.sample);
+  };
   s.engine->submit(std::move(r));
   samples.emplace(s);
   work(s);
   if (!s.options.tokens) print("\n");
-}
-
-// The whole conversation is the prompt of each turn; the engine finds what is in the cache already.
-void chat(Session& s) {
-  std::vector<Message> messages;
-  if (!s.options.system.empty()) messages.push_back({Message::system, s.options.system});
-  const bool terminal = isatty(STDIN_FILENO) != 0;
-  std::string line;
-  for (;;) {
-    if (terminal) std::fputs("> ", stderr);
-    if (s.lines.next(line, true) == LineReader::Got::end) break;
-    if (line.empty()) continue;
-    require_utf8(line, "this line");
-    messages.push_back({Message::user, line});
-    s.prompt = s.tokenizer.encode_chat(messages);
-    const int room = s.room(s.prompt.size()), n = s.options.n > 0 ? std::min(s.options.n, room) : room;
-    if (room < 1)
-      fail("the conversation fills the context of %d tokens: begin a new one, or enlarge it with -c",
-           s.engine->max_request_tokens());
-    std::string answer;
-    TextStream stream(s.tokenizer, s.options.stop, [&](std::string_view text) {
-      answer += text;
-      print(text);
-    });
-    Request r = make_request(s, s.prompt, n, 0);
-    r.on_token = [&](int, int id) {
-      note_first_token(s);
-      return stream.push(id);
-    };
-    s.engine->submit(std::move(r));
-    work(s);
-    stream.finish();
-    print("\n");
-    messages.push_back({Message::assistant, answer});
-    if (interrupted()) break;
-  }
-  if (terminal) std::fputs("\n", stderr);
+  if (!error.empty()) fail("%s", error.c_str());
 }

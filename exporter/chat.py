@@ -1,114 +1,83 @@
-"""A Jinja chat template as the six strings between the contents of a conversation (ChatTemplate in tokenizer.h).
+"""The model's chat template, which NAME.tokenizer.bin carries as it is: host/chat.cpp renders it."""
 
-The template is rendered with marked contents, and what stands between the marks is kept; then a conversation of three
-turns, with and without a system message, must come out of the pieces as it does out of the template.
-"""
-
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.ext import Extension
+
+from exporter.errors import ExportError
+
+MAX_BYTES = 1 << 20
 
 
 @dataclass
 class ChatTemplate:
-    refusal: str = ""
-    system_refusal: str = ""
-    start: str = ""
-    system_start: str = ""
-    system_to_user: str = ""
-    user_to_assistant: str = ""
-    assistant_to_user: str = ""
-    generation: str = ""
-    trim_system: bool = False
-    trim_user: bool = False
-    trim_assistant: bool = False
+    """source: in Jinja; "": there is none, and refusal says why. variables: bos_token and its like, as texts."""
 
-    def render(self, messages: list[dict]) -> str:
-        """What encode_chat makes of [system] user (assistant user)*."""
-        trim = {"system": self.trim_system, "user": self.trim_user, "assistant": self.trim_assistant}
-        contents = [message["content"].strip() if trim[message["role"]] else message["content"] for message in messages]
-        out = self.start
-        if messages[0]["role"] == "system":
-            out = self.system_start + contents.pop(0) + self.system_to_user
-        for i, content in enumerate(contents):
-            out += content + (self.user_to_assistant, self.assistant_to_user)[i % 2] * (i + 1 < len(contents))
-        return out + self.generation
+    refusal: str = "the model has no chat template"
+    source: str = ""
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """For people: what --chat will find."""
+        if self.refusal:
+            return self.refusal
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(self.source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            return f"the model's chat template is no Jinja: {' '.join(str(error).split())[:200]}: give --chat-template"
+        return "the model's own template"
 
 
-class Refusal(Exception):
-    pass
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, transformers' own tag."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def take_apart(template: str | None, bos: str, eos: str) -> ChatTemplate:
-    if not template:
-        return ChatTemplate(refusal="the model has no chat template")
+def chat_template(source, variables: dict[str, str | None]) -> ChatTemplate:
+    """source: as tokenizer_config.json has it: a text, or several by name as a dict or a list of {name, template}."""
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}
+    known = {name: text for name, text in variables.items() if text is not None}
+    if isinstance(source, dict):
+        if source and "default" not in source:
+            names = ", ".join(sorted(source))[:200]
+            return ChatTemplate(f"the model's chat templates ({names}) have no default: give one with --chat-template")
+        source = source.get("default")
+    if source is None or source == "":
+        return ChatTemplate(variables=known)
+    if not isinstance(source, str) or len(source.encode("utf-8", "replace")) > MAX_BYTES:
+        raise ValueError(f"a chat template that is no text of at most {MAX_BYTES} bytes")
+    return ChatTemplate("", source, known)
+
+
+def find_template(folder: Path, settings: dict):
+    """As transformers: chat_template.jinja is the default and additional_chat_templates/NAME.jinja are others; else
+    what tokenizer_config.json holds; else chat_template.json, which older processors wrote."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: read(path) for name, path in files.items()}
+    if settings.get("chat_template") or not (folder / "chat_template.json").is_file():
+        return settings.get("chat_template")
     try:
-        render = renderer(template, bos, eos)
-        return pieces(render)
-    except (jinja2.TemplateError, TypeError, ValueError, Refusal) as error:
-        line = " ".join(str(error).split())
-        return ChatTemplate(refusal=f"the model's chat template cannot be taken apart: {line}")
+        return json.loads(read(folder / "chat_template.json"))["chat_template"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ExportError(
+            f"{folder / 'chat_template.json'}: no JSON object with chat_template ({error!r}): fetch it again"
+        ) from error
 
 
-def renderer(template: str, bos: str, eos: str):
-    """As transformers renders. strftime_now is not defined: a template with a date in it takes its own default."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = raise_exception
-    compiled = environment.from_string(template)
-    return lambda messages: compiled.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
-
-
-def conversation(*contents: str, system: str | None = None) -> list[dict]:
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return first + [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def between(text: str, *marks: str) -> list[str]:
-    parts, rest = [], text
-    for mark in marks:
-        before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            raise Refusal(f"a message appears {'twice' if found else 'nowhere or out of its order'} in what it makes")
-        parts.append(before)
-    return [*parts, rest]
-
-
-SYSTEM, USER, ASSISTANT, AGAIN = "Qsystemq", "Quserq", "Qassistantq", "Qagainq"
-TURNS = ("Quserq one", "Qassistantq\n\ntwo", "Q three", "Q\nfour", "Q {five}")
-
-
-def pieces(render) -> ChatTemplate:
-    chat = ChatTemplate()
-    chat.start, chat.user_to_assistant, chat.assistant_to_user, chat.generation = between(
-        render(conversation(USER, ASSISTANT, AGAIN)), USER, ASSISTANT, AGAIN
-    )
-    chat.trim_user = trims(render, conversation(USER), 0)
-    chat.trim_assistant = trims(render, conversation(USER, ASSISTANT, AGAIN), 1)
-    check(render, chat, conversation(*TURNS[:1]))
-    check(render, chat, conversation(*TURNS))
-    try:
-        chat.system_start, chat.system_to_user, _ = between(render(conversation(USER, system=SYSTEM)), SYSTEM, USER)
-        chat.trim_system = trims(render, conversation(USER, system=SYSTEM), 0)
-        check(render, chat, conversation(*TURNS[:1], system=SYSTEM))
-        check(render, chat, conversation(*TURNS, system=SYSTEM))
-    except (jinja2.TemplateError, Refusal) as error:
-        chat.system_refusal = f"the model's chat template takes no system message: {' '.join(str(error).split())}"
-    return chat
-
-
-def trims(render, messages: list[dict], index: int) -> bool:
-    content = messages[index]["content"]
-    messages[index] = {**messages[index], "content": f" \n{content}\n "}
-    return f" \n{content}\n " not in render(messages)
-
-
-def check(render, chat: ChatTemplate, messages: list[dict]) -> None:
-    if render(messages) != chat.render(messages):
-        raise Refusal("what it makes of a message depends on its place in the conversation or on its text")
+def read(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise ExportError(f"{path}: larger than {MAX_BYTES} bytes: no chat template is")
+    with path.open(encoding="utf-8", newline="") as file:
+        return file.read()

@@ -6,10 +6,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.rope import yarn_mscale
 from exporter.source import Source, map_file
-from exporter.weights import GROUP, Tensor, Weight, size
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -40,6 +40,10 @@ GGUF_KEYS = {
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "attention.q_lora_rank": "q_lora_rank",
@@ -56,6 +60,8 @@ GGUF_KEYS = {
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
     "leading_dense_block_count": "first_k_dense_replace",
+    "attention.causal": "is_causal",
+    "use_parallel_residual": "use_parallel_residual",
 }
 GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
 
@@ -98,7 +104,7 @@ class GgufHeader:
         name, dims = self.string(), self.scalar("I")
         if dims > 4:
             raise ValueError(f"tensor {name} of {dims} dimensions")
-        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1]  # GGUF lists the innermost first
+        shape = tuple(self.scalar("Q") for _ in range(dims))[::-1] or (1,)  # GGUF lists the innermost first
         return name, self.scalar("I"), shape, self.scalar("Q")
 
 
@@ -114,15 +120,19 @@ def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
         n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
         for _ in range(n_keys):
             key = header.string()
+            if key in source.metadata:
+                raise ExportError(f"{path}: the key {shown(key)} is there twice: convert it again")
             source.metadata[key] = header.value(header.scalar("I"))
         tensors = [header.tensor() for _ in range(n_tensors)]
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
+    except (struct.error, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path}: its header is truncated or damaged at byte {header.at}: fetch it again") from error
     align = source.metadata.get("general.alignment", 32)
-    if not isinstance(align, int) or align <= 0:
-        raise ExportError(f"{path}: general.alignment is {align}, it must be a positive integer: fetch it again")
+    if type(align) is not int or align <= 0:
+        raise ExportError(f"{path}: general.alignment is {shown(align)}, it must be a positive integer: fetch it again")
     start = -(-header.at // align) * align
     for name, kind, shape, offset in tensors:
+        if name in source.tensors:
+            raise ExportError(f"{path}: tensor {name} is there twice: convert the file again")
         source.tensors[name] = gguf_tensor(path, data, name, kind, shape, start + offset)
     source.config = gguf_config(source)
     return source
@@ -132,20 +142,29 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
     try:
         kind = gguf.GGMLQuantizationType(kind)
         blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError) as error:
-        raise ExportError(f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it") from error
-    k = 1 if len(shape) == 1 else shape[-1]
+    except (ValueError, KeyError):
+        return unreadable(shape, f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it")
+    k = shape[-1] if len(shape) > 1 else 1
     n = size(shape) // k if k else 0
     row_bytes = k * block_bytes // blocks
-    if n <= 0 or k % blocks or offset + n * row_bytes > len(data):
+    if n <= 0 or k % blocks:
+        raise ExportError(
+            f"{path}: tensor {name} {list(shape)} cannot be of {kind.name}: its rows are whole blocks of {blocks}: "
+            "convert it again"
+        )
+    if offset + n * row_bytes > len(data):
         raise ExportError(
             f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
             f"({len(data)} bytes): it is truncated: fetch it again"
         )
+    if kind.name not in GGUF_TYPES and not dequantizes(kind, block_bytes):
+        known = "Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, F16, BF16 or F32"
+        return unreadable(shape, f"{path}: tensor {name} has type {kind.name}, not one for weights: convert to {known}")
     rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
     if kind.name in GGUF_TYPES:
         type, unpack = GGUF_TYPES[kind.name]
-        return Tensor(shape, type, lambda index: unpack(rows[index]))
+        note = kind.name if kind.name == "MXFP4" else ""
+        return Tensor(shape, type, lambda index: unpack(rows[index]), note=note)
     return Tensor(
         shape,
         "f32",
@@ -153,6 +172,15 @@ def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple
         keep="q8" if k % GROUP == 0 else "f16",
         note=kind.name,
     )
+
+
+def dequantizes(kind: gguf.GGMLQuantizationType, block_bytes: int) -> bool:
+    """Whether the gguf package can: it lists types (of activations, of integers) that it has no code for."""
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def float_rows(dtype: str, type: str):
@@ -196,7 +224,14 @@ def q5_0(rows: np.ndarray) -> Weight:
     return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
 
 
-GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss
+def mxfp4_blocks(rows: np.ndarray) -> Weight:
+    blocks = blocks_of(rows, [("e", "u1"), ("q", "u1", GROUP // 2)])
+    codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
+    return mxfp4(codes.reshape(len(rows), -1), blocks["e"])
+
+
+GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss (F64: to the nearest float32)
+    "F64": ("f32", lambda rows: Weight("f32", rows.view("<f8").astype(np.float32))),
     "F32": ("f32", float_rows("<f4", "f32")),
     "F16": ("f16", float_rows("<f2", "f16")),
     "BF16": ("bf16", float_rows("<u2", "bf16")),
@@ -204,19 +239,31 @@ GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without lo
     "Q5_0": ("q8", q5_0),
     "Q4_0": ("q4", q4_0),
     "Q4_1": ("q4", q4_1),
+    "MXFP4": ("q8", mxfp4_blocks),
 }
 
 
-MODEL_TYPES = {"gemma3": "gemma3_text", "starcoder": "gpt_bigcode", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
+MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "starcoder": "gpt_bigcode",
+    "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v2",
+    "chatglm": "glm",
+    "gpt-oss": "gpt_oss",
+}
+# llama.cpp has no query_pre_attn_scalar: it is head_dim, but in the 27B, known by its layers, hidden_size / heads.
+GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 def gguf_config(source: Source) -> dict:
     """The metadata under Hugging Face's names; an unknown key keeps its own, and is refused later."""
     architecture, parts = source.metadata.get("general.architecture"), source.metadata.get("split.count", 0)
     if not isinstance(architecture, str):
-        raise ExportError(f"{source.path}: general.architecture is {architecture!r}: must be a name: fetch it again")
+        raise ExportError(
+            f"{source.path}: general.architecture is {shown(architecture)}: must be a name: fetch it again"
+        )
     if parts not in (0, 1):
-        raise ExportError(f"{source.path}: split.count is {parts}: join the parts with llama-gguf-split --merge")
+        raise ExportError(f"{source.path}: split.count is {shown(parts)}: join the parts with llama-gguf-split --merge")
     config = {"model_type": MODEL_TYPES.get(architecture, architecture)}
     for key, value in source.metadata.items():
         prefix, _, name = key.partition(".")
@@ -226,7 +273,7 @@ def gguf_config(source: Source) -> dict:
             value = value[0]  # one value a layer, all the same
         if not isinstance(value, str if name == "rope.scaling.type" else int | float) and name in GGUF_KEYS:
             raise ExportError(
-                f"{source.path}: {key} is {value!r}: must be one number for all layers: use another model"
+                f"{source.path}: {key} is {shown(value)}: must be one number for all layers: use another model"
             )
         config[GGUF_KEYS.get(name, key)] = value
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
@@ -234,13 +281,17 @@ def gguf_config(source: Source) -> dict:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
     if config.get("num_experts"):
         gguf_experts(config)
-    if architecture == "gemma3":  # llama.cpp has no query_pre_attn_scalar: head_dim, but in the 27B of 62 layers
-        wide = config.get("num_hidden_layers") == 62
-        scalar = config["hidden_size"] // config["num_attention_heads"] if wide else config.get("head_dim", 256)
+    if architecture in GEMMA_27B_LAYERS:
+        wide = config.get("num_hidden_layers") == GEMMA_27B_LAYERS[architecture]
+        scalar = config.get("head_dim", 256)
+        if wide and config.get("num_attention_heads"):
+            scalar = config.get("hidden_size", 0) // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = scalar
+    if architecture == "phi3":
+        config["sliding_window"] = config.get("sliding_window") or None  # the converter's 0 is none
     if architecture == "deepseek2":
         gguf_latent(config)
-    gguf_rope(config)
+    gguf_rope(source, config)
     return config
 
 
@@ -269,16 +320,27 @@ def gguf_latent(config: dict) -> None:
     config.setdefault("q_lora_rank", None)
 
 
-def gguf_rope(config: dict) -> None:
-    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin."""
+def gguf_rope(source: Source, config: dict) -> None:
+    """GGUF's rope.scaling keys -> rope_scaling; attn_factor multiplies the factor on cos and sin.
+
+    LongRoPE has no kind there: it is where the tensors of its factors are.
+    """
     names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
     kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
-    if not kind or kind == "none":
+    factors = {name: source.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
+    if None not in factors.values():
+        kind = "longrope"
+        scaling |= {f"{name}_factor": tensor.float32().reshape(-1).tolist() for name, tensor in factors.items()}
+        if extra:
+            scaling["attention_factor"] = extra
+    elif not kind or kind == "none":
         return
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    if extra not in (0, 1):
+    if kind != "longrope" and extra not in (0, 1):
         own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
+    if config["model_type"] == "gpt_oss":
+        scaling["truncate"] = False  # GGUF has no key for it
     config["rope_scaling"] = scaling | {"rope_type": kind}

@@ -1,14 +1,18 @@
-"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it."""
+"""Hugging Face folders: config.json and .safetensors files, one or many; block-scaled fp8 as DeepSeek V3 has it, MXFP4
+as gpt-oss."""
 
 import json
+import os
+import re
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from exporter.errors import ExportError
-from exporter.source import Source, array_tensor, map_file
-from exporter.weights import Tensor, Weight, size
+from exporter.errors import ExportError, shown
+from exporter.names import IGNORED
+from exporter.source import Source, array_tensor, map_file, open_file
+from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -17,17 +21,25 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
+MXFP4_PARTS = ("_blocks", "_scales")
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS_NAME = re.compile(r".*\.safetensors|pytorch_model.*\.bin|consolidated.*\.pth")
 
 
 def read_json(path: Path) -> dict:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        with open_file(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise ExportError(
             f"{path}: {error.strerror}: a Hugging Face folder holds config.json and .safetensors files"
         ) from error
     except ValueError as error:
         raise ExportError(f"{path}: not JSON ({error}): fetch it again") from error
+    except RecursionError as error:
+        raise ExportError(f"{path}: nested too deep: fetch it again") from error
     if not isinstance(value, dict):
         raise ExportError(f"{path}: not a JSON object: fetch it again")
     return value
@@ -36,22 +48,51 @@ def read_json(path: Path) -> dict:
 def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     source = Source("hf", path, path / "config.json", tokenizer_file)
     source.config = read_json(source.where)
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-            raise ExportError(f'{index}: "weight_map" does not name a file for each tensor: fetch it again')
-        files = sorted(set(listed.values()))
-    else:
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-    if not files:
-        raise ExportError(
-            f"{path}: no .safetensors file: save the model with save_pretrained(..., safe_serialization=True)"
-        )
+    files, listed = weight_files(path)
     for file in files:
-        source.tensors.update(read_safetensors(path / file))
-    dequantize_fp8(source)
+        for name, tensor in read_safetensors(path / file).items():
+            if name in source.tensors:
+                raise ExportError(f"{path / file}: tensor {name} is in another shard too: fetch the checkpoint again")
+            source.tensors[name] = tensor
+    for name, file in listed.items():
+        if name not in source.tensors and not IGNORED.search(name):
+            raise ExportError(f"{path / file}: tensor {name} is missing, {INDEX} lists it: fetch both again")
+    passed_over = [name for name in weights_in(path) if name not in files]
+    if passed_over:
+        source.notes.append(f"{', '.join(passed_over)}: not read, {WEIGHTS if WEIGHTS in files else INDEX} comes first")
+    dequantize(source)
     return source
+
+
+def weight_files(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The files that transformers would load, in its order, and the index's tensor -> file where there is one.
+
+    As _get_resolved_checkpoint_files of modeling_utils.py: the single file comes before the index, always.
+    """
+    if os.path.lexists(path / WEIGHTS):
+        return [WEIGHTS], {}
+    if os.path.lexists(path / INDEX):
+        listed = read_json(path / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not all(is_file_name(file) for file in listed.values()):
+            raise ExportError(
+                f'{path / INDEX}: "weight_map" does not name a file of this folder for each tensor: fetch it again'
+            )
+        if listed:
+            return sorted(set(listed.values())), listed
+    there = weights_in(path)
+    raise ExportError(
+        f"{path}: neither {WEIGHTS} nor {INDEX} names any weights{there and f' (there are {shown(there)})'}: "
+        "fetch what is missing, or save the model with save_pretrained(..., safe_serialization=True)"
+    )
+
+
+def is_file_name(value) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & {"/", "\0"}
+
+
+def weights_in(path: Path) -> list[str]:
+    """Everything that looks like weights, for people."""
+    return sorted(file.name for file in path.iterdir() if WEIGHTS_NAME.fullmatch(file.name))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -59,45 +100,94 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         length = struct.unpack_from("<Q", data, 0)[0]
         header = json.loads(bytes(data[8 : 8 + length]))
-        start, tensors = 8 + length, {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
-            dtype, type = SAFETENSORS_TYPES.get(entry["dtype"], (None, None))
-            if dtype is None:
-                raise ExportError(
-                    f"{path}: tensor {name} has dtype {entry['dtype']}, not one of "
-                    f"{', '.join(SAFETENSORS_TYPES)}: convert the checkpoint to bfloat16"
-                )
-            if not 0 <= begin <= end <= len(data) - start or end - begin != size(shape) * np.dtype(dtype).itemsize:
-                raise ExportError(
-                    f"{path}: tensor {name} {list(shape)} does not fit its bytes {begin} to {end} of "
-                    f"{len(data) - start}: the file is truncated: fetch it again"
-                )
-            tensors[name] = array_tensor(data[start + begin : start + end], dtype, type, shape)
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return {
+            name: safetensors_tensor(path, name, data[8 + length :], entry)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
-    return tensors
 
 
-def dequantize_fp8(source: Source) -> None:
-    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
+def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> Tensor:
+    """One of a header's entries. A tensor that cannot be read is a problem only for a model that has a place for it."""
+    where, kind = f"{path}: tensor {name}", entry["dtype"]
+    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(kind, str):
+        raise ValueError("a shape or an offset is no natural number")
+    dtype, type_ = SAFETENSORS_TYPES.get(kind, (None, ""))
+    if kind == "U8" and name.endswith(MXFP4_PARTS):
+        dtype, type_ = "u1", "u8"
+    wanted = end - begin if dtype is None else size(shape) * np.dtype(dtype).itemsize
+    if not begin <= end <= len(data) or end - begin != wanted:
+        raise ExportError(
+            f"{where} {shown(list(shape))} does not fit its bytes {shown(begin)} to {shown(end)} of {len(data)}: "
+            "the file is truncated: fetch it again"
+        )
+    if dtype is None:
+        known = ", ".join(SAFETENSORS_TYPES)
+        return unreadable(shape, f"{where} has dtype {kind}, not one of {known}: convert the checkpoint to bfloat16")
+    if not size(shape):
+        return unreadable(shape, f"{where} {shown(list(shape))} is empty: save the checkpoint again, with its weights")
+    return array_tensor(data[begin:end], dtype, type_, shape)
+
+
+def dequantize(source: Source) -> None:
     settings = source.config.pop("quantization_config", None)
     if settings is not None and not isinstance(settings, dict):
-        raise ExportError(f"{source.where}: quantization_config is {settings!r}: must be an object: fetch it again")
-    if settings and (settings.get("quant_method"), settings.get("fmt", "e4m3")) != ("fp8", "e4m3"):
         raise ExportError(
-            f"{source.where}: quantization_config.quant_method is {settings.get('quant_method')!r}, only fp8 "
-            "(e4m3) is known: export the checkpoint that it was made from"
+            f"{source.where}: quantization_config is {shown(settings)}: must be an object: fetch it again"
         )
+    method = (settings or {}).get("quant_method")
+    if settings and (method not in ("fp8", "mxfp4") or settings.get("fmt", "e4m3") != "e4m3"):
+        raise ExportError(
+            f"{source.where}: quantization_config.quant_method is {shown(method)}, only fp8 (e4m3) and mxfp4 "
+            "are known: export the checkpoint that it was made from"
+        )
+    if method == "mxfp4":
+        dequantize_mxfp4(source)
+    dequantize_fp8(source, settings)
+
+
+def dequantize_mxfp4(source: Source) -> None:
+    """X_blocks [..., k / 32, 16] of two codes a byte, the low half first, and X_scales [..., k / 32] -> X [..., k]."""
+    for name in [name for name in source.tensors if name.endswith("_blocks")]:
+        stem = name.removesuffix("_blocks")
+        blocks, scales = source.tensors.pop(name), source.tensors.pop(stem + "_scales", None)
+        known = scales is not None and (scales.type, blocks.type) == ("u8", "u8") and len(scales.shape) > 1
+        if not known or blocks.shape != (*scales.shape, GROUP // 2):
+            raise ExportError(
+                f"{source.path}: tensor {name} is MXFP4, and {stem}_scales with one scale for each 32 elements is not "
+                "there: export another checkpoint"
+            )
+        source.tensors[stem] = mxfp4_tensor(blocks, scales)
+
+
+def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
+    groups = scales.k
+
+    def read(index: np.ndarray) -> Weight:
+        bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
+        return mxfp4(codes, scales.read(index).data)
+
+    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+
+
+def dequantize_fp8(source: Source, settings: dict | None) -> None:
+    """Block-scaled fp8 (DeepSeek V3, arXiv 2412.19437, section 3.3): w = float8 * weight_scale_inv of its block."""
     block = (settings or {}).get("weight_block_size")
     known = isinstance(block, list) and len(block) == 2 and all(type(length) is int and length > 0 for length in block)
     for name, tensor in list(source.tensors.items()):
         if tensor.type != "fp8":
             continue
         scale = source.tensors.pop(name + "_scale_inv", None)
-        if scale is None or not known or scale.shape != (-(-tensor.n // block[0]), -(-tensor.k // block[1])):
+        if (
+            scale is None
+            or scale.problem
+            or not known
+            or scale.shape != (-(-tensor.n // block[0]), -(-tensor.k // block[1]))
+        ):
             raise ExportError(
                 f"{source.path}: tensor {name} is fp8, and {name}_scale_inv with one scale for each "
                 "weight_block_size of quantization_config is not there: export another checkpoint"

@@ -27,7 +27,8 @@ def open_llama2c(path: Path, tokenizer_file: Path | None) -> Source:
     if (
         min(dim, hidden, layers, heads, kv_heads, vocab, seq_len) <= 0
         or dim % heads
-        or max(dim, layers, vocab) > 1 << 24
+        or max(dim, vocab) > 1 << 24
+        or 8 * dim * layers > len(data)  # two norms each
     ):
         raise ExportError(
             f"{path}: header {head[:9]}: not the seven positive integers of a llama2.c checkpoint (dim, hidden_dim, "

@@ -16,7 +16,7 @@ from exporter.weights import Tensor, of_array
 
 @dataclass
 class Model:
-    """What is written: config as README.md lists it, tensors by the model file's names."""
+    """What is written: config as docs/model-file.md lists it, tensors by the model file's names."""
 
     config: dict
     tensors: dict[str, Tensor]
@@ -27,11 +27,16 @@ def build(source: Source) -> Model:
     architecture, values = architecture_of(source)
     keys = Keys(source, values, architecture.defaults)
     config, tables = hyperparameters(keys, architecture)
-    needs = "|".join([architecture.needs, *biases(keys, architecture)])
-    interleaved = architecture.interleaved and keys.flag("rope_interleave", True)
+    biased = biases(keys, architecture)
+    neighbours = architecture.interleaved and keys.flag("rope_interleave", True)
     tied, ahead = keys.flag("tie_word_embeddings"), keys.count("num_nextn_predict_layers")
     keys.finish()
 
+    if config["n_layers"] > len(source.tensors):  # before anything is made for each of them
+        raise ExportError(
+            f"{source.where}: num_hidden_layers is {config['n_layers']}, but there are {len(source.tensors)} tensors: "
+            "fetch the checkpoint again, with all its files"
+        )
     tensors = canonical_tensors(source, architecture, config["n_layers"], ahead)
     if tied:
         tensors.pop("lm_head.weight", None)
@@ -40,20 +45,18 @@ def build(source: Source) -> Model:
             f"{source.path}: tensor lm_head.weight is missing and tie_word_embeddings is false: fetch the checkpoint "
             "again, with all its files"
         )
-    arrange(source, architecture, config, interleaved, tensors)
-    slowed = tensors.pop("rope_freqs.weight", None)
-    check_shapes(source, config, tensors, needs)
-    for i, inv_freq in enumerate(tables):
-        tensors[f"rope.{i}.inv_freq"] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
+    rotated = 2 * tables["rope.0.inv_freq"].size if neighbours and tables else 0
+    arrange(source, architecture, config, rotated, tensors)
+    slowed = tensors.pop("rope_freqs.weight", None) if tables else None
+    check_shapes(source, architecture, config, tensors, biased)
+    for name, inv_freq in tables.items():
+        tensors[name] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
     return Model(config, tensors)
 
 
 def biases(keys: Keys, architecture: Architecture) -> list[str]:
     """Patterns of the biases that the config announces."""
-    modules = {
-        "attention_bias": r"(kv_a|q_a|o)_proj" if architecture.mla else "[qkvo]_proj",
-        "mlp_bias": "(gate|up|down)_proj",
-    }
+    modules = {"attention_bias": architecture.biased, "mlp_bias": "(gate|up|down)_proj"}
     return [pattern + r"\.bias" for key, pattern in modules.items() if keys.flag(key)]
 
 
@@ -65,4 +68,9 @@ def slowdown(source: Source, factors: Tensor | None, shape: tuple[int, ...]) -> 
         raise ExportError(
             f"{source.path}: tensor rope_freqs.weight is {list(factors.shape)}, not {list(shape)}: fetch the file again"
         )
-    return factors.float32()
+    values = factors.float32()
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        raise ExportError(
+            f"{source.path}: tensor rope_freqs.weight holds a factor that is not positive: fetch it again"
+        )
+    return values

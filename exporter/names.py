@@ -15,7 +15,9 @@ MODULES = {  # Hugging Face's names inside a layer
     "self_attn.kv_a_proj_with_mqa": "kv_a_proj",
     "self_attn.kv_a_layernorm": "kv_a_norm",
     "self_attn.q_a_layernorm": "q_a_norm",
+    "self_attn.sinks": "sinks",
     "mlp.gate": "router",
+    "mlp.router": "router",
     "mlp.gate.e_score_correction_bias": "router.bias",
     "ln_1": "attention_norm",
     "ln_2": "mlp_norm",
@@ -25,7 +27,10 @@ MODULES = {  # Hugging Face's names inside a layer
     "mlp.c_proj": "down_proj",
 } | {
     f"self_attn.{name}": name
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "q_a_proj", "q_b_proj", "kv_b_proj")
+    for name in (
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"),
+        *("q_a_proj", "q_b_proj", "kv_b_proj"),
+    )
 }
 TOP = {
     "embed_tokens": "embed_tokens",
@@ -47,6 +52,7 @@ GGUF_MODULES = {
     "attn_output": "o_proj",
     "attn_q_norm": "q_norm",
     "attn_k_norm": "k_norm",
+    "attn_sinks": "sinks",
     "attn_q_a": "q_a_proj",
     "attn_q_a_norm": "q_a_norm",
     "attn_q_b": "q_b_proj",
@@ -59,7 +65,7 @@ GGUF_MODULES = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
     "ffn_gate_inp": "router",
-    "exp_probs_b": "router",
+    "exp_probs_b": "router.bias",
     "ffn_gate_exps": "experts.gate_proj",
     "ffn_up_exps": "experts.up_proj",
     "ffn_down_exps": "experts.down_proj",
@@ -75,9 +81,11 @@ GGUF_TOP = {
     "rope_freqs": "rope_freqs",
 }
 IGNORED = re.compile(
-    r"^freq_cis$|rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\."
+    r"^freq_cis$|^rope_factors_(short|long)\.weight$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    r"|\.attn\.(masked_)?bias$|(^|\.)position_ids$|^(model\.)?(vision_tower|multi_modal_projector)\."
 )
 EXPERT = re.compile(r"(?:mlp|block_sparse_moe)\.experts\.(?:(\d+)\.)?(.+)")
+WHOLE_NAMES = ("router.bias", "sinks")  # in the model file, with neither .weight nor .bias after them
 EXPERT_MODULES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -89,7 +97,7 @@ def canonical_name(source: Source, architecture: Architecture, name: str) -> str
     if suffix not in ("weight", "bias"):
         stem, suffix = name, "weight"
     if source.kind == "gguf":
-        layer, modules, top = re.fullmatch(r"blk\.(\d+)\.(.+)", stem), GGUF_MODULES, GGUF_TOP
+        layer, modules, top = re.fullmatch(r"blk\.(\d+)\.(.+)", stem), GGUF_MODULES | architecture.modules, GGUF_TOP
     else:
         stem = re.sub(r"^(language_model\.|model\.|transformer\.)+", "", stem)
         layer, modules, top = re.fullmatch(r"(?:layers|h)\.(\d+)\.(.+)", stem), MODULES | architecture.modules, TOP
@@ -101,12 +109,18 @@ def canonical_name(source: Source, architecture: Architecture, name: str) -> str
         module = modules[module]
     elif expert:
         number, part = expert.groups()
+        if part.endswith("_bias"):
+            part, suffix = part.removesuffix("_bias"), "bias"
         module = ".".join(filter(None, ("experts", number, EXPERT_MODULES.get(part, part))))
-    elif source.kind == "hf" and re.fullmatch(r"mlp\.(shared_experts\.)?(gate|up|down)_proj", module):
+    elif source.kind == "hf" and re.fullmatch(r"mlp\.(shared_experts\.)?(gate|up|gate_up|down)_proj", module):
         module = module.removeprefix("mlp.")
     else:
         return None
-    return f"layers.{index}.{module}" if module == "router.bias" else f"layers.{index}.{module}.{suffix}"
+    if module in WHOLE_NAMES:
+        return f"layers.{index}.{module}"
+    if (module, suffix) == ("router", "bias"):
+        suffix = "logit_bias"  # of its logits; router.bias is one of the choice alone
+    return f"layers.{index}.{module}.{suffix}"
 
 
 def canonical_tensors(source: Source, architecture: Architecture, n_layers: int, ahead: int) -> dict[str, Tensor]:
@@ -116,6 +130,8 @@ def canonical_tensors(source: Source, architecture: Architecture, n_layers: int,
         layer = re.search(r"(?:layers|h|blk)\.(\d+)\.", name)
         if IGNORED.search(name) or (layer and n_layers <= int(layer[1]) < n_layers + ahead):
             continue
+        if tensor.problem:
+            raise ExportError(tensor.problem)
         target = canonical_name(source, architecture, name)
         if target is None:
             raise ExportError(

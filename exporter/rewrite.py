@@ -1,7 +1,7 @@
 """Exact rewrites of attention: the same model in another layout of its KV cache (--as).
 
-mha, gqa:G   Each KV head is repeated for the heads that shared it. Norms of q and k are the same for all heads, so they
-             need no change.
+mha, gqa:G   Each KV head is repeated for the heads that shared it. A norm of each head is the same for all heads, so it
+             needs no change; a norm of the whole row is repeated with it, and its mean stays what it was.
 mla          One row a token, as wide as all KV heads' K and V together: the values are the latent, the rotated keys are
              the rope part that all heads share. A query is padded with zeros but for its own KV head's slice, so that
              it sees that head's key alone; w_uv picks that head's slice of the latent. There is no part without
@@ -49,7 +49,8 @@ def repeat_heads(model: Model, groups: int) -> Model:
     rows = np.arange(have * width).reshape(have, width).repeat(groups // have, axis=0).reshape(-1)
     tensors = {}
     for name, tensor in model.tensors.items():
-        repeated = name.split(".")[-2] in ("k_proj", "v_proj")
+        module = name.split(".")[-2]
+        repeated = module in ("k_proj", "v_proj") or (module == "k_norm" and tensor.n == len(rows) * have // groups)
         tensors[name] = select(tensor, rows) if repeated else tensor
     config = c | {"n_kv_heads": groups}
     return Model(config | {"attention": variant(config)}, tensors)
@@ -63,19 +64,24 @@ def as_mla(model: Model) -> Model:
         raise ExportError(
             f"--as mla: {norm}: a norm of each head's keys has no place in a latent row: use --as mha or gqa:G"
         )
+    if any(name.endswith(".sinks") for name in model.tensors):
+        raise ExportError("--as mla: a model with attention sinks has no form as mla: use --as mha or gqa:G")
     for name in model.tensors:  # a row of the latent is biased whole
         other = name.replace("k_proj", "v_proj") if "k_proj" in name else name.replace("v_proj", "k_proj")
         if other not in model.tensors:
             raise ExportError(f"--as mla: tensor {name} is there but {other} is not: use --as mha or gqa:G")
     latent = groups * width
-    # RoPE rotates the halves of the whole row: first the first halves of all heads, then their second halves.
-    k_rows = np.arange(latent).reshape(groups, 2, -1).transpose(1, 0, 2)  # [half, KV head, width / 2]
+    # RoPE rotates the halves of the whole row: first the first halves of all heads, then their second halves, then what
+    # does not rotate.
+    half = next((tensor.n for name, tensor in model.tensors.items() if name.endswith(".inv_freq")), width // 2)
+    head_rows = np.arange(latent).reshape(groups, width)
+    parts = np.split(head_rows, [half, 2 * half], axis=1)
+    k_rows = np.concatenate([part.reshape(-1) for part in parts])
     q_rows = np.full((heads, NOPE + latent), -1)
     for head in range(heads):
         group = head // (heads // groups)
-        own = np.full(k_rows.shape, -1)
-        own[:, group] = head * width + np.arange(width).reshape(2, -1)
-        q_rows[head, NOPE:] = own.reshape(-1)
+        own = k_rows // width == group
+        q_rows[head, NOPE:][own] = head * width + k_rows[own] % width
     w_uv = np.zeros((heads, width, latent))
     for head in range(heads):
         group = head // (heads // groups)
@@ -89,7 +95,7 @@ def as_mla(model: Model) -> Model:
             tensors[name] = select(tensor, q_rows.reshape(-1))
         elif module == "k_proj":
             values = model.tensors[name.replace("k_proj", "v_proj")]
-            tensors[name.replace("k_proj", "kv_a_proj")] = concat([values, select(tensor, k_rows.reshape(-1))])
+            tensors[name.replace("k_proj", "kv_a_proj")] = concat([values, select(tensor, k_rows)])
         elif name.startswith("rope."):
             tensors[name] = of_array(np.tile(tensor.float32(), groups))
         elif module != "v_proj":

@@ -1,6 +1,8 @@
 """What every source of a model gives: a config, lazily read tensors, and what the tokenizer needs."""
 
 import mmap
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,8 @@ class Source:
 
     config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
     metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
-    folder: a Hugging Face folder, None elsewhere. tokenizer_file, pre: --tokenizer and --pre, None where
-    not given.
+    folder: a Hugging Face folder, None elsewhere. tokenizer_file, pre: --tokenizer and --pre, None where not given.
+    notes: what a reader of the summary should know, such as files and keys that were passed over.
     """
 
     def __init__(self, kind: str, path: Path, where: Path, tokenizer_file: Path | None):
@@ -28,21 +30,34 @@ class Source:
         self.config: dict = {}
         self.metadata: dict = {}
         self.tensors: dict[str, Tensor] = {}
+        self.notes: list[str] = []
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.resolve().name
+
+
+def open_file(path: Path):
+    """A regular file, opened for reading: a pipe would wait for a writer, and a device need never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ExportError(f"{path}: a folder, a pipe or a device: give a regular file")
+    return file
 
 
 def map_file(path: Path) -> np.ndarray:
     """The file's bytes, mapped."""
     try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        with open_file(path) as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise ExportError(f"{path}: {error.strerror}: give a file that can be read") from error
     except ValueError as error:
         raise ExportError(f"{path}: empty file: fetch it again") from error
+    if bytes(data[:20]) == b"version https://git-":
+        raise ExportError(f"{path}: a pointer of Git LFS in place of the file: fetch it with git lfs pull")
+    return data
 
 
 def array_tensor(data: np.ndarray, dtype: str, type: str, shape: tuple[int, ...]) -> Tensor:

@@ -6,7 +6,7 @@ from exporter.errors import ExportError
 from exporter.gguf_source import open_gguf
 from exporter.hf_source import open_folder
 from exporter.llama2c_source import open_llama2c
-from exporter.source import Source
+from exporter.source import Source, open_file
 
 
 def open_source(path: Path, tokenizer_file: Path | None = None) -> Source:
@@ -15,7 +15,7 @@ def open_source(path: Path, tokenizer_file: Path | None = None) -> Source:
     if path.is_dir():
         return open_folder(path, tokenizer_file)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise ExportError(
@@ -23,6 +23,10 @@ def open_source(path: Path, tokenizer_file: Path | None = None) -> Source:
         ) from error
     if magic == b"GGUF":
         return open_gguf(path, tokenizer_file)
+    if path.suffix == ".safetensors":
+        raise ExportError(
+            f"{path}: weights alone: give the folder that holds config.json and the tokenizer beside them"
+        )
     if path.suffix == ".bin":
         return open_llama2c(path, tokenizer_file)
     raise ExportError(

@@ -8,7 +8,7 @@ import numpy as np
 from exporter.architectures import Architecture
 from exporter.errors import ExportError
 from exporter.source import Source
-from exporter.weights import Tensor, apply, concat, select
+from exporter.weights import Tensor, apply, concat, select, turn_each
 
 FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
     "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
@@ -33,45 +33,49 @@ FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
 
 
 def arrange(
-    source: Source, architecture: Architecture, config: dict, interleaved: bool, tensors: dict[str, Tensor]
+    source: Source, architecture: Architecture, config: dict, interleaved: int, tensors: dict[str, Tensor]
 ) -> None:
-    """Changes `tensors` in place; interleaved: the checkpoint's RoPE rotates neighbours, the model file's halves."""
+    """Changes `tensors` in place; interleaved: elements of a head that the checkpoint's RoPE rotates as neighbours, and
+    the model file's by halves; 0 where the checkpoint's does so too."""
     if architecture.conv1d:
         for name, tensor in tensors.items():
             if re.search(r"(qkv|o|up|down)_proj\.weight$", name):
                 tensors[name] = apply(tensor, np.transpose, shape=tensor.shape[::-1])
     if architecture.fused:
-        split_qkv(source.path, qkv_rows(config, architecture.fused), tensors)
+        split_qkv(source.path, config, architecture.fused, tensors)
+    split_gate_up(tensors)
     if architecture.mla:
         split_kv_b(source.path, config, tensors)
     if config.get("n_routed_experts"):
         stack_experts(source.path, config["n_routed_experts"], tensors)
+        split_experts(source.path, architecture, tensors)
     if interleaved:
-        to_halves(config, tensors)
+        to_halves(config, interleaved, tensors)
     if architecture.norm_plus_one:
         for name, tensor in tensors.items():
             if name.endswith("norm.weight"):
                 tensors[name] = apply(tensor, lambda x: x + 1)
 
 
-def neighbours_to_halves(n_heads: int, kept: int, rotated: int) -> np.ndarray:
-    """Row numbers that bring RoPE's pairs from neighbours (2i, 2i + 1) to halves (i, i + n).
+def neighbours_to_halves(n_heads: int, width: int, first: int, rotated: int) -> np.ndarray:
+    """Row numbers that bring RoPE's pairs from neighbours (2i, 2i + 1) to halves (i, i + n), in heads of `width` rows
+    of which `rotated` from row `first` on rotate."""
+    head = np.arange(width)
+    head[first : first + rotated] = first + np.arange(rotated).reshape(-1, 2).T.reshape(-1)
+    return (np.arange(n_heads)[:, None] * width + head).reshape(-1)
 
-    kept: rows at the start of each head that do not rotate.
-    """
-    head = np.concatenate([np.arange(kept), kept + np.arange(0, rotated, 2), kept + np.arange(1, rotated, 2)])
-    return (np.arange(n_heads)[:, None] * (kept + rotated) + head).reshape(-1)
 
-
-def split_qkv(where: Path, rows: dict[str, np.ndarray], tensors: dict[str, Tensor]) -> None:
+def split_qkv(where: Path, config: dict, layout: str, tensors: dict[str, Tensor]) -> None:
+    n = (config["n_heads"] + 2 * config["n_kv_heads"]) * config["head_dim"]
     for name in [name for name in tensors if ".qkv_proj." in name]:
         fused = tensors.pop(name)
-        if fused.n != sum(map(len, rows.values())):
+        shape = (n, config["dim"]) if name.endswith("weight") else (n,)
+        if fused.shape != shape:
             raise ExportError(
-                f"{where}: tensor {name} has {fused.n} rows, not {sum(map(len, rows.values()))} for q, k and v "
+                f"{where}: tensor {name} is {list(fused.shape)}, not {list(shape)} for q, k and v "
                 "(num_attention_heads, multi_query, hidden_size): fetch the checkpoint again"
             )
-        for part, index in rows.items():
+        for part, index in qkv_rows(config, layout).items():
             tensors[name.replace("qkv_proj", part)] = select(fused, index)
 
 
@@ -83,23 +87,37 @@ def qkv_rows(config: dict, layout: str) -> dict[str, np.ndarray]:
     return dict(q_proj=order[:q], k_proj=order[q : q + kv], v_proj=order[q + kv :])
 
 
+def split_gate_up(tensors: dict[str, Tensor]) -> None:
+    """gate_up_proj [2 hidden, dim] -> gate_proj, up_proj [hidden, dim]."""
+    for name in [name for name in tensors if ".gate_up_proj." in name and ".experts." not in name]:
+        both = tensors.pop(name)
+        hidden = both.n // 2
+        tensors[name.replace("gate_up_proj", "gate_proj")] = select(both, np.arange(hidden))
+        tensors[name.replace("gate_up_proj", "up_proj")] = select(both, np.arange(hidden, both.n))
+
+
 def split_kv_b(where: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     """kv_b_proj [n_heads (nope + v), rank] -> w_uk [n_heads, nope, rank], w_uv [n_heads, v, rank]."""
     heads, nope, v, rank = (config[key] for key in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"))
-    rows = np.arange(heads * (nope + v)).reshape(heads, -1)
+
+    def pop(name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = tensors.pop(name)
+        if tensor.shape != shape:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(tensor.shape)}, the config says {list(shape)} "
+                f"({FIELDS['kv_b_proj']}): fetch both again"
+            )
+        return tensor
+
     for name in list(tensors):
         stem = name.removesuffix("weight").rpartition("kv_b_proj")[0]
         if name.endswith("kv_b_proj.weight"):
-            whole = tensors.pop(name)
-            if whole.shape != (rows.size, rank):
-                raise ExportError(
-                    f"{where}: tensor {name} is {list(whole.shape)}, the config says {[rows.size, rank]} "
-                    f"({FIELDS['kv_b_proj']}): fetch both again"
-                )
+            whole = pop(name, (heads * (nope + v), rank))
+            rows = np.arange(whole.n).reshape(heads, -1)
             tensors[stem + "w_uk.weight"] = select(whole, rows[:, :nope].reshape(-1), (heads, nope, rank))
             tensors[stem + "w_uv.weight"] = select(whole, rows[:, nope:].reshape(-1), (heads, v, rank))
         elif name.endswith("k_b_proj.weight"):  # GGUF: already split, w_uk turned for the absorbed form
-            turned = tensors.pop(name)
+            turned = pop(name, (heads, rank, nope))
             stem = name.removesuffix("k_b_proj.weight")
             tensors[stem + "w_uk.weight"] = apply(turned, lambda x: x.transpose(0, 2, 1), shape=(heads, nope, rank))
         elif name.endswith(".v_b_proj.weight"):
@@ -114,6 +132,12 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
                 f"{where}: tensor {name} is there for expert 0 but not for expert {parts.index(None)} of the {n} that "
                 f"the config has ({FIELDS['experts']}): fetch both again"
             )
+        odd = next((i for i, part in enumerate(parts) if part.shape != parts[0].shape), None)
+        if odd is not None:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(parts[0].shape)}, expert {odd}'s is {list(parts[odd].shape)}: "
+                "fetch the checkpoint again"
+            )
         tensors[name.replace(".experts.0.", ".experts.")] = concat(parts, (n, *parts[0].shape))
     for name in tensors:
         if re.search(r"\.experts\.\d+\.", name):
@@ -121,34 +145,51 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
                 f"{where}: tensor {name} is there, but the config has {n} experts ({FIELDS['experts']}): "
                 "fetch both again"
             )
-    for name in [name for name in tensors if name.endswith("experts.gate_up_proj.weight")]:
+
+
+def split_experts(where: Path, architecture: Architecture, tensors: dict[str, Tensor]) -> None:
+    """experts.gate_up_proj [experts, 2 hidden, dim] and its bias [experts, 2 hidden] -> gate_proj, up_proj."""
+    for name in [name for name in tensors if ".experts." in name] if architecture.turned_experts else ():
+        if len(tensors[name].shape) == 3 and tensors[name].note != "MXFP4":  # which lies [expert, outputs, inputs]
+            tensors[name] = turn_each(tensors[name])
+    for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
         both = tensors.pop(name)
-        hidden = both.shape[1] // 2
-        rows = np.arange(both.n).reshape(both.shape[0], 2, hidden)
-        for half, part in enumerate(("gate_proj", "up_proj")):
-            tensors[name.replace("gate_up_proj", part)] = select(
-                both, rows[:, half].reshape(-1), (len(rows), hidden, both.k)
+        if len(both.shape) != (2 if name.endswith(".bias") else 3) or both.shape[1] % 2:
+            raise ExportError(
+                f"{where}: tensor {name} is {list(both.shape)}, not [experts, 2 moe_intermediate_size"
+                f"{'' if name.endswith('.bias') else ', hidden_size'}]: fetch the checkpoint again"
             )
+        n, hidden = both.shape[0], both.shape[1] // 2
+        rows = np.arange(2 * n * hidden)
+        rows = rows.reshape(n, hidden, 2).swapaxes(1, 2) if architecture.turned_experts else rows.reshape(n, 2, hidden)
+        for half, part in enumerate(("gate_proj", "up_proj")):
+            own, target = rows[:, half], name.replace("gate_up_proj", part)
+            if name.endswith(".bias"):
+                tensors[target] = apply(both, lambda x, own=own: x.reshape(-1)[own], (n, hidden))
+            else:
+                tensors[target] = select(both, own.reshape(-1), (n, hidden, both.k))
 
 
-def to_halves(config: dict, tensors: dict[str, Tensor]) -> None:
-    heads, nope, rotated = config["n_heads"], config.get("qk_nope_head_dim", 0), config.get("qk_rope_head_dim")
-    if rotated:
-        q = neighbours_to_halves(heads, nope, rotated)
-        rows = dict(q_proj=q, q_b_proj=q, kv_a_proj=neighbours_to_halves(1, config["kv_lora_rank"], rotated))
+def to_halves(config: dict, rotated: int, tensors: dict[str, Tensor]) -> None:
+    heads = config["n_heads"]
+    if config["attention"] == "mla":
+        nope, rank = config["qk_nope_head_dim"], config["kv_lora_rank"]
+        q = (heads, nope + rotated, nope)
+        layout = dict(q_proj=q, q_b_proj=q, kv_a_proj=(1, rank + rotated, rank))
     else:
-        rows = dict(
-            q_proj=neighbours_to_halves(heads, 0, config["head_dim"]),
-            k_proj=neighbours_to_halves(config["n_kv_heads"], 0, config["head_dim"]),
-        )
+        layout = dict(q_proj=(heads, config["head_dim"], 0), k_proj=(config["n_kv_heads"], config["head_dim"], 0))
     for name, tensor in tensors.items():
-        index = rows.get(name.split(".")[-2])
-        if index is not None and len(index) == tensor.n:  # a wrong shape is refused by check_shapes
-            tensors[name] = select(tensor, index, tensor.shape)
+        heads, width, first = layout.get(name.split(".")[-2], (0, 0, 0))
+        if heads and heads * width == tensor.n:  # a wrong shape is refused by check_shapes
+            tensors[name] = select(tensor, neighbours_to_halves(heads, width, first, rotated), tensor.shape)
 
 
-def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Every tensor of a model with this config: its shape, and whether it must be there (README.md)."""
+def expected_shapes(
+    config: dict, architecture: Architecture, biased: list[str]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Every tensor of a model with this config: its shape, and whether it must be there (docs/model-file.md).
+
+    biased: patterns of the biases that the config announces."""
     c = config
     dim, heads, vocab = c["dim"], c["n_heads"], c["vocab_size"]
     shapes = {
@@ -164,7 +205,7 @@ def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...]
         for module, shape in modules.items():
             for suffix in suffixes:
                 shapes[f"{prefix}{module}.{suffix}"] = (
-                    shape if suffix == "weight" else shape[:1],
+                    shape if suffix == "weight" or len(shape) == 1 else shape[:-1],
                     required and suffix == "weight",
                 )
 
@@ -184,10 +225,15 @@ def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...]
     else:
         q, kv = heads * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
         projections = dict(q_proj=(q, dim), k_proj=(kv, dim), v_proj=(kv, dim), o_proj=(dim, q))
-        norms = dict(q_norm=(c["head_dim"],), k_norm=(c["head_dim"],))
+        norms = (
+            dict(q_norm=(q,), k_norm=(kv,))
+            if architecture.row_norms
+            else dict.fromkeys(("q_norm", "k_norm"), (c["head_dim"],))
+        )
     for layer in range(c["n_layers"]):
         prefix = f"layers.{layer}."
         add(prefix, projections)
+        shapes |= {} if c["attention"] == "mla" else {prefix + "sinks": ((heads,), False)}
         add(prefix, dict(attention_norm=(dim,), mlp_norm=(dim,)))
         add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
         if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
@@ -196,17 +242,24 @@ def expected_shapes(config: dict, needs: str) -> dict[str, tuple[tuple[int, ...]
             continue
         n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
         add(prefix, dict(router=(n, dim)))
-        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()}, suffixes=("weight",))
+        shapes[prefix + "router.logit_bias"] = ((n,), False)
+        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()})
         if c["n_shared_experts"]:
             add(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
+    needs, lacks = (
+        f"(^|[._])({pattern})$" for pattern in ("|".join([architecture.needs, *biased]), architecture.lacks)
+    )
     return {
-        name: (shape, required or bool(re.search(f"(^|[._])({needs})$", name)))
+        name: (shape, required or bool(re.search(needs, name)))
         for name, (shape, required) in shapes.items()
+        if not re.search(lacks, name)
     }
 
 
-def check_shapes(source: Source, config: dict, tensors: dict[str, Tensor], needs: str) -> None:
-    expected = expected_shapes(config, needs)
+def check_shapes(
+    source: Source, architecture: Architecture, config: dict, tensors: dict[str, Tensor], biased: list[str]
+) -> None:
+    expected = expected_shapes(config, architecture, biased)
     for name, tensor in tensors.items():
         if name not in expected:
             raise ExportError(

@@ -20,10 +20,10 @@ multiple of 4; everything is aligned to 4 bytes, and the file ends where the las
     after[n_after]           and after it: EOS
     end_of_generation[n_end_of_generation]  ids
     patterns[n_patterns]     strings, in PCRE2's syntax; a match is a piece and so is what lies between two
-    chat                     trim (1 system, 2 user, 4 assistant), then strings: refusal, system_refusal, start,
-                             system_start, system_to_user, user_to_assistant, assistant_to_user, generation
+    chat                     strings: why there is no template ("": there is one), the template in Jinja; the number
+                             of its variables, then for each two strings: name (bos_token, ...), text
 
-ChatTemplate in tokenizer.h explains the chat strings; flags, prefix and kinds have their names in vocabularies.py.
+Flags, prefix and kinds have their names in vocabularies.py.
 SentencePiece's tokens are written with spaces for U+2581: that character is read as a space in texts, as theirs is.
 """
 
@@ -38,8 +38,9 @@ from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_toke
 MAGIC, VERSION, NONE = b"attn.tok", 2, 0xFFFFFFFF
 
 
-def write_tokenizer(source, path: Path) -> list[str]:
-    """Writes the tokenizer of a sources.Source; returns the tokens that end a text."""
+def write_tokenizer(source, path: Path) -> tuple[str, list[str]]:
+    """Writes the tokenizer of a sources.Source; returns what is to be said of the chat template, and the tokens that
+    end a text."""
     tokenizer = read_tokenizer(source)
     for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
         if id is not None and not is_id(id):
@@ -49,7 +50,9 @@ def write_tokenizer(source, path: Path) -> list[str]:
             )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
     path.write_bytes(serialize(tokenizer))
-    return [tokenizer.tokens[id].decode("utf-8", "replace") for id in tokenizer.end_of_generation]
+    return tokenizer.chat.summary(), [
+        tokenizer.tokens[id].decode("utf-8", "replace") for id in tokenizer.end_of_generation
+    ]
 
 
 def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
@@ -87,7 +90,6 @@ def serialize(t: Tokenizer) -> bytes:
     lengths = np.fromiter((len(token) for token in t.tokens), np.uint32, len(t.tokens))
     kinds = bytes(t.kinds)
     chat = t.chat
-    trim = chat.trim_system | chat.trim_user << 1 | chat.trim_assistant << 2
     return b"".join(
         [
             MAGIC,
@@ -101,19 +103,9 @@ def serialize(t: Tokenizer) -> bytes:
             integers(t.after),
             integers(t.end_of_generation),
             *(string(pattern) for pattern in t.patterns),
-            integers([trim]),
-            *(
-                string(text)
-                for text in (
-                    chat.refusal,
-                    chat.system_refusal,
-                    chat.start,
-                    chat.system_start,
-                    chat.system_to_user,
-                    chat.user_to_assistant,
-                    chat.assistant_to_user,
-                    chat.generation,
-                )
-            ),
+            string(chat.refusal),
+            string(chat.source),
+            integers([len(chat.variables)]),
+            *(string(text) for variable in chat.variables.items() for text in variable),
         ]
     )

@@ -7,8 +7,8 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from exporter.chat import ChatTemplate, take_apart
-from exporter.ends import ends_by_template, ends_by_text
+from exporter.chat import ChatTemplate, chat_template, find_template
+from exporter.ends import ends_by_text
 from exporter.errors import ExportError
 from exporter.hf_source import read_json
 from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
@@ -136,20 +136,20 @@ def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int,
     return merges
 
 
-def set_special_ids(t: Tokenizer, texts: list[str], template: str | None) -> None:
+def set_special_ids(t: Tokenizer, texts: list[str], template) -> None:
     """What ends a text, the chat template: once the tokens are known."""
 
     def name(id):
-        return "" if id is None else texts[id]
+        return None if id is None else texts[id]
 
     # Whatever type its source gives it, a token that ends a text is a control token: no user may write one.
-    for id in ends_by_text(t.specials, texts) | ends_by_template(t.specials, template, name(t.bos), name(t.eos)):
+    for id in ends_by_text(t.specials):
         t.specials[id] = t.specials[id][0] | 1, texts[id]
         t.tokens[id], t.kinds[id] = utf8(texts[id]), CONTROL
         t.end_of_generation.append(id)
     if t.eos is not None:
         t.end_of_generation.append(t.eos)
-    t.chat = take_apart(template, name(t.bos), name(t.eos))
+    t.chat = chat_template(template, {"bos_token": name(t.bos), "eos_token": name(t.eos), "unk_token": name(t.unk)})
 
 
 def recognized(merges: list[str], where) -> str:
@@ -408,12 +408,7 @@ def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    set_special_ids(t, texts, template)
+    set_special_ids(t, texts, find_template(folder, settings))
 
 
 # model_type -> how its tokenizer splits, where only vocab.json and merges.txt are there

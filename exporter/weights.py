@@ -1,11 +1,12 @@
 """Weight types, and tensors that are read row by row only when they are written.
 
-The types are those of README.md, "The model file": f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
+The types are those of docs/model-file.md: f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
 scale, in q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows,
 so that an export needs the memory of a few rows, whatever the size of the model. Choosing, repeating and joining rows
 (permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,8 +15,15 @@ import numpy as np
 from exporter.errors import ExportError
 
 GROUP = 32  # inputs that share a scale in q8 and q4
-TYPES = ("f32", "bf16", "f16", "q8", "q4")
-QUANTIZED = ("q8", "q4")
+
+# How each type lies in the model file: (field of Weight, name of the part, its dtype, elements for each quant group).
+FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
+PARTS = {kind: (("data", "weight", dtype, 1),) for kind, dtype in FLOATS.items()} | {
+    "q8": (("data", "weight", "I8", 32), ("scale", "scale", "F16", 1)),
+    "q4": (("data", "weight", "U8", 16), ("scale", "scale", "F16", 1), ("min", "min", "F16", 1)),
+}
+TYPES = tuple(PARTS)
+QUANTIZED = tuple(kind for kind in PARTS if kind not in FLOATS)
 
 
 @dataclass
@@ -72,6 +80,19 @@ def quantize(x: np.ndarray, type: str) -> Weight:
     return Weight("q4", q[:, 0::2] | (q[:, 1::2] << 4), scale[..., 0], low[..., 0])
 
 
+FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the values of e2m1
+
+
+def mxfp4(codes: np.ndarray, exponents: np.ndarray) -> Weight:
+    """MXFP4 (OCP Microscaling Formats 1.0): w = e2m1 * 2^(exponent - 127); codes [n, k] 0 .. 15, exponents [n, k / 32].
+
+    In q8 as it is, with half of that power as scale, as long as float16 holds it; a smaller one rounds to 0 there."""
+    scale = np.ldexp(np.float32(0.5), exponents.astype(np.int32) - 127)
+    if scale.max(initial=0) > np.finfo(np.float16).max:
+        raise ExportError("holds a scale that is more than float16 can hold: the checkpoint is damaged")
+    return Weight("q8", FP4[codes], scale.astype(np.float16))
+
+
 def nonzero(scale: np.ndarray) -> np.ndarray:
     """The scale as float32, with 1 where it is 0: such a group rounds to its minimum, or to 0."""
     return np.where(scale == 0, np.float32(1), scale.astype(np.float32))
@@ -86,21 +107,31 @@ class Tensor:
     read: Callable[[np.ndarray], Weight]
     keep: str = ""  # the type to write it in where that is not `type`: the source's is none of ours
     note: str = ""  # the source's type then, for the summary
+    problem: str = ""  # why it cannot be read: an error where a model needs it, and nothing where none does
 
     @property
     def k(self) -> int:
-        return 1 if len(self.shape) == 1 else self.shape[-1]
+        return 1 if len(self.shape) < 2 else self.shape[-1]
 
     @property
     def n(self) -> int:
-        return size(self.shape) // self.k
+        return size(self.shape) // self.k if self.k else 0
 
     def float32(self) -> np.ndarray:
         return self.read(np.arange(self.n)).float32().reshape(self.shape)
 
 
 def size(shape) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+    return math.prod(shape)  # exact: a file may hold any number
+
+
+def unreadable(shape: tuple[int, ...], problem: str) -> Tensor:
+    """A tensor whose bytes mean nothing here; canonical_tensors refuses it where the model has a place for it."""
+
+    def read(index: np.ndarray) -> Weight:
+        raise ExportError(problem)
+
+    return Tensor(shape, "", read, problem=problem)
 
 
 def of_array(array: np.ndarray) -> Tensor:
@@ -123,6 +154,18 @@ def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = Non
         return Weight(weight.type, *parts)
 
     return replace(tensor, shape=shape, read=read)
+
+
+def turn_each(tensor: Tensor) -> Tensor:
+    """[count, k, n] -> [count, n, k], of a float type."""
+    count, k, n = tensor.shape
+
+    def read(index: np.ndarray) -> Weight:
+        matrix, column = np.divmod(index, n)
+        rows = {i: tensor.read(np.arange(i * k, (i + 1) * k)).data for i in np.unique(matrix).tolist()}
+        return Weight(tensor.type, np.stack([rows[i][:, j] for i, j in zip(matrix.tolist(), column, strict=True)]))
+
+    return replace(tensor, shape=(count, n, k), read=read)
 
 
 def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tensor:

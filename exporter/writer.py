@@ -11,17 +11,16 @@ from tqdm import tqdm
 
 from exporter.errors import ExportError
 from exporter.model import Model
-from exporter.weights import GROUP, QUANTIZED, Tensor, quantize, size, stored_type
+from exporter.weights import GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
 
 CHUNK = 1 << 20  # elements converted at a time
-DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8": "I8", "q4": "U8"}
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
 def written_type(name: str, tensor: Tensor, type: str | None) -> str:
-    """Vectors, tables and routers are f32; MLA's w_uk and w_uv are never quantised."""
+    """Vectors, experts' biases, tables and routers are f32; MLA's w_uk and w_uv are never quantised."""
     module = name.split(".")[-2]
-    if len(tensor.shape) == 1 or module in ("router", "position_embedding"):
+    if len(tensor.shape) == 1 or name.endswith(".bias") or module in ("router", "position_embedding"):
         return "f32"
     chosen = stored_type(tensor, type)
     if module in ("w_uk", "w_uv") and chosen in QUANTIZED:
@@ -31,16 +30,11 @@ def written_type(name: str, tensor: Tensor, type: str | None) -> str:
 
 def stored_parts(name: str, tensor: Tensor, type: str) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """(field of Weight, name, dtype, shape) of the tensors that hold one of ours."""
-    *outer, k = tensor.shape
     if type not in QUANTIZED:
-        return [("data", name, DTYPES[type], tensor.shape)]
+        return [(field, name, dtype, tensor.shape) for field, _, dtype, _ in PARTS[type]]
+    *outer, k = tensor.shape
     stem = name.removesuffix("weight")
-    groups = (*outer, k // GROUP)
-    parts = [
-        ("data", name, DTYPES[type], (*outer, k // 2 if type == "q4" else k)),
-        ("scale", stem + "scale", "F16", groups),
-    ]
-    return parts + ([("min", stem + "min", "F16", groups)] if type == "q4" else [])
+    return [(field, stem + part, dtype, (*outer, k // GROUP * n)) for field, part, dtype, n in PARTS[type]]
 
 
 def layout(model: Model, type: str | None) -> tuple[dict, list]:
@@ -61,14 +55,21 @@ def layout(model: Model, type: str | None) -> tuple[dict, list]:
     return header, entries
 
 
-def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str) -> Counter:
-    """Writes `path`, and returns the bytes of each type."""
+def named_types(entries: list) -> dict[str, str]:
+    """The type of each matrix that is not plain floats, whose dtype says it."""
+    return {name.removesuffix(".weight"): kind for name, _, kind, _ in entries if kind in QUANTIZED}
+
+
+def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str, made_from: str = "") -> Counter:
+    """Writes `path`, and returns the bytes of each type. source: for people; made_from: made_from.record."""
     header, entries = layout(model, type)
     header["__metadata__"] = {
-        "format": "attn.cu 1",
+        "format": "attn.cu 2",
         "config": json.dumps(model.config),
+        "types": json.dumps(named_types(entries)),
         "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
         "source": source,
+        "made_from": made_from,
     }
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 64 + 56)  # the data starts at a multiple of 64
@@ -98,6 +99,13 @@ def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
         except ExportError as error:
             raise ExportError(f"{source}: tensor {name} {error}") from error
         for field, (offset, row_bytes) in places.items():
-            data = np.ascontiguousarray(getattr(weight, field))
-            os.pwrite(file.fileno(), data.data.cast("B"), start + offset + first * row_bytes)
+            data = np.ascontiguousarray(getattr(weight, field)).data.cast("B")
+            write_at(file.fileno(), data, start + offset + first * row_bytes)
             bar.update(data.nbytes)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of it: a disk that fills up takes a part, and says so only when asked for the rest."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

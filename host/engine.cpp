@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <exception>
 #include <numeric>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 
@@ -28,7 +27,7 @@ struct Sample : Sequence {
 // A row of logits from which a token is to be drawn.
 struct Draw {
   Sample* sample;
-  float* logits;  // [vocab_size]
+  const float* logits;  // [vocab_size]
 };
 
 }  // namespace
@@ -43,6 +42,8 @@ const char* name(Finish finish) {
       return "callback";
     case Finish::cancelled:
       return "cancelled";
+    case Finish::error:
+      return "error";
   }
   return "";
 }
@@ -57,33 +58,45 @@ double percentile(std::vector<double> values, double p) {
 
 struct Engine::Impl {
   Forward forward;
+  Threads& threads;
+  int n_threads;
   int vocab_size;
   Scheduler scheduler;
   std::vector<std::unique_ptr<Sample>> samples = {};  // unfinished, by age
-  std::vector<std::vector<float>> forked_logits = {};
+  std::vector<SamplerScratch> scratch = {};           // [n_threads]
   int n_requests = 0;
   Stats stats = {};
 
   bool count_step(const Batch& batch);
-  std::vector<Draw> collect(float* logits);
+  void show_logits(Sample* s, int position, const float* logits);
+  std::vector<Draw> collect(const float* logits);
   void fork(Draw first, std::vector<Draw>* draws);
   void draw(const std::vector<Draw>& draws);
   void accept(Sample* s, int id);
   void finish(Sample* s, Finish reason);
-  void drop_cancelled();
+  void drop_ended();
+  bool compute(const Batch& batch, const float** logits);
 };
 
+void Engine::Impl::show_logits(Sample* s, int position, const float* logits) {
+  if (!s->asked->on_logits || !s->result.error.empty()) return;
+  try {
+    s->asked->on_logits(s->sample, position, logits);
+  } catch (const std::exception& e) {
+    s->result.error = e.what();
+  }
+}
+
 // Hands out the logits [n_logits, vocab_size]; returns the rows from which a token is to be drawn.
-std::vector<Draw> Engine::Impl::collect(float* logits) {
+std::vector<Draw> Engine::Impl::collect(const float* logits) {
   std::vector<Draw> draws;
   for (Sequence* sequence : scheduler.scheduled()) {
     auto* s = static_cast<Sample*>(sequence);
     for (; s->next_logits < s->computed; ++s->next_logits, logits += vocab_size) {
-      if (s->asked->on_logits) s->asked->on_logits(s->sample, s->next_logits, logits);
-      if (s->next_logits == s->size() - 1) draws.push_back({s, logits});
+      show_logits(s, s->next_logits, logits);
+      if (s->next_logits == s->size() - 1 && s->result.error.empty()) draws.push_back({s, logits});
     }
   }
-  forked_logits.clear();
   for (size_t i = 0, n = draws.size(); i < n; ++i) {
     if (!draws[i].sample->begun) fork(draws[i], &draws);
   }
@@ -94,29 +107,30 @@ std::vector<Draw> Engine::Impl::collect(float* logits) {
 void Engine::Impl::fork(Draw first, std::vector<Draw>* draws) {
   for (Sequence* sequence : scheduler.fork(*first.sample)) {
     auto* s = static_cast<Sample*>(sequence);
-    if (s->asked->on_logits) s->asked->on_logits(s->sample, s->size() - 1, first.logits);
-    forked_logits.emplace_back(first.logits, first.logits + vocab_size);
-    draws->push_back({s, forked_logits.back().data()});
+    show_logits(s, s->size() - 1, first.logits);
+    if (s->result.error.empty()) draws->push_back({s, first.logits});
   }
 }
 
 void Engine::Impl::draw(const std::vector<Draw>& draws) {
   std::vector<int> ids(draws.size());
-  std::exception_ptr error;
-  size_t work = draws.size() * static_cast<size_t>(vocab_size);
-#pragma omp parallel for schedule(dynamic) if (work > 100000)  // below, waking the team takes longer
+  const size_t work = draws.size() * static_cast<size_t>(vocab_size);
+  threads.run(work > 100000 ? n_threads : 1, [&](const Team& team) {  // below, waking the team takes longer
+    team.for_each_dynamic(static_cast<int>(draws.size()), [&](int i) {
+      const Draw& d = draws[static_cast<size_t>(i)];
+      Sample* s = d.sample;
+      if (s->asked->n == 0) return;
+      try {
+        ids[static_cast<size_t>(i)] = s->sampler.sample(d.logits, vocab_size, s->tokens.data(), s->size(),
+                                                        scratch[static_cast<size_t>(team.rank)]);
+      } catch (const std::exception& e) {
+        s->result.error = e.what();
+      }
+    });
+  });
   for (size_t i = 0; i < draws.size(); ++i) {
-    Sample* s = draws[i].sample;
-    if (s->asked->n == 0) continue;
-    try {
-      ids[i] = s->sampler.sample(draws[i].logits, vocab_size, s->tokens.data(), s->size());
-    } catch (...) {
-#pragma omp critical
-      error = std::current_exception();
-    }
+    if (draws[i].sample->result.error.empty()) accept(draws[i].sample, ids[i]);
   }
-  if (error) std::rethrow_exception(error);
-  for (size_t i = 0; i < draws.size(); ++i) accept(draws[i].sample, ids[i]);
 }
 
 void Engine::Impl::accept(Sample* s, int id) {
@@ -124,7 +138,7 @@ void Engine::Impl::accept(Sample* s, int id) {
   if (asked.n == 0) return finish(s, Finish::length);
   double between = seconds_since(s->last_token);
   s->last_token = Clock::now();
-  (s->begun ? stats.between_tokens : stats.first_token).push_back(between);
+  (s->begun ? stats.between_tokens : stats.first_token).add(between);
   if (!s->begun) s->result.first_token = between;
   s->begun = true;
   if (std::find(asked.stop.begin(), asked.stop.end(), id) != asked.stop.end()) return finish(s, Finish::stop);
@@ -144,12 +158,24 @@ void Engine::Impl::finish(Sample* s, Finish reason) {
   std::erase_if(samples, [&](const auto& owned) { return owned.get() == s; });
 }
 
-void Engine::Impl::drop_cancelled() {
-  std::vector<Sample*> cancelled;
+// What was cancelled, and what went wrong in the step before.
+void Engine::Impl::drop_ended() {
+  std::vector<Sample*> ended;
   for (const auto& s : samples) {
-    if (s->cancelled) cancelled.push_back(s.get());
+    if (s->cancelled || !s->result.error.empty()) ended.push_back(s.get());
   }
-  for (Sample* s : cancelled) finish(s, Finish::cancelled);
+  for (Sample* s : ended) finish(s, s->result.error.empty() ? Finish::cancelled : Finish::error);
+}
+
+// False: the pass went wrong, for all that are in it.
+bool Engine::Impl::compute(const Batch& batch, const float** logits) {
+  try {
+    *logits = forward(batch, n_threads);
+    return true;
+  } catch (const std::exception& e) {
+    for (Sequence* s : scheduler.scheduled()) static_cast<Sample*>(s)->result.error = e.what();
+    return false;
+  }
 }
 
 // Before the sequences advance. True: a step without any prompt's tokens.
@@ -168,10 +194,19 @@ bool Engine::Impl::count_step(const Batch& batch) {
 
 // ---- the interface
 
-Engine::Engine(Forward forward, const Limits& limits, int block_size, int vocab_size, int window, BlockHash hash)
+Engine::Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
+               BlockHash hash)
     : impl_(new Impl{.forward = std::move(forward),
+                     .threads = threads,
+                     .n_threads = limits.max_threads,
                      .vocab_size = vocab_size,
-                     .scheduler = Scheduler(limits, block_size, window, hash)}) {}
+                     .scheduler = Scheduler(limits, block_size, window, hash)}) {
+  for (int i = 0; i < limits.max_threads; i++) impl_->scratch.emplace_back(vocab_size);
+}
+
+size_t Engine::bytes(const Limits& limits, int vocab_size) {
+  return static_cast<size_t>(limits.max_threads) * SamplerScratch::bytes(vocab_size);
+}
 
 Engine::~Engine() = default;
 
@@ -229,10 +264,11 @@ int Engine::unfinished() const {
 bool Engine::step() {
   Impl& e = *impl_;
   auto start = Clock::now();
-  e.drop_cancelled();
+  e.drop_ended();
   if (e.samples.empty()) return false;
   const Batch& batch = e.scheduler.next();
-  float* logits = e.forward(batch);
+  const float* logits = nullptr;
+  if (!e.compute(batch, &logits)) return true;
   bool decode = e.count_step(batch);
   e.scheduler.advance();
   e.draw(e.collect(logits));

@@ -11,18 +11,22 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
+#include "host/durations.h"
 #include "host/sampler.h"
 #include "host/scheduler.h"
+#include "kernels/team.h"
 
-// How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel.
-enum class Finish { length, stop, callback, cancelled };
-const char* name(Finish finish);  // "length", "stop", "callback", "cancelled"
+// How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel; something went wrong with it.
+enum class Finish { length, stop, callback, cancelled, error };
+const char* name(Finish finish);  // "length", "stop", "callback", "cancelled", "error"
 
 struct Result {
   int request = 0, sample = 0;
   Finish finish = Finish::cancelled;
+  std::string error;       // what went wrong
   std::vector<int> ids;    // generated; a stop id is not among them
   int n_prompt = 0;        // tokens of the prompt
   int n_cached = 0;        // of them, found in the cache when the prompt was first begun
@@ -37,14 +41,15 @@ struct Request {
   SamplerOptions sampler;
   std::vector<int> stop;  // ids that end the text; empty: none does (--ignore-eos)
   // on_logits gets the logits [vocab_size] of each position from this one on, in order and once each (those
-  // at position p choose token p + 1), before the sampler may change them. -1: from the last of the prompt
+  // at position p choose token p + 1). -1: from the last of the prompt
   // on.
   int logits_from = -1;
   std::function<void(int sample, int position, const float* logits)> on_logits;
   // Each token as it is generated (stop ids are not); false ends the sample (stop strings, a closed pipe).
   std::function<bool(int sample, int id)> on_token;
   std::function<void(const Result& result)> on_finish;  // once for each sample
-  // The callbacks run within step, one at a time; they may call cancel but not submit.
+  // The callbacks run within step, one at a time; they may call cancel but not submit. What on_logits throws ends its
+  // sample alone, with that error; what the others throw comes out of step.
 };
 
 struct Stats : CacheStats {
@@ -52,8 +57,8 @@ struct Stats : CacheStats {
   int64_t prompt_tokens = 0;            // computed, those computed again included
   int64_t generated_tokens = 0;
   int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
-  double prompt_seconds = 0, decode_seconds = 0;    // of steps with, and without a prompt's tokens
-  std::vector<double> first_token, between_tokens;  // seconds; in order of their end
+  double prompt_seconds = 0, decode_seconds = 0;  // of steps with, and without a prompt's tokens
+  Durations first_token, between_tokens;
 };
 
 // The smallest of values that at least p of them (0 < p <= 1) do not exceed; 0 where there are none.
@@ -61,13 +66,16 @@ double percentile(std::vector<double> values, double p);
 
 class Engine {
  public:
-  using Forward = std::function<float*(const Batch&)>;  // Transformer::forward
+  using Forward = std::function<const float*(const Batch&, int n_threads)>;  // Transformer::forward
 
   // max_tokens is the budget of a step. block_size: of the cache (contiguous: limits.context). window: tokens
   // that the layer with the longest sight sees; 0: all of them.
-  Engine(Forward forward, const Limits& limits, int block_size, int vocab_size, int window,
+  // threads: with which tokens are drawn; a step has limits.max_threads.
+  Engine(Forward forward, Threads& threads, const Limits& limits, int block_size, int vocab_size, int window,
          BlockHash hash = block_hash);
   ~Engine();
+  // Bytes that it allocates for any number of requests, but for their tokens.
+  static size_t bytes(const Limits& limits, int vocab_size);
 
   // Most tokens, prompt and generated together, that a request may have.
   int max_request_tokens() const;
@@ -78,7 +86,9 @@ class Engine {
   void cancel(int request);
   void cancel_all();
 
-  bool step();  // one forward pass; false: nothing is left to do
+  // One forward pass; false: nothing is left to do. Where it throws, the samples in it end with that error: the others
+  // go on.
+  bool step();
   void run() {
     while (step()) {
     }

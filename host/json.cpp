@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "kernels/device.h"
+#include "host/error.h"
 #include "host/utf8.h"
 
 namespace {

@@ -26,6 +26,7 @@ class Json {
   Json(Array x) : value_(std::move(x)) {}
   Json(Object x) : value_(std::move(x)) {}
 
+  bool is_null() const { return std::holds_alternative<std::nullptr_t>(value_); }
   // Each is null, or empty, where the value is of another kind.
   const bool* boolean() const { return std::get_if<bool>(&value_); }
   const std::string* string() const { return std::get_if<std::string>(&value_); }

@@ -1,204 +1,49 @@
-// loader.cpp: reads a model file and packs its matrices. Nothing in the file is trusted: every length, offset
-// and size is checked before it is used, and whatever is not expected is refused by name.
+// loader.cpp: makes a model of a model file: hyper-parameters, then tensors by name, then packing. Whatever is not
+// expected is refused by name.
 #include "model.h"
 
-#include <fcntl.h>
-#include <omp.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
 #include <map>
 #include <set>
 
+#include "host/error.h"
 #include "host/json.h"
+#include "host/safetensors.h"
+#include "variants.h"
 
 namespace {
 
-constexpr const char* FORMAT = "attn.cu 1";
-constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
+constexpr const char* FORMAT = "attn.cu 2";
+constexpr int MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27, MAX_PRODUCT = 1 << 26;
 
-// ---- The file.
-
-class MappedFile {
+// What __metadata__ may hold.
+class Metadata {
  public:
-  explicit MappedFile(const std::string& path) {
-    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe is refused, not waited for
-    if (fd < 0) fail("%s: cannot open the model: %s", path.c_str(), std::strerror(errno));
-    struct stat info {};
-    const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-    if (regular && info.st_size >= 8) {
-      size_ = static_cast<size_t>(info.st_size);
-      void* p = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
-      data_ = p == MAP_FAILED ? nullptr : static_cast<const std::byte*>(p);
-    }
-    close(fd);
-    if (!regular) fail("%s: not a file; give the .safetensors that export.py wrote", path.c_str());
-    if (size_ == 0)
-      fail("%s: only %lld bytes; a model file is longer", path.c_str(), static_cast<long long>(info.st_size));
-    if (!data_) fail("%s: cannot map %zu bytes: %s", path.c_str(), size_, std::strerror(errno));
-  }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile() { munmap(const_cast<std::byte*>(data_), size_); }
-
-  const std::byte* data() const { return data_; }
-  size_t size() const { return size_; }
-
-  // The pages of [first, last) leave this process; the page cache keeps them. Resident memory is then the
-  // packed copy.
-  void release(const void* first, const void* last) const {
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const auto begin = (reinterpret_cast<uintptr_t>(first) + page - 1) / page * page;
-    const auto end = reinterpret_cast<uintptr_t>(last) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  Metadata(const std::string& path, const Header& header) : path_(path), values_(header.metadata()) {
+    if ((*this)["format"] != FORMAT)
+      fail(
+          "%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make it anew: "
+          ".venv/bin/python export.py SOURCE -o %s",
+          path.c_str(), (*this)["format"].c_str(), FORMAT, path.c_str());
+    for (const auto& [key, text] : values_)
+      if (key != "format" && key != "config" && key != "types" && key != "tokenizer_sha256" && key != "source" &&
+          key != "made_from")
+        fail("%s: __metadata__ has an unknown key \"%s\"", path.c_str(), key.c_str());
   }
 
- private:
-  const std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-struct Entry {
-  std::string dtype;
-  std::vector<int64_t> shape;
-  const std::byte* data = nullptr;
-  size_t bytes = 0;
-  bool used = false;
-};
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + "]";
-}
-
-size_t element_bytes(const std::string& dtype) {
-  static const std::map<std::string, size_t> known = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
-  const auto found = known.find(dtype);
-  return found == known.end() ? 0 : found->second;
-}
-
-// The header of a safetensors file: 8 bytes of length, then JSON. Data follows without holes or overlaps.
-class Header {
- public:
-  Header(const std::string& path, const MappedFile& file) : path_(path) {
-    uint64_t length = 0;
-    std::memcpy(&length, file.data(), 8);
-    if (length > MAX_HEADER || length > file.size() - 8)
-      fail("%s: header length %" PRIu64 " does not fit the file's %zu bytes; truncated or not a safetensors file",
-           path.c_str(), length, file.size());
-    const char* text = reinterpret_cast<const char*>(file.data()) + 8;
-    const Json json = parse_json({text, length}, path + ": the header");
-    if (!json.object()) fail("%s: the header is not a JSON object", path.c_str());
-    const std::byte* data = file.data() + 8 + length;
-    const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
-    for (const auto& [name, value] : *json.object()) {
-      if (name == "__metadata__")
-        read_metadata(value);
-      else
-        entries_.emplace(name, read_entry(name, value, data, data_bytes));
-    }
-    check_layout(data, data_bytes);
-  }
-
-  const std::string& metadata(const char* key) const {
-    const auto found = metadata_.find(key);
-    if (found == metadata_.end())
+  const std::string& operator[](const char* key) const {
+    const auto found = values_.find(key);
+    if (found == values_.end())
       fail("%s: __metadata__ has no \"%s\"; make the file with export.py", path_.c_str(), key);
     return found->second;
   }
 
-  Entry* find(const std::string& name) {
-    const auto found = entries_.find(name);
-    return found == entries_.end() ? nullptr : &found->second;
-  }
-
-  void refuse_unused() const {
-    for (const auto& [name, entry] : entries_)
-      if (!entry.used)
-        fail("%s: tensor %s %s is not one that this model's config calls for", path_.c_str(), name.c_str(),
-             shape_text(entry.shape).c_str());
-  }
-
  private:
-  void read_metadata(const Json& value) {
-    if (!value.object()) fail("%s: __metadata__ is not a JSON object", path_.c_str());
-    for (const auto& [key, text] : *value.object()) {
-      if (!text.string()) fail("%s: __metadata__ \"%s\" is not a string", path_.c_str(), key.c_str());
-      if (key != "format" && key != "config" && key != "tokenizer_sha256" && key != "source")
-        fail("%s: __metadata__ has an unknown key \"%s\"", path_.c_str(), key.c_str());
-      metadata_[key] = *text.string();
-    }
-  }
-
-  Entry read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const {
-    const auto bad = [&](const char* field, const char* why) {
-      fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
-    };
-    const Json *dtype = value.find("dtype"), *shape = value.find("shape"), *offsets = value.find("data_offsets");
-    if (!dtype || !shape || !offsets || value.object()->size() != 3)
-      bad("entry", "must hold dtype, shape and data_offsets and nothing else");
-    Entry entry;
-    if (!dtype->string()) bad("dtype", "is not a string");
-    entry.dtype = *dtype->string();
-    const size_t element = element_bytes(entry.dtype);
-    if (!element) bad("dtype", ("is " + entry.dtype + ", not one of F32, BF16, F16, I8, U8").c_str());
-    if (!shape->array() || shape->array()->size() > 3) bad("shape", "is not an array of at most 3 integers");
-    size_t bytes = element;
-    for (const Json& d : *shape->array()) {
-      const int n = d.integer<int>().value_or(-1);
-      if (n < 0) bad("shape", "has a size that is not 0 .. 2^31 - 1");
-      entry.shape.push_back(n);
-      if (__builtin_mul_overflow(bytes, static_cast<size_t>(n), &bytes)) bad("shape", "overflows");
-    }
-    const auto offset = [&](size_t i) {
-      const auto x =
-          offsets->array() && offsets->array()->size() == 2 ? (*offsets->array())[i].integer<uint64_t>() : std::nullopt;
-      if (!x) bad("data_offsets", "is not two integers");
-      return *x;
-    };
-    const uint64_t begin = offset(0), end = offset(1);
-    if (begin > end || end > data_bytes)
-      fail("%s: tensor %s: data_offsets [%" PRIu64 ", %" PRIu64
-           "] lie outside the file's %zu bytes of data; truncated?",
-           path_.c_str(), name.c_str(), begin, end, data_bytes);
-    if (end - begin != bytes)
-      fail("%s: tensor %s: %s %s needs %zu bytes, data_offsets give %" PRIu64, path_.c_str(), name.c_str(),
-           entry.dtype.c_str(), shape_text(entry.shape).c_str(), bytes, end - begin);
-    entry.data = data + begin;
-    entry.bytes = bytes;
-    if (reinterpret_cast<uintptr_t>(entry.data) % element != 0)
-      bad("data_offsets", "are not aligned to the element's size; make the file with export.py");
-    return entry;
-  }
-
-  void check_layout(const std::byte* data, size_t data_bytes) const {
-    std::vector<std::pair<const Entry*, const std::string*>> order;
-    for (const auto& [name, entry] : entries_) order.emplace_back(&entry, &name);
-    std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
-      return std::pair(a.first->data, a.first->bytes) < std::pair(b.first->data, b.first->bytes);
-    });
-    const std::byte* end = data;
-    for (const auto& [entry, name] : order) {
-      if (entry->data != end)
-        fail("%s: tensor %s: data_offsets %s the tensor before", path_.c_str(), name->c_str(),
-             entry->data < end ? "overlap" : "leave a hole after");
-      end = entry->data + entry->bytes;
-    }
-    if (end != data + data_bytes)
-      fail("%s: %zu bytes after the last tensor", path_.c_str(), static_cast<size_t>(data + data_bytes - end));
-  }
-
   std::string path_;
-  std::map<std::string, std::string> metadata_;
-  std::map<std::string, Entry> entries_;
+  const std::map<std::string, std::string>& values_;
 };
 
 // ---- Hyper-parameters.
@@ -209,6 +54,12 @@ class Fields {
   Fields(const std::string& path, const std::string& text)
       : path_(path), json_(parse_json(text, path + ": __metadata__ \"config\"")) {
     if (!json_.object()) fail("%s: __metadata__ \"config\" is not a JSON object", path.c_str());
+  }
+
+  void text(const char* key, std::string& out) {
+    const Json* value = take(key, true);
+    if (!value->string()) refuse(key, *value, "a string");
+    out = *value->string();
   }
 
   void integer(const char* key, int& out, int low, int high, bool required = true) {
@@ -252,6 +103,16 @@ class Fields {
   }
 
   bool has(const char* key) const { return json_.find(key) != nullptr; }
+
+  void require(bool right, const char* key, const char* what) const {
+    if (!right) refuse(key, *json_.find(key), what);
+  }
+
+  // The width of a layer: count x size.
+  void fits(const char* what, int count, int size) const {
+    if (static_cast<int64_t>(count) * size > MAX_PRODUCT)
+      fail("%s: config %s is %d x %d; more than %d are not supported", path_.c_str(), what, count, size, MAX_PRODUCT);
+  }
 
   void refuse_unused() const {
     for (const auto& [key, value] : *json_.object())
@@ -302,32 +163,20 @@ class Fields {
   std::set<std::string> used_;
 };
 
-constexpr int MAX_WIDTH = 1 << 20, MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27;
-constexpr int MAX_PRODUCT = 1 << 26;  // the width of a layer: heads x their size
+// f(variant) for the variant of this name; false: there is none.
+template <class F>
+bool with_variant(const std::string& name, F f) {
+  const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {
+    return ((name == V::name && (f(std::type_identity<V>()), true)) || ...);
+  };
+  return try_each(std::type_identity<Variants>());
+}
 
-void read_attention(Fields& f, const std::string& path, Config& c) {
-  f.choice("attention", c.attention,
-           {{"mha", Variant::mha}, {"mqa", Variant::mqa}, {"gqa", Variant::gqa}, {"mla", Variant::mla}}, true);
+void read_attention(Fields& f, Config& c) {
+  f.text("attention", c.attention);
   f.integer("n_heads", c.n_heads, 1, MAX_WIDTH);
-  if (c.attention == Variant::mla) {
-    f.integer("q_lora_rank", c.q_lora_rank, 0, MAX_WIDTH);
-    f.integer("kv_lora_rank", c.kv_lora_rank, 1, MAX_WIDTH);
-    f.integer("qk_nope_head_dim", c.qk_nope_head_dim, 1, MAX_WIDTH);
-    f.integer("qk_rope_head_dim", c.qk_rope_head_dim, 1, MAX_WIDTH);
-    f.integer("v_head_dim", c.v_head_dim, 1, MAX_WIDTH);
-    return;
-  }
-  f.integer("n_kv_heads", c.n_kv_heads, 1, MAX_WIDTH);
-  f.integer("head_dim", c.head_dim, 1, MAX_WIDTH);
-  const bool fits = c.attention == Variant::mha   ? c.n_kv_heads == c.n_heads
-                    : c.attention == Variant::mqa ? c.n_kv_heads == 1
-                                                  : c.n_heads % c.n_kv_heads == 0;
-  if (!fits)
-    fail("%s: config \"n_kv_heads\" is %d with %d heads; %s needs %s", path.c_str(), c.n_kv_heads, c.n_heads,
-         name(c.attention),
-         c.attention == Variant::mha   ? "as many"
-         : c.attention == Variant::mqa ? "1"
-                                       : "a divisor of the heads");
+  const bool known = with_variant(c.attention, [&](auto v) { decltype(v)::type::read(f, c); });
+  f.require(known, "attention", "mha, mqa, gqa or mla");
 }
 
 void read_experts(Fields& f, const std::string& path, Config& c) {
@@ -365,11 +214,16 @@ Config read_config(const std::string& path, const std::string& text) {
   f.integer("n_layers", c.n_layers, 1, MAX_LAYERS);
   f.integer("vocab_size", c.vocab_size, 1, 1 << 24);
   f.integer("seq_len", c.seq_len, 1, MAX_LENGTH);
-  read_attention(f, path, c);
+  read_attention(f, c);
   f.choice("norm", c.norm, {{"rms", NormKind::rms}, {"layer", NormKind::layer}}, true);
   f.number("norm_eps", c.norm_eps, true);
   f.choice("activation", c.activation,
-           {{"silu", Activation::silu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh}}, true);
+           {{"silu", Activation::silu},
+            {"gelu", Activation::gelu},
+            {"gelu_tanh", Activation::gelu_tanh},
+            {"swiglu_oai", Activation::swiglu_oai}},
+           true);
+  if (c.activation == Activation::swiglu_oai) f.number("swiglu_limit", c.swiglu_limit, true);
   f.number("attention_scale", c.attention_scale, true);
   f.number("attention_softcap", c.attention_softcap);
   f.number("logit_softcap", c.logit_softcap);
@@ -378,22 +232,16 @@ Config read_config(const std::string& path, const std::string& text) {
   f.number("residual_scale", c.residual_scale);
   f.integers("window", c.window, c.n_layers, 0, MAX_LENGTH);
   f.numbers("rope_scale", c.rope_scale);
+  f.integer("original_seq_len", c.original_seq_len, 0, MAX_LENGTH, false);
   f.integers("rope", c.rope, c.n_layers, -1, static_cast<int>(c.rope_scale.size()) - 1);
   read_experts(f, path, c);
   f.refuse_unused();
   const auto not_below = [&](const char* key, float value, float least) {
     if (value < least) fail("%s: config \"%s\" is %g; it must be at least %g", path.c_str(), key, value, least);
   };
-  const auto fits = [&](const char* what, int a, int b) {
-    if (static_cast<int64_t>(a) * b > MAX_PRODUCT)
-      fail("%s: config %s is %d x %d; more than %d are not supported", path.c_str(), what, a, b, MAX_PRODUCT);
-  };
-  fits("\"n_heads\" x \"head_dim\"", c.n_heads, c.head_dim);
-  fits("\"n_heads\" x (\"qk_nope_head_dim\" + \"qk_rope_head_dim\")", c.n_heads,
-       c.qk_nope_head_dim + c.qk_rope_head_dim);
-  fits("\"n_heads\" x \"v_head_dim\"", c.n_heads, c.v_head_dim);
-  fits("\"n_shared_experts\" x \"moe_intermediate_size\"", c.n_shared_experts, c.moe_intermediate_size);
+  f.fits("n_shared_experts x moe_intermediate_size", c.n_shared_experts, c.moe_intermediate_size);
   not_below("norm_eps", c.norm_eps, 0);
+  not_below("swiglu_limit", c.swiglu_limit, 0);
   not_below("attention_softcap", c.attention_softcap, 0);
   not_below("logit_softcap", c.logit_softcap, 0);
   return c;
@@ -401,9 +249,52 @@ Config read_config(const std::string& path, const std::string& text) {
 
 // ---- Tensors.
 
+// The weight types that the file names: "types" of __metadata__, an object of matrix name to type name.
+class NamedTypes {
+ public:
+  NamedTypes(const std::string& path, const std::string& text) : path_(path) {
+    const Json json = parse_json(text, path + ": __metadata__ \"types\"");
+    if (!json.object()) fail("%s: __metadata__ \"types\" is not a JSON object", path.c_str());
+    std::string known;
+    for (const WeightFormat& format : weight_formats()) known += (known.empty() ? "" : ", ") + std::string(format.name);
+    for (const auto& [matrix, value] : *json.object()) {
+      const auto type = value.string() ? find_weight_type(*value.string()) : std::nullopt;
+      if (!type)
+        fail("%s: __metadata__ \"types\": %s is %s, not one of %s", path.c_str(), matrix.c_str(), value.text().c_str(),
+             known.c_str());
+      left_.emplace(matrix, *type);
+    }
+  }
+
+  // The type of a matrix, once; none where the file does not name it.
+  std::optional<WeightType> take(const std::string& matrix) {
+    const auto found = left_.extract(matrix);
+    return found ? std::optional(found.mapped()) : std::nullopt;
+  }
+
+  void refuse_unused() const {
+    if (!left_.empty())
+      fail("%s: __metadata__ \"types\" names %s, which is not a matrix that this model's config calls for",
+           path_.c_str(), left_.begin()->first.c_str());
+  }
+
+ private:
+  std::string path_;
+  std::map<std::string, WeightType> left_;
+};
+
+// The float type that is stored as this dtype: what a matrix is whose type is not named.
+std::optional<WeightType> float_type(const std::string& dtype) {
+  for (size_t i = 0; i < weight_formats().size(); i++)
+    if (const WeightFormat& f = weight_formats()[i]; f.quant_group == 1 && f.parts[0].dtype == dtype)
+      return static_cast<WeightType>(i);
+  return {};
+}
+
 // A matrix to pack and where its description goes.
 struct PackJob {
   TensorView source;
+  size_t row_bytes[MAX_PARTS];  // of each part
   bool transposed;
   Matrix* out;
 };
@@ -412,56 +303,28 @@ struct PackJob {
 // known.
 class Collector {
  public:
-  Collector(const std::string& path, Header& header) : path_(path), header_(header) {}
+  Collector(const std::string& path, Header& header, NamedTypes types)
+      : path_(path), header_(header), types_(std::move(types)) {}
 
   bool has(const std::string& name) { return header_.find(name) != nullptr; }
-
-  // A matrix [n, k] (or, stacked, [count, n, k]) of any weight type: its `count` views. Empty where it may be
-  // absent.
-  std::vector<TensorView> views(const std::string& name, int count, int n, int k, bool floats_only) {
-    const std::string weight = name + ".weight";
-    const Entry& e = entry(weight);
-    TensorView v;
-    v.n = n;
-    v.k = k;
-    v.type = e.dtype == "F32"    ? DType::f32
-             : e.dtype == "BF16" ? DType::bf16
-             : e.dtype == "F16"  ? DType::f16
-             : e.dtype == "I8"   ? DType::q8
-                                 : DType::q4;
-    const bool quantised = v.type == DType::q8 || v.type == DType::q4;
-    if (quantised && floats_only) refuse(weight, e, "F32, BF16 or F16", {count, n, k});
-    if (quantised && k % GROUP != 0)
-      refuse(weight, e, "F32, BF16 or F16, since the inputs are no multiple of 32", {n, k});
-    expect(weight, e, {count, n, v.type == DType::q4 ? k / 2 : k});
-    v.data = e.data;
-    if (quantised) v.scale = halves(name + ".scale", {count, n, k / GROUP});
-    if (v.type == DType::q4) v.min = halves(name + ".min", {count, n, k / GROUP});
-
-    std::vector<TensorView> all;
-    const size_t stride = e.bytes / static_cast<size_t>(count),
-                 groups = static_cast<size_t>(n) * static_cast<size_t>(k / GROUP);
-    for (int i = 0; i < count; i++) {
-      all.push_back(v);
-      v.data = static_cast<const std::byte*>(v.data) + stride;
-      if (v.scale) v.scale += groups;
-      if (v.min) v.min += groups;
-    }
-    return all;
+  void refuse_unused() const {
+    types_.refuse_unused();
+    header_.refuse_unused();
   }
 
-  void matrix(const std::string& name, int n, int k, Matrix& out) {
-    jobs.push_back({views(name, 1, n, k, false)[0], false, &out});
-  }
+  void matrix(const std::string& name, int n, int k, Matrix& out) { group(name, 1, n, k, false, false, out); }
 
-  // [count, n, k], one matrix each. `out` must not be resized any more.
-  void matrices(const std::string& name, int n, int k, bool floats_only, bool transposed,
-                const std::vector<Matrix*>& out) {
-    const auto all = views(name, static_cast<int>(out.size()), n, k, floats_only);
-    for (size_t i = 0; i < out.size(); i++) {
-      jobs.push_back({all[i], transposed, out[i]});
-      if (transposed) std::swap(jobs.back().source.n, jobs.back().source.k);
-    }
+  // [groups, n, k] in one, and a bias [groups, n] where there is one.
+  void grouped(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, false, false, out.weight);
+    optional_vector(name + ".bias", {groups, n}, out.bias);
+  }
+  // The same where each group is a head of MLA; transposed: [groups, k, n] of it.
+  void heads(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, true, false, out.weight);
+  }
+  void heads_transposed(const std::string& name, int groups, int n, int k, Linear& out) {
+    group(name, groups, n, k, true, true, out.weight);
   }
 
   void linear(const std::string& name, int n, int k, Linear& out) {
@@ -470,20 +333,25 @@ class Collector {
   }
 
   void norm(const std::string& name, int n, Norm& out) {
+    out.n = n;
     optional_vector(name + ".weight", {n}, out.weight);
     if (out.weight) return optional_vector(name + ".bias", {n}, out.bias);
   }
 
-  void vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
-    const Entry& e = entry(name);
-    if (e.dtype != "F32") refuse(name, e, "F32", shape);
-    expect(name, e, shape);
+  // The norm of `heads` heads of n elements: of each, or of all together, as long as its weight is.
+  void norm_of_heads(const std::string& name, int heads, int n, Norm& out) {
+    const bool row = has(name + ".weight") && length(name + ".weight") == int64_t{heads} * n;
+    norm(name, row ? heads * n : n, out);
+  }
+
+  void vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
+    const Entry& e = typed(name, "F32", shape);
     vectors.emplace_back(&e, &out);
     out = reinterpret_cast<const float*>(e.data);  // until pack() copies it
   }
 
-  void optional_vector(const std::string& name, std::vector<int64_t> shape, const float*& out) {
-    if (has(name)) vector(name, std::move(shape), out);
+  void optional_vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
+    if (has(name)) vector(name, shape, out);
   }
 
   int64_t length(const std::string& name) {
@@ -496,6 +364,45 @@ class Collector {
   std::vector<std::pair<const Entry*, const float**>> vectors;
 
  private:
+  // A matrix [groups, n, k]: a job for each group. transposed: each is packed as [k, n].
+  void group(const std::string& name, int groups, int n, int k, bool floats_only, bool transposed, Matrix& out) {
+    const WeightType type = type_of(name, groups, n, k, floats_only);
+    const WeightFormat& format = weight_format(type);
+    PackJob job{{type, n, k}, {}, transposed, &out};
+    size_t group_bytes[MAX_PARTS] = {};
+    for (size_t i = 0; i < format.parts.size(); i++) {
+      const WeightPart& part = format.parts[i];
+      const Entry& e = typed(name + "." + part.name, part.dtype, {groups, n, k / format.quant_group * part.elements});
+      job.source.parts[i] = e.data;
+      group_bytes[i] = e.bytes / static_cast<size_t>(groups);
+      job.row_bytes[i] = group_bytes[i] / static_cast<size_t>(n);
+    }
+    if (transposed) std::swap(job.source.n, job.source.k);
+    out.groups = groups;
+    for (int g = 0; g < groups; g++) {
+      jobs.push_back(job);
+      for (size_t i = 0; i < format.parts.size(); i++)
+        job.source.parts[i] = static_cast<const std::byte*>(job.source.parts[i]) + group_bytes[i];
+    }
+  }
+
+  WeightType type_of(const std::string& name, int groups, int n, int k, bool floats_only) {
+    const std::string weight = name + ".weight";
+    auto known = seen_.find(name);  // MLA takes its key matrix twice
+    if (known != seen_.end()) return known->second;
+    const std::optional<WeightType> named = types_.take(name);
+    const Entry& e = entry(weight);
+    const std::optional<WeightType> type = named ? named : float_type(e.dtype);
+    if (!type) refuse(weight, e, "F32, BF16 or F16, or a type that __metadata__ \"types\" names,", {groups, n, k});
+    const WeightFormat& format = weight_format(*type);
+    if (format.quant_group != 1 && floats_only) refuse(weight, e, "F32, BF16 or F16", {groups, n, k});
+    if (k % format.quant_group != 0)
+      fail("%s: __metadata__ \"types\": %s is %s, whose rows are multiples of %d inputs; it has %d", path_.c_str(),
+           name.c_str(), std::string(format.name).c_str(), format.quant_group, k);
+    seen_.emplace(name, *type);
+    return *type;
+  }
+
   Entry& entry(const std::string& name) {
     Entry* e = header_.find(name);
     if (!e) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
@@ -503,83 +410,49 @@ class Collector {
     return *e;
   }
 
-  const uint16_t* halves(const std::string& name, std::vector<int64_t> shape) {
+  // The tensor of this name, which must be of this dtype and shape.
+  const Entry& typed(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
     const Entry& e = entry(name);
-    if (e.dtype != "F16") refuse(name, e, "F16", shape);
-    expect(name, e, shape);
-    return reinterpret_cast<const uint16_t*>(e.data);
+    if (e.dtype != dtype || e.shape != spelled_like(e, shape)) refuse(name, e, dtype, shape);
+    return e;
   }
 
   // A leading size of 1 may be left out: [1, n, k] is [n, k].
-  void expect(const std::string& name, const Entry& e, std::vector<int64_t> shape) const {
-    if (shape.size() == 3 && shape[0] == 1 && e.shape.size() == 2) shape.erase(shape.begin());
-    if (e.shape != shape) refuse(name, e, e.dtype.c_str(), shape);
+  static std::vector<int64_t> spelled_like(const Entry& e, std::vector<int64_t> shape) {
+    if (shape.size() == 3 && shape[0] == 1 && e.shape.size() != 3) shape.erase(shape.begin());
+    return shape;
   }
 
   [[noreturn]] void refuse(const std::string& name, const Entry& e, const char* dtype,
                            const std::vector<int64_t>& shape) const {
     fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), e.dtype.c_str(),
-         shape_text(e.shape).c_str(), dtype, shape_text(shape).c_str());
+         shape_text(e.shape).c_str(), dtype, shape_text(spelled_like(e, shape)).c_str());
   }
 
   std::string path_;
   Header& header_;
+  NamedTypes types_;
+  std::map<std::string, WeightType> seen_;
 };
 
-void collect_attention(Collector& t, const std::string& at, const Config& c, Layer& l) {
-  if (c.attention != Variant::mla) {
-    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj);
-    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
-    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
-    t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
-    t.norm(at + "q_norm", c.head_dim, l.q_norm);
-    t.norm(at + "k_norm", c.head_dim, l.k_norm);
-    return;
-  }
-  const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
-  if (c.q_lora_rank) {
-    t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj);
-    t.norm(at + "q_a_norm", c.q_lora_rank, l.q_a_norm);
-    t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj);
-  } else {
-    t.linear(at + "q_proj", q_width, c.dim, l.q_proj);
-  }
-  t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
-  t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
-  t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
-  std::vector<Matrix*> uk, uk_t, uv;
-  for (auto* list : {&l.w_uk, &l.w_uk_t, &l.w_uv}) list->resize(static_cast<size_t>(c.n_heads));
-  for (size_t h = 0; h < static_cast<size_t>(c.n_heads); h++) {
-    uk.push_back(&l.w_uk[h]);
-    uk_t.push_back(&l.w_uk_t[h]);
-    uv.push_back(&l.w_uv[h]);
-  }
-  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, false, uk);
-  t.matrices(at + "w_uk", c.qk_nope_head_dim, c.kv_lora_rank, true, true, uk_t);
-  t.matrices(at + "w_uv", c.v_head_dim, c.kv_lora_rank, true, false, uv);
-}
-
-void collect_mlp(Collector& t, const std::string& at, int dim, int hidden, Mlp& mlp) {
-  if (t.has(at + "gate_proj.weight")) t.linear(at + "gate_proj", hidden, dim, mlp.gate);
+void collect_mlp(Collector& t, const std::string& at, const Config& c, int hidden, Mlp& mlp) {
+  const int dim = c.dim;
+  if (t.has(at + "gate_proj.weight") || c.activation == Activation::swiglu_oai)
+    t.linear(at + "gate_proj", hidden, dim, mlp.gate);
   t.linear(at + "up_proj", hidden, dim, mlp.up);
   t.linear(at + "down_proj", dim, hidden, mlp.down);
 }
 
 void collect_experts(Collector& t, const std::string& at, const Config& c, Layer& l) {
   t.matrix(at + "router", c.n_routed_experts, c.dim, l.router.weight);
+  t.optional_vector(at + "router.logit_bias", {c.n_routed_experts}, l.router.bias);
   t.optional_vector(at + "router.bias", {c.n_routed_experts}, l.router_bias);
-  l.experts.resize(static_cast<size_t>(c.n_routed_experts));
-  std::vector<Matrix*> gate, up, down;
-  for (Mlp& e : l.experts) {
-    gate.push_back(&e.gate.weight);
-    up.push_back(&e.up.weight);
-    down.push_back(&e.down.weight);
-  }
-  t.matrices(at + "experts.gate_proj", c.moe_intermediate_size, c.dim, false, false, gate);
-  t.matrices(at + "experts.up_proj", c.moe_intermediate_size, c.dim, false, false, up);
-  t.matrices(at + "experts.down_proj", c.dim, c.moe_intermediate_size, false, false, down);
+  const int E = c.n_routed_experts, hidden = c.moe_intermediate_size;
+  t.grouped(at + "experts.gate_proj", E, hidden, c.dim, l.experts.gate);
+  t.grouped(at + "experts.up_proj", E, hidden, c.dim, l.experts.up);
+  t.grouped(at + "experts.down_proj", E, c.dim, hidden, l.experts.down);
   if (c.n_shared_experts)
-    collect_mlp(t, at + "shared_experts.", c.dim, c.n_shared_experts * c.moe_intermediate_size, l.shared);
+    collect_mlp(t, at + "shared_experts.", c, c.n_shared_experts * c.moe_intermediate_size, l.shared);
 }
 
 void collect(Collector& t, Model& m) {
@@ -589,16 +462,18 @@ void collect(Collector& t, Model& m) {
   t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head.bias);
   t.optional_vector("position_embedding.weight", {c.seq_len, c.dim}, m.position_embedding);
   t.norm("norm", c.dim, m.final_norm);
-  const int rotated = c.attention == Variant::mla ? c.qk_rope_head_dim : c.head_dim;
+  int rotated = 0;
+  with_variant(c.attention, [&](auto v) { rotated = decltype(v)::type::rotated(c); });
   m.rope.resize(c.rope_scale.size());
   for (size_t i = 0; i < m.rope.size(); i++) {
-    const std::string name = "rope." + std::to_string(i) + ".inv_freq";
+    const std::string at = "rope." + std::to_string(i) + ".", name = at + "inv_freq";
     const int64_t n = t.length(name);
     if (2 * n > rotated || n < 1)
       fail("%s: tensor %s has %lld frequencies; a head has 1 to %d", m.path.c_str(), name.c_str(),
            static_cast<long long>(n), rotated / 2);
     m.rope[i].n = static_cast<int>(n);
     t.vector(name, {n}, m.rope[i].inv_freq);
+    if (c.original_seq_len > 0) t.vector(at + "long_inv_freq", {n}, m.rope[i].long_inv_freq);
   }
   m.layers.resize(static_cast<size_t>(c.n_layers));
   for (int i = 0; i < c.n_layers; i++) {
@@ -608,11 +483,11 @@ void collect(Collector& t, Model& m) {
     t.norm(at + "attention_post_norm", c.dim, l.attention_post_norm);
     t.norm(at + "mlp_norm", c.dim, l.mlp_norm);
     t.norm(at + "mlp_post_norm", c.dim, l.mlp_post_norm);
-    collect_attention(t, at, c, l);
+    with_variant(c.attention, [&](auto v) { decltype(v)::type::collect(t, at, c, l); });
     if (c.is_moe(i))
       collect_experts(t, at, c, l);
     else
-      collect_mlp(t, at, c.dim, c.hidden_dim, l.mlp);
+      collect_mlp(t, at, c, c.hidden_dim, l.mlp);
   }
 }
 
@@ -620,35 +495,41 @@ void collect(Collector& t, Model& m) {
 
 constexpr size_t RELEASE_EVERY = size_t{8} << 20;  // bytes of the file that are resident at most while packing
 
-size_t source_row_bytes(const TensorView& v) {
-  const auto k = static_cast<size_t>(v.k);
-  return v.type == DType::f32 ? 4 * k : v.type == DType::q8 ? k : v.type == DType::q4 ? k / 2 : 2 * k;
-}
-
 size_t packed_bytes(const PackJob& j) {
   return packed_bytes(j.source.type, j.source.n, j.source.k);
 }
 
-void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m) {
+void pack_matrix(const MappedFile& file, const PackJob& j, std::byte* out, Threads& threads) {
+  const TensorView& s = j.source;
+  const int all = panels(s.n);
+  const size_t panel_rows = static_cast<size_t>(s.n + all - 1) / static_cast<size_t>(all);
+  size_t row_bytes = 0;
+  for (const size_t bytes : j.row_bytes) row_bytes += bytes;
+  // A transposed source is read by columns: all of it at once.
+  const int step = j.transposed ? all : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row_bytes * panel_rows)));
+  const int source_rows = j.transposed ? s.k : s.n;
+  for (int first = 0; first < all; first += step) {
+    const int last = std::min(all, first + step);
+    threads.run(threads.most(), [&](const Team& team) {
+      team.for_each(last - first, [&](int p) { pack(s, j.transposed, first + p, out); });
+    });
+    const size_t done = j.transposed ? static_cast<size_t>(source_rows)
+                                     : std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * panel_rows);
+    for (size_t i = 0; i < MAX_PARTS; i++) {
+      const auto* data = static_cast<const std::byte*>(s.parts[i]);
+      file.release(data, data + j.row_bytes[i] * done);
+    }
+  }
+}
+
+void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Model& m, Threads& threads) {
   size_t total = 0;
   for (const PackJob& j : jobs) total += packed_bytes(j);
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
-    const TensorView& s = j.source;
-    const int blocks = row_blocks(s.n);
-    const size_t block_rows = static_cast<size_t>(s.n + blocks - 1) / static_cast<size_t>(blocks);
-    const size_t row = source_row_bytes(s);
-    // A transposed source is read by columns: all of it at once.
-    const int step = j.transposed ? blocks : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row * block_rows)));
-    for (int first = 0; first < blocks; first += step) {
-      const int last = std::min(blocks, first + step);
-#pragma omp parallel for schedule(static)
-      for (int b = first; b < last; b++) pack(s, j.transposed, b, at);
-      const auto* data = static_cast<const std::byte*>(s.data);
-      file.release(data, data + row * std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * block_rows));
-    }
-    *j.out = {s.type, s.n, s.k, at};
+    pack_matrix(file, j, at, threads);
+    if (!j.out->data) *j.out = {j.source.type, j.source.n, j.source.k, j.out->groups, at};  // the first of its groups
     at += packed_bytes(j);
   }
 }
@@ -672,8 +553,8 @@ void count(const Collector& tensors, Model& m) {
   std::map<std::string, double> by_type;
   std::set<const Matrix*> routed, not_read = {&m.embed_tokens};
   for (const Layer& l : m.layers) {
-    for (const Mlp& e : l.experts) routed.insert({&e.gate.weight, &e.up.weight, &e.down.weight});
-    for (const Matrix& w : l.w_uk) not_read.insert(&w);  // decode takes the absorbed form
+    routed.insert({&l.experts.gate.weight, &l.experts.up.weight, &l.experts.down.weight});
+    not_read.insert(&l.w_uk.weight);  // decode takes the absorbed form
   }
   const auto is_classifier = [&](const PackJob& j) { return j.out == &m.lm_head.weight; };
   if (std::none_of(tensors.jobs.begin(), tensors.jobs.end(), is_classifier)) not_read.erase(&m.embed_tokens);  // it is
@@ -682,7 +563,7 @@ void count(const Collector& tensors, Model& m) {
     const auto bytes = static_cast<double>(packed_bytes(j));
     const double parameters = static_cast<double>(j.source.n) * j.source.k;
     m.weight_bytes += packed_bytes(j);
-    if (!j.transposed) by_type[name(j.source.type)] += parameters;
+    if (!j.transposed) by_type[std::string(weight_format(j.source.type).name)] += parameters;
     if (routed.count(j.out))
       read += bytes * c.num_experts_per_tok / c.n_routed_experts;
     else if (!not_read.count(j.out))
@@ -702,22 +583,15 @@ void count(const Collector& tensors, Model& m) {
   }
 }
 
-Config read_checked_config(const std::string& path, const Header& header) {
-  if (header.metadata("format") != FORMAT)
-    fail("%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make the file again with export.py",
-         path.c_str(), header.metadata("format").c_str(), FORMAT);
-  return read_config(path, header.metadata("config"));
+NamedTypes read_types(const std::string& path, const Header& header) {
+  return {path, Metadata(path, header)["types"]};
 }
 
 }  // namespace
 
-const char* name(Variant v) {
-  constexpr const char* names[] = {"mha", "mqa", "gqa", "mla"};
-  return names[static_cast<int>(v)];
-}
-
 struct ModelFile::Contents {
-  explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
+  explicit Contents(const std::string& path)
+      : file(path), header(path, file), tensors(path, header, read_types(path, header)) {}
   MappedFile file;
   Header header;
   Collector tensors;
@@ -725,24 +599,26 @@ struct ModelFile::Contents {
 
 ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
   model.path = path;
-  model.config = read_checked_config(path, contents_->header);
-  model.tokenizer_sha256 = contents_->header.metadata("tokenizer_sha256");
+  const Metadata metadata(path, contents_->header);
+  model.config = read_config(path, metadata["config"]);
+  model.tokenizer_sha256 = metadata["tokenizer_sha256"];
   collect(contents_->tensors, model);
-  contents_->header.refuse_unused();
+  contents_->tensors.refuse_unused();
   count(contents_->tensors, model);
 }
 
 ModelFile::~ModelFile() = default;
 
-void ModelFile::pack() {
-  pack_matrices(contents_->file, contents_->tensors.jobs, model);
+void ModelFile::pack(Threads& threads) {
+  pack_matrices(contents_->file, contents_->tensors.jobs, model, threads);
   copy_vectors(contents_->tensors.vectors, model);
+  contents_->file.refuse_changed(model.path);
   if (!model.lm_head) model.lm_head.weight = model.embed_tokens;
   contents_.reset();
 }
 
-Model load_model(const std::string& path) {
+Model load_model(const std::string& path, Threads& threads) {
   ModelFile file(path);
-  file.pack();
+  file.pack(threads);
   return std::move(file.model);
 }

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <new>
 
+#include "host/error.h"
 #include "host/utf8.h"
-#include "kernels/device.h"
 
 namespace {
 

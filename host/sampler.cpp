@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels/device.h"
+#include "host/error.h"
 
 namespace {
 
@@ -72,83 +72,101 @@ float largest_of(const float* logits, int n) {
 
 }  // namespace
 
-int Sampler::sample(float* logits, int vocab_size, const int* history, int n_history) {
-  if (options_.repeat_penalty != 1) penalise(logits, options_.repeat_penalty, history, n_history);
-  const float largest = largest_of(logits, vocab_size);
-  if (options_.temperature == 0) return static_cast<int>(std::find(logits, logits + vocab_size, largest) - logits);
-  keep_top_k(logits, vocab_size);
-  if (options_.top_p < 1 || options_.min_p > 0) keep_top_p_and_min_p(largest);
-  return draw(largest);
+SamplerScratch::SamplerScratch(int vocab_size) {
+  const auto n = static_cast<size_t>(vocab_size);
+  candidates.reserve(n);
+  weights.reserve(n);
+  penalised.reserve(n);
 }
 
-// candidates_ = the k largest, in order of id. Ids come in ascending order, so one that only equals the worst
+size_t SamplerScratch::bytes(int vocab_size) {
+  return static_cast<size_t>(vocab_size) * (sizeof(Candidate) + sizeof(double) + sizeof(float));
+}
+
+int Sampler::sample(const float* logits, int vocab_size, const int* history, int n_history, SamplerScratch& s) {
+  if (options_.repeat_penalty != 1) {
+    s.penalised.assign(logits, logits + vocab_size);
+    penalise(s.penalised.data(), options_.repeat_penalty, history, n_history);
+    logits = s.penalised.data();
+  }
+  const float largest = largest_of(logits, vocab_size);
+  if (options_.temperature == 0) return static_cast<int>(std::find(logits, logits + vocab_size, largest) - logits);
+  keep_top_k(logits, vocab_size, s);
+  if (options_.top_p < 1 || options_.min_p > 0) keep_top_p_and_min_p(largest, s);
+  return draw(largest, s);
+}
+
+// s.candidates = the k largest, in order of id. Ids come in ascending order, so one that only equals the worst
 // of k kept loses to it.
-void Sampler::keep_top_k(const float* logits, int vocab_size) {
+void Sampler::keep_top_k(const float* logits, int vocab_size, SamplerScratch& s) const {
   const bool all = options_.top_k == 0 || options_.top_k >= vocab_size;
-  const size_t k = static_cast<size_t>(all ? vocab_size : options_.top_k), room = all ? k : 2 * k + 64;
-  const auto before = [](const Candidate& a, const Candidate& b) { return a.before(b); };
-  const auto shorten = [&] {
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<ptrdiff_t>(k) - 1, candidates_.end(),
-                     before);
-    candidates_.resize(k);
+  const size_t k = static_cast<size_t>(all ? vocab_size : options_.top_k),
+               room = all ? k : std::min(2 * k + 64, static_cast<size_t>(vocab_size));
+  const auto before = [](const SamplerScratch::Candidate& a, const SamplerScratch::Candidate& b) {
+    return a.before(b);
   };
-  candidates_.clear();
-  candidates_.reserve(room);
+  const auto shorten = [&] {
+    std::nth_element(s.candidates.begin(), s.candidates.begin() + static_cast<ptrdiff_t>(k) - 1, s.candidates.end(),
+                     before);
+    s.candidates.resize(k);
+  };
+  s.candidates.clear();
   float floor = -std::numeric_limits<float>::infinity();
   for (int id = 0; id < vocab_size; id++) {
     if (!(logits[id] > floor)) continue;
-    candidates_.push_back({logits[id], id});
-    if (all || candidates_.size() < room) continue;
+    s.candidates.push_back({logits[id], id});
+    if (all || s.candidates.size() < room) continue;
     shorten();
-    floor = candidates_[k - 1].logit;
+    floor = s.candidates[k - 1].logit;
   }
   if (all) return;
-  if (candidates_.size() > k) shorten();
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  if (s.candidates.size() > k) shorten();
+  std::sort(s.candidates.begin(), s.candidates.end(),
+            [](const SamplerScratch::Candidate& a, const SamplerScratch::Candidate& b) { return a.id < b.id; });
 }
 
 // Both keep the first few in descending order. n candidates each below (1 - p) / n of the mass are less than
 // 1 - p of it together, so none of them is needed to reach p.
-void Sampler::keep_top_p_and_min_p(float largest) {
-  const size_t n = candidates_.size();
-  weights_.resize(n);
-  for (size_t i = 0; i < n; i++) weights_[i] = exponential(static_cast<double>(candidates_[i].logit - largest));
+void Sampler::keep_top_p_and_min_p(float largest, SamplerScratch& s) const {
+  const size_t n = s.candidates.size();
+  s.weights.resize(n);
+  for (size_t i = 0; i < n; i++) s.weights[i] = exponential(static_cast<double>(s.candidates[i].logit - largest));
   double mass = 0;
-  for (const double w : weights_) mass += w;
+  for (const double w : s.weights) mass += w;
   const double p = static_cast<double>(options_.top_p);
   const double floor = std::max(static_cast<double>(options_.min_p), (1 - p) * mass / static_cast<double>(n));
   size_t kept = 0;
   for (size_t i = 0; i < n; i++)
-    if (weights_[i] >= floor || candidates_[i].logit == largest) candidates_[kept++] = candidates_[i];
-  candidates_.resize(kept);
+    if (s.weights[i] >= floor || s.candidates[i].logit == largest) s.candidates[kept++] = s.candidates[i];
+  s.candidates.resize(kept);
   if (p == 1) return;
-  const auto after = [](const Candidate& a, const Candidate& b) { return b.before(a); };
-  std::make_heap(candidates_.begin(), candidates_.end(), after);
-  auto heap_end = candidates_.end();
-  for (double reached = 0; reached < p * mass && heap_end != candidates_.begin();) {
-    std::pop_heap(candidates_.begin(), heap_end, after);
+  const auto after = [](const SamplerScratch::Candidate& a, const SamplerScratch::Candidate& b) { return b.before(a); };
+  std::make_heap(s.candidates.begin(), s.candidates.end(), after);
+  auto heap_end = s.candidates.end();
+  for (double reached = 0; reached < p * mass && heap_end != s.candidates.begin();) {
+    std::pop_heap(s.candidates.begin(), heap_end, after);
     reached += exponential(static_cast<double>((--heap_end)->logit - largest));
   }
-  candidates_.erase(candidates_.begin(), heap_end);
+  s.candidates.erase(s.candidates.begin(), heap_end);
 }
 
-int Sampler::draw(float largest) {
-  const size_t n = candidates_.size();
+int Sampler::draw(float largest, SamplerScratch& s) {
+  const size_t n = s.candidates.size();
   const double temperature = static_cast<double>(options_.temperature);
-  weights_.resize(n);
+  s.weights.resize(n);
   for (size_t i = 0; i < n; i++)
-    weights_[i] = exponential(static_cast<double>(candidates_[i].logit - largest) / temperature);
+    s.weights[i] = exponential(static_cast<double>(s.candidates[i].logit - largest) / temperature);
   double mass = 0;
-  for (const double w : weights_) mass += w;
+  for (const double w : s.weights) mass += w;
   double left = uniform() * mass;
   size_t chosen = 0;
   for (size_t i = 0; i < n; i++) {
-    if (weights_[i] == 0) continue;
+    if (s.weights[i] == 0) continue;
     chosen = i;  // where rounding leaves a rest after the last, it is the last
-    if (left < weights_[i]) break;
-    left -= weights_[i];
+    if (left < s.weights[i]) break;
+    left -= s.weights[i];
   }
-  return candidates_[chosen].id;
+  return s.candidates[chosen].id;
 }
 
 // SplitMix64 (Steele, Lea and Flood 2014): one 64-bit word of state, any seed is good, the same on every

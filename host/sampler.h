@@ -4,6 +4,7 @@
 // and min-p look at the probabilities at temperature 1.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -18,30 +19,38 @@ struct SamplerOptions {
 
 constexpr int REPEAT_LAST_N = 64;  // ids of the history that the repeat penalty looks at (llama.cpp's default)
 
-// The state of one sequence: the same seed and logits give the same ids on any machine, whatever else runs.
-class Sampler {
- public:
-  Sampler() = default;
-  explicit Sampler(const SamplerOptions& options) : options_(options), state_(options.seed) {}
-  // logits [vocab_size] may be overwritten. history: the sequence's last ids, for the repeat penalty. Ties:
-  // lowest id. Throws Error where a logit is NaN or +infinity, or all are -infinity.
-  int sample(float* logits, int vocab_size, const int* history, int n_history);
-  const SamplerOptions& options() const { return options_; }
-
- private:
+// Memory to draw one token: one a thread, for vocabularies of up to vocab_size.
+struct SamplerScratch {
   struct Candidate {
     float logit;
     int id;
     // A total order, so that equal logits have one order everywhere.
     bool before(const Candidate& other) const { return logit > other.logit || (logit == other.logit && id < other.id); }
   };
-  void keep_top_k(const float* logits, int vocab_size);
-  void keep_top_p_and_min_p(float largest);
-  int draw(float largest);
+  std::vector<Candidate> candidates;
+  std::vector<double> weights;   // [candidates] e^(logit - largest), not normalised
+  std::vector<float> penalised;  // [vocab_size]
+
+  explicit SamplerScratch(int vocab_size);
+  static size_t bytes(int vocab_size);
+};
+
+// The state of one sequence: the same seed and logits give the same ids on any machine, whatever else runs.
+class Sampler {
+ public:
+  Sampler() = default;
+  explicit Sampler(const SamplerOptions& options) : options_(options), state_(options.seed) {}
+  // logits [vocab_size]. history: the sequence's last ids, for the repeat penalty. Ties: lowest id. Throws Error where
+  // a logit is NaN or +infinity, or all are -infinity.
+  int sample(const float* logits, int vocab_size, const int* history, int n_history, SamplerScratch& scratch);
+  const SamplerOptions& options() const { return options_; }
+
+ private:
+  void keep_top_k(const float* logits, int vocab_size, SamplerScratch& s) const;
+  void keep_top_p_and_min_p(float largest, SamplerScratch& s) const;
+  int draw(float largest, SamplerScratch& s);
   double uniform();
 
   SamplerOptions options_;
   uint64_t state_ = 0;
-  std::vector<Candidate> candidates_;
-  std::vector<double> weights_;  // [candidates] e^(logit - largest), not normalised
 };

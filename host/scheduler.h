@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "host/blocks.h"
-#include "kernels/step.h"
+#include "kernels/batch.h"
 
 struct Sequence {
   int request = 0, sample = 0;  // its age: the smaller pair is older

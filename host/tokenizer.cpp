@@ -15,10 +15,10 @@
 #include <span>
 
 #include "host/added_tokens.h"
+#include "host/error.h"
 #include "host/pretokenize.h"
 #include "host/unicode.h"
 #include "host/utf8.h"
-#include "kernels/device.h"
 
 namespace {
 
@@ -44,7 +44,6 @@ struct Merge {
   uint32_t left, right, result;
 };
 
-constexpr char CONVERSATION[] = "a conversation is [system] user (assistant user)*: end it with the user's turn";
 constexpr std::string_view SPACE_MARK = "\u2581";  // SentencePiece's spelling of a space
 constexpr std::string_view REPLACEMENT = "\uFFFD";
 
@@ -184,14 +183,16 @@ struct Tokenizer::Impl {
   std::span<const uint32_t> before, after, end_of_generation;
   PreTokenizer patterns;
   ChatTemplate chat;
+  uint32_t end_of_turn = NONE;
   std::vector<uint32_t> text_slots, merge_slots;  // open-addressing tables: id by text (where needed), rank by pair
   std::array<uint32_t, 256> byte_ids{};           // the token that stands for one byte, or NONE
 
   void read_file(const std::string& path);
   void parse(const std::string& path);
   void parse_added(Reader& in, size_t n);
-  void parse_chat(Reader& in);
+  void parse_chat(Reader& in, const std::string& path);
   void index(const std::string& path);
+  void add_end_of_turn();
 
   bool normalizes() const { return flags & (NFC | NORMALIZES_SPACES) || prefix == PREFIX_EVERY || !normalized.empty(); }
   std::string normalizer_prefix() const { return prefix == PREFIX_EVERY ? " " : ""; }  // put before every text
@@ -263,7 +264,7 @@ void Tokenizer::Impl::parse(const std::string& path) {
   after = in.ids(counts[4], vocab_size, "after");
   end_of_generation = in.ids(counts[5], vocab_size, "end_of_generation");
   for (uint32_t i = 0; i < counts[2]; ++i) patterns.add(in.string("pattern"), path);
-  parse_chat(in);
+  parse_chat(in, path);
   if (in.left() != 0) fail("%s: %zu bytes too long: the file is damaged, export it again", path.c_str(), in.left());
 }
 
@@ -282,16 +283,14 @@ void Tokenizer::Impl::parse_added(Reader& in, size_t n) {
   control = AddedTokens(std::move(controls));
 }
 
-void Tokenizer::Impl::parse_chat(Reader& in) {
-  const uint32_t trim = in.integer("trim");
-  chat.trim_system = trim & 1;
-  chat.trim_user = trim & 2;
-  chat.trim_assistant = trim & 4;
-  for (std::string* text : {&chat.refusal, &chat.system_refusal, &chat.start, &chat.system_start, &chat.system_to_user,
-                            &chat.user_to_assistant, &chat.assistant_to_user, &chat.generation}) {
-    *text = in.string("chat");
+void Tokenizer::Impl::parse_chat(Reader& in, const std::string& path) {
+  const std::string refusal(in.string("chat")), source(in.string("chat"));
+  ChatTemplate::Variables variables;
+  for (uint32_t n = in.integer("chat"); n > 0; --n) {
+    const std::string name(in.string("chat"));
+    variables.emplace_back(name, in.string("chat"));
   }
-  chat.present = chat.refusal.empty();
+  chat = ChatTemplate(path + ": chat template", source, std::move(variables), refusal);
 }
 
 void Tokenizer::Impl::index(const std::string& path) {
@@ -334,6 +333,27 @@ std::string Tokenizer::Impl::normalize(std::string_view text) const {
   return flags & NORMALIZES_SPACES ? spaces_for_marks(out) : out;
 }
 
+// The token that the chat template writes after an answer ends a text. gpt-oss ends each of an answer's messages with
+// <|end|>, and the answer with <|return|>.
+void Tokenizer::Impl::add_end_of_turn() {
+  constexpr std::string_view ANSWER = "Qanswerq", MESSAGE_END = "<|end|>", ANSWER_END = "<|return|>";
+  if (!chat.refusal().empty()) return;
+  std::string text;
+  try {
+    text =
+        chat.render({{Message::user, "Q"}, {Message::assistant, std::string(ANSWER)}, {Message::user, "Q"}}, {}).text;
+  } catch (const Error&) {
+    return;  // said where the template is used
+  }
+  const size_t answer = text.find(ANSWER);
+  if (answer == text.npos) return;
+  const std::string_view next = trim_left(std::string_view(text).substr(answer + ANSWER.size()), true);
+  const AddedToken* token = next.empty() ? nullptr : added.find(next, 0, next.size());
+  if (token && !(token->text == MESSAGE_END && control.find(ANSWER_END, 0, ANSWER_END.size()))) {
+    end_of_turn = token->id;
+  }
+}
+
 namespace {
 
 // One call of encode: its scratch memory and what it has made so far.
@@ -342,9 +362,7 @@ class Encoder {
   explicit Encoder(const Tokenizer::Impl& tokenizer)
       : t_(tokenizer), splitter_(t_.patterns, [this](std::string_view piece) { encode_piece(piece); }) {}
 
-  struct Range {
-    size_t begin, end;
-  };
+  using Range = ChatText::Range;
   // Control tokens are found only within `control_ranges`, which are in order.
   void encode(std::string_view text, std::span<const Range> control_ranges);
   std::vector<int> ids;
@@ -530,6 +548,7 @@ Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
   }
   impl->parse(path);
   impl->index(path);
+  impl->add_end_of_turn();
   Tokenizer tokenizer;
   tokenizer.impl_ = std::move(impl);
   return tokenizer;
@@ -542,11 +561,19 @@ int Tokenizer::bos() const {
   return impl_->bos == NONE ? -1 : static_cast<int>(impl_->bos);
 }
 const ChatTemplate& Tokenizer::chat() const {
-  return impl_->chat;
+  return chat_ ? *chat_ : impl_->chat;
+}
+
+Tokenizer Tokenizer::with_template(const std::string& name, const std::string& source) const {
+  Tokenizer other = *this;
+  other.chat_ = std::make_shared<const ChatTemplate>(name, source, chat().variables());
+  if (!other.chat().refusal().empty()) fail("%s", other.chat().refusal().c_str());
+  return other;
 }
 
 bool Tokenizer::is_end_of_generation(int id) const {
-  return std::ranges::find(impl_->end_of_generation, static_cast<uint32_t>(id)) != impl_->end_of_generation.end();
+  const uint32_t i = static_cast<uint32_t>(id);
+  return i == impl_->end_of_turn || std::ranges::find(impl_->end_of_generation, i) != impl_->end_of_generation.end();
 }
 
 int Tokenizer::find_control(std::string_view text) const {
@@ -600,34 +627,10 @@ std::vector<int> Tokenizer::encode(std::string_view text, bool parse_special, bo
   return std::move(encoder.ids);
 }
 
-std::vector<int> Tokenizer::encode_chat(const std::vector<Message>& messages) const {
-  const ChatTemplate& chat = impl_->chat;
-  if (!chat.present) fail("%s", chat.refusal.c_str());
-  const bool has_system = !messages.empty() && messages[0].role == Message::system;
-  if (has_system && !chat.system_refusal.empty()) fail("%s", chat.system_refusal.c_str());
-
-  std::string text;
-  std::vector<Encoder::Range> ranges;
-  const auto add_template = [&](const std::string& piece) {
-    ranges.push_back({text.size(), text.size() + piece.size()});
-    text += piece;
-  };
-  add_template(has_system ? chat.system_start : chat.start);
-  if (has_system) {
-    text += chat.trim_system ? strip(messages[0].content) : messages[0].content;
-    add_template(chat.system_to_user);
-  }
-  bool user = true;  // whose turn it is
-  for (size_t i = has_system; i < messages.size(); ++i, user = !user) {
-    const auto& [role, content] = messages[i];
-    if (role != (user ? Message::user : Message::assistant)) fail("%s", CONVERSATION);
-    text += (user ? chat.trim_user : chat.trim_assistant) ? strip(content) : content;
-    if (i + 1 < messages.size()) add_template(user ? chat.user_to_assistant : chat.assistant_to_user);
-  }
-  if (user) fail("%s", CONVERSATION);
-  add_template(chat.generation);
+std::vector<int> Tokenizer::encode_chat(const std::vector<Message>& messages, const Json& arguments) const {
+  const ChatText chat = this->chat().render(messages, arguments);
   Encoder encoder(*impl_);
-  encoder.encode(text, ranges);
+  encoder.encode(chat.text, chat.own);
   return std::move(encoder.ids);
 }
 

@@ -6,25 +6,7 @@
 #include <string_view>
 #include <vector>
 
-// The chat template as pieces, worked out and checked by exporter/tokenizer.py. A conversation is
-//   start, or system_start + system + system_to_user
-//   user  (user_to_assistant + assistant  assistant_to_user + user)*  generation
-// which says the same for a system role of its own, for one inside the first user's turn, and for a default system
-// text.
-struct ChatTemplate {
-  bool present = false;
-  std::string refusal;         // why there is none: "the model has no chat template"; --chat prints it
-  std::string system_refusal;  // why it takes no system message; empty where it does
-  std::string start, system_start, system_to_user, user_to_assistant, assistant_to_user, generation;
-  bool trim_system = false, trim_user = false, trim_assistant = false;  // white space around the content is removed
-};
-
-struct Message {
-  enum class Role { system, user, assistant };
-  using enum Role;
-  Role role;
-  std::string content;
-};
+#include "host/chat.h"
 
 class Tokenizer {
  public:
@@ -37,10 +19,9 @@ class Tokenizer {
   std::vector<int> encode(std::string_view text, bool parse_special, bool add_special) const;
   // The first control token whose text is in this one, -1: none. encode makes plain text of it unless parse_special.
   int find_control(std::string_view text) const;
-  // Ids of a conversation up to where the model is to speak: [system] user (assistant user)*. Only the template's own
-  // text can become control tokens (BOS is in it). Throws Error where the template or the order of the roles does not
-  // allow it.
-  std::vector<int> encode_chat(const std::vector<Message>& messages) const;
+  // Ids of a conversation up to where the model is to speak, as ChatTemplate::render writes it. Only the template's own
+  // text can become control tokens (BOS is in it). arguments: further variables of the template.
+  std::vector<int> encode_chat(const std::vector<Message>& messages, const Json& arguments = {}) const;
 
   // The bytes of a token; empty for control tokens. id must be in [0, vocab_size); the view lives as long as the
   // tokenizer.
@@ -50,11 +31,14 @@ class Tokenizer {
   bool is_end_of_generation(int id) const;
   int bos() const;  // -1: none
   const ChatTemplate& chat() const;
+  // The same tokenizer with another template. Throws Error where it cannot be parsed.
+  Tokenizer with_template(const std::string& name, const std::string& source) const;
 
   struct Impl;
 
  private:
   std::shared_ptr<const Impl> impl_;
+  std::shared_ptr<const ChatTemplate> chat_;  // in place of the file's own; null: that one
 };
 
 // Holds back bytes until they are whole UTF-8 sequences; bytes that can never become one leave as U+FFFD.

@@ -19,10 +19,6 @@ bool is_white_space(Point c) {
          (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
-bool is_python_space(Point c) {
-  return is_white_space(c) || (c >= 0x1C && c <= 0x1F);
-}
-
 // The code point at the start of `text`, negative where there is none.
 Point point_at(std::string_view text) {
   Point point = -1;
@@ -55,9 +51,6 @@ std::string_view trim_left(std::string_view text, bool blank) {
 }
 std::string_view trim_right(std::string_view text, bool blank) {
   return right_of(text, [&](Point c) { return is_white_space(c) && (blank || c != ' '); });
-}
-std::string_view strip(std::string_view text) {
-  return right_of(left_of(text, is_python_space), is_python_space);
 }
 
 // utf8proc_map would do it all, but it sorts marks neighbour by neighbour: a megabyte of nothing but marks would take

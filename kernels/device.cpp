@@ -6,12 +6,13 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdarg>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <string>
+
+#include "host/error.h"
 
 namespace {
 
@@ -68,17 +69,6 @@ size_t cgroup_available(const CgroupFiles& files, std::string group) {
 
 }  // namespace
 
-void fail(const char* format, ...) {
-  char line[4096];
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(line, sizeof line, format, arguments);
-  va_end(arguments);
-  for (char* c = line; *c; c++)  // names come from files: a line stays a line, and no terminal obeys it
-    if (static_cast<unsigned char>(*c) < ' ' || *c == 127) *c = '?';
-  throw Error(line);
-}
-
 void* device_allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
   const size_t slack = huge ? HUGE_PAGE : 0;  // the kernel aligns to small pages alone
@@ -118,4 +108,26 @@ size_t device_memory_available() {
       available = std::min(available, cgroup_available(CGROUP_V1, group));
   }
   return available;
+}
+
+void upload(void* device, const void* host, size_t bytes) {
+  std::memcpy(device, host, bytes);
+}
+
+void download(void* host, const void* device, size_t bytes) {
+  std::memcpy(host, device, bytes);
+}
+
+void fill(void* device, int byte, size_t bytes) {
+  std::memset(device, byte, bytes);
+}
+
+void synchronize() {}
+
+void device_forbid(void* memory, size_t bytes) {
+  ASAN_POISON_MEMORY_REGION(memory, bytes);
+}
+
+void device_permit(void* memory, size_t bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
 }

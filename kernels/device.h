@@ -1,21 +1,11 @@
-// device.h: memory where the kernels run, and the errors every stage reports.
+// device.h: memory where the kernels run, and the way there and back.
 //
-// device.cpp (this build's CPU) and, for DEVICE=cuda, device.cu implement it.
+// device.cpp (this build's CPU) and, for DEVICE=cuda, device.cu implement it. On the CPU the device's memory is the
+// host's.
 #pragma once
 
 #include <cstddef>
-#include <stdexcept>
-#include <string>
 #include <utility>
-
-// What the user did wrong or the machine lacks: one line that names the file, the field, the value and the fix. run.cpp
-// prints it and ends with exit code 1.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// printf-style: throw Error with the formatted line.
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // Zero-filled memory, aligned to 64 bytes, on huge pages where it is large and the kernel allows (fewer TLB misses: the
 // weights are streamed once a step). Throws Error when the memory cannot be had. Pages are touched only when used.
@@ -24,6 +14,16 @@ void device_free(void* memory, size_t bytes);
 
 // Bytes of memory that can be taken without swapping (Linux: MemAvailable, bounded by the cgroup's limit).
 size_t device_memory_available();
+
+// Bytes between host and device, in order with the kernels; `upload` and `fill` may return before they are done.
+void upload(void* device, const void* host, size_t bytes);
+void download(void* host, const void* device, size_t bytes);
+void fill(void* device, int byte, size_t bytes);
+void synchronize();  // waits for all that was begun
+
+// Memory that nobody may touch for now; in a build with AddressSanitizer a touch is reported.
+void device_forbid(void* memory, size_t bytes);
+void device_permit(void* memory, size_t bytes);
 
 // An owned array in device memory, of elements that need no constructor.
 template <class T>
@@ -42,8 +42,6 @@ class Buffer {
   T* data() { return data_; }
   const T* data() const { return data_; }
   size_t size() const { return size_; }
-  T& operator[](size_t i) { return data_[i]; }
-  const T& operator[](size_t i) const { return data_[i]; }
 
  private:
   void swap(Buffer& other) noexcept {

@@ -7,18 +7,17 @@
 
 using namespace simd;
 
-void embed(const Matrix& embed_tokens, const float* position_embedding, const int* tokens, const int* positions, int T,
+void embed(const Team& team, const Matrix& embed_tokens, const float* position_embedding, const Batch& batch,
            float scale, float* x) {
   const int dim = embed_tokens.k;
-#pragma omp for schedule(static)
-  for (int t = 0; t < T; t++) {
+  team.for_each(batch.n_tokens, [&](int t) {
     float* row = x + static_cast<size_t>(t) * static_cast<size_t>(dim);
-    unpack_row(embed_tokens, tokens[t], row);
+    unpack_row(embed_tokens, batch.tokens[t], row);
     for (int i = 0; i < dim; i++) row[i] *= scale;
-    if (!position_embedding) continue;
-    const float* position = position_embedding + static_cast<size_t>(positions[t]) * static_cast<size_t>(dim);
+    if (!position_embedding) return;
+    const float* position = position_embedding + static_cast<size_t>(batch.positions[t]) * static_cast<size_t>(dim);
     for (int i = 0; i < dim; i++) row[i] += position[i];
-  }
+  });
 }
 
 // Sum of (x - shift)^2 over n elements, lane by lane and then across: a fixed order.
@@ -44,10 +43,9 @@ static float mean(const float* x, int n) {
   return (sum(total) + rest) / static_cast<float>(n);
 }
 
-void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows, int dim, float* out,
-          int out_stride) {
-#pragma omp for schedule(static)
-  for (int r = 0; r < rows; r++) {
+void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows,
+          int dim, float* out, int out_stride) {
+  team.for_each(rows, [&](int r) {
     const float* in = x + static_cast<size_t>(r) * static_cast<size_t>(x_stride);
     float* to = out + static_cast<size_t>(r) * static_cast<size_t>(out_stride);
     const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
@@ -56,25 +54,25 @@ void norm(NormKind kind, float eps, const Norm& weights, const float* x, int x_s
       for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i] + weights.bias[i];
     else
       for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i];
-  }
+  });
 }
 
-void rope_angles(const int* positions, int T, const float* inv_freq, int n, float scale, float* cos, float* sin) {
-#pragma omp for schedule(static)
-  for (int t = 0; t < T; t++) {
+void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, int n, float scale, float* cos,
+                 float* sin) {
+  team.for_each(batch.n_tokens, [&](int t) {
     for (int i = 0; i < n; i++) {
       // The product is rounded to float32 as every framework does: at position 100,000 that is what a model
       // was trained on.
-      const float angle = static_cast<float>(positions[t]) * inv_freq[i];
+      const float angle = static_cast<float>(batch.positions[t]) * inv_freq[i];
       cos[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::cos(angle);
       sin[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::sin(angle);
     }
-  }
+  });
 }
 
-void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos, const float* sin) {
-#pragma omp for schedule(static)
-  for (int t = 0; t < T; t++) {
+void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
+          const float* sin) {
+  team.for_each(T, [&](int t) {
     const float* c = cos + static_cast<size_t>(t) * static_cast<size_t>(n);
     const float* s = sin + static_cast<size_t>(t) * static_cast<size_t>(n);
     for (int h = 0; h < n_heads; h++) {
@@ -86,7 +84,7 @@ void rope(float* x, int x_stride, int T, int n_heads, int head_stride, int n, co
         a[i] = rotated;
       }
     }
-  }
+  });
 }
 
 // tanh x = 1 - 2 / (e^2x + 1), clamped where it is 1 to float32's last bit.
@@ -124,8 +122,19 @@ static F32 gelu(F32 x) {
   return load(lane);
 }
 
+static void swiglu_oai_row(const float* gate, const float* up, int n, float limit, float* out) {
+  constexpr float STEEPNESS = 1.702f;
+  for (int i = 0; i < n; i += LANES) {
+    const int lanes = n - i < LANES ? n - i : LANES;
+    const F32 g = simd::min(set(limit), load_first(gate + i, lanes));  // in this order a NaN passes
+    const F32 u = simd::max(set(-limit), simd::min(set(limit), load_first(up + i, lanes)));
+    const F32 swish = mul(silu(mul(g, set(STEEPNESS))), set(1 / STEEPNESS));
+    store_first(out + i, mul(add(u, set(1)), swish), lanes);
+  }
+}
+
 template <F32 (*act)(F32)>
-static void activate_row(const float* gate, const float* up, int n, float* out) {
+static void activate_row(const float* gate, const float* up, int n, float /*limit*/, float* out) {
   for (int i = 0; i < n; i += LANES) {
     const int lanes = n - i < LANES ? n - i : LANES;
     const F32 u = load_first(up + i, lanes);
@@ -133,37 +142,41 @@ static void activate_row(const float* gate, const float* up, int n, float* out) 
   }
 }
 
-void activate(Activation activation, const float* gate, const float* up, int T, int n, float* out) {
-  const auto row = activation == Activation::silu   ? activate_row<silu>
-                   : activation == Activation::gelu ? activate_row<gelu>
-                                                    : activate_row<gelu_tanh>;
+void activate(const Team& team, Activation activation, float limit, const float* gate, const float* up, int T, int n,
+              float* out) {
+  const auto row = activation == Activation::silu        ? activate_row<silu>
+                   : activation == Activation::gelu      ? activate_row<gelu>
+                   : activation == Activation::gelu_tanh ? activate_row<gelu_tanh>
+                                                         : swiglu_oai_row;
   // Rows are cut so that one row of a decode step occupies every thread.
   constexpr int CUT = 256;
   const int cuts = (n + CUT - 1) / CUT;
-#pragma omp for schedule(static)
-  for (int i = 0; i < T * cuts; i++) {
+  team.for_each(T * cuts, [&](int i) {
     const int first = i % cuts * CUT, count = n - first < CUT ? n - first : CUT;
     const size_t at = static_cast<size_t>(i / cuts) * static_cast<size_t>(n) + static_cast<size_t>(first);
-    row(gate ? gate + at : nullptr, up + at, count, out + at);
-  }
+    row(gate ? gate + at : nullptr, up + at, count, limit, out + at);
+  });
 }
 
-void add(float* x, const float* y, size_t n, float scale) {
-#pragma omp for schedule(static)
-  for (size_t i = 0; i < n; i++) x[i] += scale * y[i];
+void add(const Team& team, float* x, const float* y, size_t n, float scale) {
+  const auto [first, last] = team.share(n);
+  for (size_t i = first; i < last; i++) x[i] += scale * y[i];
+  team.barrier();
 }
 
-void scale_and_cap(float* x, size_t n, float scale, float cap) {
-#pragma omp for schedule(static)
-  for (size_t i = 0; i < n; i++) {
+void scale_and_cap(const Team& team, float* x, size_t n, float scale, float cap) {
+  const auto [first, last] = team.share(n);
+  for (size_t i = first; i < last; i++) {
     x[i] *= scale;
     if (cap > 0) x[i] = cap * std::tanh(x[i] / cap);
   }
+  team.barrier();
 }
 
-void copy_rows(const float* x, int x_stride, int rows, int n, int copies, float* out, int out_stride) {
-#pragma omp for schedule(static)
-  for (int r = 0; r < rows * copies; r++)
+void copy_rows(const Team& team, const float* x, int x_stride, int rows, int n, int copies, float* out,
+               int out_stride) {
+  team.for_each(rows * copies, [&](int r) {
     std::copy_n(x + static_cast<size_t>(r / copies) * static_cast<size_t>(x_stride), n,
                 out + static_cast<size_t>(r) * static_cast<size_t>(out_stride));
+  });
 }

@@ -2,76 +2,94 @@
 //
 // W [n, k] is packed when it is loaded so that one vector register holds the same k of LANES *output* rows, k running
 // in order: no horizontal sums, and 1 row of activations or 512 take the same reduction order, so decode, prefill and
-// any batch agree bit for bit. The number of rows is only a register-blocking parameter. float weights multiply float32
+// any batch agree bit for bit. The number of rows only chooses the register tile. float weights multiply float32
 // (bf16 weights, with AVX512-BF16: bfloat16) activations and accumulate in float32; q8 and q4 multiply int8
 // activations (groups of 32 with a float32 scale), accumulate a group in int32 and the groups in float32, in order.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
+#include <string_view>
 
-#include "kernels/device.h"
+#include "kernels/arena.h"
+#include "kernels/team.h"
 
-enum class DType { f32, bf16, f16, q8, q4 };
-constexpr int GROUP = 32;  // inputs that share a scale in q8 and q4
+// Weight types are the structs of weight_types.h; this is a type's place in their list. 0 is f32.
+enum class WeightType : int {};
 
-const char* name(DType type);
+// A tensor that holds a part of the weights in the model file: [n, k / quant_group * elements] of dtype.
+struct WeightPart {
+  const char* name;   // X.name holds this part of matrix X; the first is "weight"
+  const char* dtype;  // as safetensors spells it
+  int elements;       // for each quant group of a row
+};
+constexpr size_t MAX_PARTS = 4;
 
-// A tensor of the model file: row-major [n, k]. q8: int8 data [n, k], scale [n, k / 32]: w = scale * q.
-// q4: uint8 data [n, k / 2], element 2i in the low half of byte i; scale, min [n, k / 32]: w = scale * q + min.
+struct WeightFormat {
+  std::string_view name;
+  int quant_group;  // inputs of a row that share a scale; 1: plain floats
+  std::span<const WeightPart> parts;
+};
+std::span<const WeightFormat> weight_formats();  // of all types, in order
+const WeightFormat& weight_format(WeightType type);
+std::optional<WeightType> find_weight_type(std::string_view name);
+
+// A matrix [n, k] of the model file: its parts in the order of its format, each row-major.
 struct TensorView {
-  DType type = DType::f32;
+  WeightType type{};
   int n = 0, k = 0;
-  const void* data = nullptr;
-  const uint16_t* scale = nullptr;  // float16
-  const uint16_t* min = nullptr;    // float16
+  const void* parts[MAX_PARTS] = {};
 };
 
-// A packed matrix; does not own its memory.
+// A packed matrix, or `groups` of them that follow each other; does not own its memory.
 struct Matrix {
-  DType type = DType::f32;
+  WeightType type{};
   int n = 0, k = 0;
+  int groups = 1;
   const std::byte* data = nullptr;
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Bytes of the packed form (n is rounded up to a whole number of row blocks), a multiple of 64.
-size_t packed_bytes(DType type, int n, int k);
-// Row blocks of a matrix with n rows: the unit in which a matrix is packed and in which threads share a product.
-int row_blocks(int n);
-// Packs row block `block` of source into packed (the start of the whole matrix, 64-byte aligned). Blocks are
+// Bytes of the packed form of one group (n is rounded up to a whole number of panels), a multiple of 64.
+size_t packed_bytes(WeightType type, int n, int k);
+// Panels of a matrix with n rows: the rows that lie side by side in registers, the unit in which a matrix is packed and
+// in which threads share a product.
+int panels(int n);
+// Packs panel `panel` of source into packed (the start of the whole matrix, 64-byte aligned). Panels are
 // independent. transposed: source is [k, n] (float types only); the packed matrix is its transpose [n, k].
-void pack(const TensorView& source, bool transposed, int block, std::byte* packed);
+void pack(const TensorView& source, bool transposed, int panel, std::byte* packed);
 // Row `row` of the matrix as float32, out [k] (the embedding of a token, where the classifier shares its matrix).
 void unpack_row(const Matrix& matrix, int row, float* out);
 
-// One product. Row r of y is row (gather ? gather[r] : r) of x times W^T, plus bias, added to y where `add`.
+// One product for each group of the weight. Row r of y is row (gather ? gather[r] : r) of x times W^T, plus bias, added
+// to y where `add`.
+//
+// Groups have the rows 0 .. rows - 1 each, of x + g * x_group and y + g * y_group (MLA: a group a head); or, with
+// row_start, rows row_start[g] .. row_start[g + 1] - 1 of the one x and y (experts: a group an expert, rows sorted by
+// it).
 struct Product {
   const Matrix* weight = nullptr;
-  const float* bias = nullptr;  // [n] or null
+  const float* bias = nullptr;  // [groups, n] or null
   const float* x = nullptr;     // [x_rows, k], row stride x_stride
-  int x_rows = 0, x_stride = 0;
+  int x_rows = 0, x_stride = 0, x_group = 0;
   const int* gather = nullptr;  // [rows] or null: rows == x_rows
   int rows = 0;
-  float* y = nullptr;  // [rows, n], row stride y_stride
-  int y_stride = 0;
+  const int* row_start = nullptr;  // [groups + 1] or null; row_start[groups] <= rows
+  float* y = nullptr;              // [rows, n], row stride y_stride
+  int y_stride = 0, y_group = 0;
   bool add = false;
 };
 
-// Room for the activations of one call in the weights' own arithmetic (int8, bfloat16).
-class MatmulWorkspace {
- public:
-  MatmulWorkspace() = default;
-  explicit MatmulWorkspace(size_t bytes) : memory(bytes) {}
-  Buffer<std::byte> memory;
-};
-// Bytes needed by a call whose distinct inputs have `rows` rows of k elements in all; additive over inputs.
+// Bytes of workspace, for the activations in the weights' own arithmetic (int8, bfloat16), of a call whose one distinct
+// input has `rows` rows (of all groups) of k elements.
 size_t matmul_workspace_bytes(int rows, int k);
 
 // Runs the products, which must not depend on each other. Products with the same x, x_rows, x_stride and k that follow
-// each other share one conversion of x. Called by every thread of the team (an OpenMP parallel region, or none) with
-// the same arguments; ends with a barrier. y must not overlap any x.
-void matmul(const Product* products, int n_products, MatmulWorkspace& workspace);
+// each other share one conversion of x. Every thread of the team calls it, with the same arguments; ends with a
+// barrier. y must not overlap any x.
+void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace);
 
 // Which inner loops this build has: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable".
 const char* kernel_level();

@@ -23,6 +23,8 @@
 #define SIMD_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define SIMD_AVX2 1
+#else
+#define SIMD_PORTABLE 1
 #endif
 
 // --- scalar conversions ----------------------------------------------------------------------------------------------

@@ -1,24 +1,12 @@
-// step.h: what every block of a layer works on during one step, and how every block ends.
+// step.h: what every stage of a layer works on during one step, and how every stage ends.
 #pragma once
 
 #include <vector>
 
-#include "kvcache.h"
+#include "kernels/batch.h"
 #include "kernels/layers.h"
+#include "kernels/matmul.h"
 #include "model.h"
-
-// Which form MLA takes: by the count of FLOP of each, or always the same one.
-enum class MlaForm { automatic, absorbed, expanded };
-
-// Capacities, fixed when the transformer is made: everything is allocated then, nothing during a step.
-struct Limits {
-  int max_tokens = 0;     // of a batch
-  int max_sequences = 0;  // of a batch
-  int max_logits = 0;     // rows of logits of a batch
-  int context = 0;        // longest context_len of any sequence; contiguous: also the block size
-  int n_blocks = 0;       // of the cache: blocks of Block tokens (paged), or sequences (contiguous)
-  MlaForm mla_form = MlaForm::automatic;
-};
 
 // Elements of an array [n, width].
 inline size_t area(int n, int width) {
@@ -27,18 +15,20 @@ inline size_t area(int n, int width) {
 
 // cos and sin of the step's tokens for one RoPE table.
 struct Angles {
-  int n = 0;
-  Buffer<float> cos, sin;  // [max_tokens, n]
+  int n;             // pairs of elements that rotate
+  float *cos, *sin;  // [max_tokens, n]
 };
 
 struct Step {
+  const Team& team;
   const Config& config;
-  const Batch& batch;
+  const Batch& batch;                 // in device memory
+  const Batch& host;                  // the same on the host
   const std::vector<Angles>& angles;  // one for each RoPE table
   float* x;                           // [T, dim] the residual stream
-  float* h;                           // [T, dim] its norm: the block's input
-  float* y;                           // [T, dim] what a block adds, where it is not added at once
-  MatmulWorkspace& workspace;
+  float* h;                           // [T, dim] its norm: the stage's input
+  float* y;                           // [T, dim] what a stage adds, where it is not added at once
+  const Workspace& workspace;         // of matmul
 
   // x += residual_scale * post_norm(linear(in)), in [T, linear.k]
   void add_product(const Linear& linear, const float* in, const Norm& post_norm) const;
@@ -62,20 +52,21 @@ inline Product product(const Linear& linear, const float* x, int rows, float* y)
 }
 
 inline void Step::norm_x(const Norm& weights, float* out) const {
-  if (!weights) return copy_rows(x, config.dim, batch.n_tokens, config.dim, 1, out, config.dim);
-  norm(config.norm, config.norm_eps, weights, x, config.dim, batch.n_tokens, config.dim, out, config.dim);
+  const int T = batch.n_tokens, dim = config.dim;
+  if (!weights) return copy_rows(team, x, dim, T, dim, 1, out, dim);
+  norm(team, config.norm, config.norm_eps, weights, x, dim, T, dim, out, dim);
 }
 
 inline void Step::add_y(const Norm& post_norm) const {
-  const int dim = config.dim;
-  if (post_norm) norm(config.norm, config.norm_eps, post_norm, y, dim, batch.n_tokens, dim, y, dim);
-  add(x, y, static_cast<size_t>(batch.n_tokens) * static_cast<size_t>(dim), config.residual_scale);
+  const int T = batch.n_tokens, dim = config.dim;
+  if (post_norm) norm(team, config.norm, config.norm_eps, post_norm, y, dim, T, dim, y, dim);
+  add(team, x, y, area(T, dim), config.residual_scale);
 }
 
 inline void Step::add_product(const Linear& linear, const float* in, const Norm& post_norm) const {
   const bool direct = !post_norm && config.residual_scale == 1.0f;
   Product p = product(linear, in, batch.n_tokens, direct ? x : y);
   p.add = direct;
-  matmul(&p, 1, workspace);
+  matmul(team, &p, 1, workspace);
   if (!direct) add_y(post_norm);
 }

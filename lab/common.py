@@ -1,4 +1,4 @@
-"""What the parts of the benchmark share: building, running, text of a known length, medians."""
+"""What the parts of the measurements share: building, running, text of a known length, medians."""
 
 import functools
 import json
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / "build" / "bench"
+WORK = ROOT / "build" / "lab"
 WORK.mkdir(parents=True, exist_ok=True)
-PEER = [ROOT / "build" / "bench-venv" / "bin" / "python", ROOT / "lab" / "llama_cpp_peer.py"]
+PEER = [sys.executable, ROOT / "lab" / "llama_cpp_peer.py"]
 # A token each, in the vocabularies of SmolLM2 and Gemma.
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
 

@@ -3,9 +3,8 @@
 // SmolLM2-135M.
 //
 //     matmul_bench [THREADS [TYPE]]
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +17,16 @@
 
 namespace {
 
-constexpr DType TYPES[] = {DType::q8, DType::q4, DType::bf16, DType::f16, DType::f32};
+Threads* threads;  // main's
+
+void all_threads(const std::function<void(const Team&)>& f) {
+  threads->run(threads->most(), f);
+}
+
+const char* name(WeightType type) {
+  return weight_format(type).name.data();
+}
+
 constexpr size_t WORKING_SET = size_t(192) << 20;  // of weights: past any cache
 
 // The median time of f, in seconds.
@@ -39,40 +47,58 @@ double median_time(const std::function<void()>& f) {
 double read_time(const std::byte* data, size_t bytes) {
   constexpr size_t STEP = 64;
   const uint64_t* words = reinterpret_cast<const uint64_t*>(data);
-  uint64_t total = 0;
+  std::atomic<uint64_t> total = 0;
   const double t = median_time([&] {
-#pragma omp parallel reduction(+ : total)
-    {
-      uint64_t sum[STEP] = {};
-#pragma omp for schedule(static)
-      for (size_t i = 0; i < bytes / 8 / STEP; i++)
+    all_threads([&](const Team& team) {
+      uint64_t sum[STEP] = {}, mine = 0;
+      const auto [first, last] = team.share(bytes / 8 / STEP);
+      for (size_t i = first; i < last; i++)
         for (size_t j = 0; j < STEP; j++) sum[j] += words[i * STEP + j];
-      for (uint64_t s : sum) total += s;
-    }
+      for (uint64_t s : sum) mine += s;
+      total += mine;
+    });
   });
   if (total == 42) std::printf(" ");  // keeps the loop
   return t;
+}
+
+struct Scratch {
+  Arena memory;
+  Workspace workspace;
+  explicit Scratch(size_t bytes) : memory(bytes + 128) {
+    workspace.plan(bytes);
+    workspace.allocate(memory);
+  }
+};
+
+Product product_of(const Matrix& w, const float* x, int rows, float* y) {
+  Product p;
+  p.weight = &w;
+  p.x = x, p.x_rows = rows, p.x_stride = w.k;
+  p.rows = rows, p.y = y, p.y_stride = w.n;
+  return p;
 }
 
 // Weights that are valid numbers of every type: any byte, but small scales.
 struct Weights {
   Buffer<std::byte> memory;
   std::vector<Matrix> matrices;
-  Weights(DType type, int n, int k, int count) : memory(packed_bytes(type, n, k) * size_t(count)) {
+  Weights(WeightType type, int n, int k, int count) : memory(packed_bytes(type, n, k) * size_t(count)) {
     const size_t one = packed_bytes(type, n, k), elements = size_t(n) * size_t(k);
     std::vector<uint8_t> data(elements * 4);
     for (size_t i = 0; i < data.size(); i++) data[i] = uint8_t(i * 2654435761u >> 7 & 0x3f);
-    const std::vector<uint16_t> scales(elements / GROUP + 1, 0x1c00);  // 2^-8
-    const TensorView view{type, n, k, data.data(), scales.data(), scales.data()};
+    const std::vector<uint16_t> scales(elements / 32 + 1, 0x1c00);  // 2^-8
+    const TensorView view{type, n, k, {data.data(), scales.data(), scales.data()}};
     for (int i = 0; i < count; i++) {
-      matrices.push_back({type, n, k, memory.data() + one * size_t(i)});
-#pragma omp parallel for schedule(static)
-      for (int b = 0; b < row_blocks(n); b++) pack(view, false, b, memory.data() + one * size_t(i));
+      matrices.push_back({type, n, k, 1, memory.data() + one * size_t(i)});
+      all_threads([&](const Team& team) {
+        team.for_each(panels(n), [&](int p) { pack(view, false, p, memory.data() + one * size_t(i)); });
+      });
     }
   }
 };
 
-void bench_shape(DType type, int n, int k) {
+void bench_shape(WeightType type, int n, int k) {
   const int count = std::max(1, int(WORKING_SET / packed_bytes(type, n, k)));
   const Weights weights(type, n, k, count);
   const size_t bytes = weights.memory.size();
@@ -82,13 +108,14 @@ void bench_shape(DType type, int n, int k) {
     const int used = rows == 512 ? std::max(1, count / 8) : count;
     const std::vector<float> x(size_t(rows) * size_t(k), 0.5f);
     std::vector<float> y(size_t(rows) * size_t(n));
-    MatmulWorkspace workspace(matmul_workspace_bytes(rows, k));
+    const Scratch scratch(matmul_workspace_bytes(rows, k));
     const double t = median_time([&] {
-#pragma omp parallel
-      for (int i = 0; i < used; i++) {
-        const Product p{&weights.matrices[size_t(i)], nullptr, x.data(), rows, k, nullptr, rows, y.data(), n, false};
-        matmul(&p, 1, workspace);
-      }
+      all_threads([&](const Team& team) {
+        for (int i = 0; i < used; i++) {
+          const Product p = product_of(weights.matrices[size_t(i)], x.data(), rows, y.data());
+          matmul(team, &p, 1, scratch.workspace);
+        }
+      });
     });
     const double gb = double(bytes) * used / count / t / 1e9, gop = 2.0 * n * k * rows * used / t / 1e9;
     if (rows <= 4)
@@ -102,7 +129,7 @@ void bench_shape(DType type, int n, int k) {
 }
 
 // The products of one step of SmolLM2-135M: 30 layers of q, k, v; o; gate, up; down; and the classifier.
-void bench_smollm2(DType type) {
+void bench_smollm2(WeightType type) {
   constexpr int LAYERS = 30, DIM = 576, HIDDEN = 1536, KV = 192, VOCAB = 49152;
   const Weights q(type, DIM, DIM, LAYERS), k(type, KV, DIM, LAYERS), v(type, KV, DIM, LAYERS),
       o(type, DIM, DIM, LAYERS);
@@ -119,28 +146,25 @@ void bench_smollm2(DType type) {
   for (int rows : {1, 512}) {
     const std::vector<float> x(size_t(rows) * DIM, 0.5f), h(size_t(rows) * HIDDEN, 0.5f);
     std::vector<float> y(size_t(rows) * 4 * HIDDEN), logits(VOCAB);
-    MatmulWorkspace workspace(matmul_workspace_bytes(rows, HIDDEN));
+    const Scratch scratch(matmul_workspace_bytes(rows, HIDDEN));
     const auto product = [&](const Weights& w, size_t l, const std::vector<float>& in, size_t out) {
-      const Matrix& m = w.matrices[l];
-      return Product{&m, nullptr, in.data(), rows, m.k, nullptr, rows, y.data() + out * size_t(rows), m.n, false};
+      return product_of(w.matrices[l], in.data(), rows, y.data() + out * size_t(rows));
     };
     const double t = median_time([&] {
-#pragma omp parallel
-      {
+      all_threads([&](const Team& team) {
         for (size_t l = 0; l < LAYERS; l++) {
           const Product qkv[] = {product(q, l, x, 0), product(k, l, x, DIM), product(v, l, x, DIM + KV)};
-          matmul(qkv, 3, workspace);
+          matmul(team, qkv, 3, scratch.workspace);
           const Product out = product(o, l, x, 0);
-          matmul(&out, 1, workspace);
+          matmul(team, &out, 1, scratch.workspace);
           const Product gate_up[] = {product(gate, l, x, 0), product(up, l, x, HIDDEN)};
-          matmul(gate_up, 2, workspace);
+          matmul(team, gate_up, 2, scratch.workspace);
           const Product back = product(down, l, h, 0);
-          matmul(&back, 1, workspace);
+          matmul(team, &back, 1, scratch.workspace);
         }
-        const Product last{
-            classifier.matrices.data(), nullptr, x.data(), 1, DIM, nullptr, 1, logits.data(), VOCAB, false};
-        matmul(&last, 1, workspace);
-      }
+        const Product last = product_of(classifier.matrices[0], x.data(), 1, logits.data());
+        matmul(team, &last, 1, scratch.workspace);
+      });
     });
     if (rows == 1)
       std::printf("%-5s SmolLM2, 1 token: %.2f ms, %.0f tokens/s, %.1f GB/s (%.0f %% of a read)", name(type), t * 1e3,
@@ -154,10 +178,12 @@ void bench_smollm2(DType type) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc > 1) omp_set_num_threads(std::atoi(argv[1]));
-  std::printf("kernels: %s, %d threads\n", kernel_level(), omp_get_max_threads());
-  for (DType type : TYPES) {
-    if (argc > 2 && argv[2] != std::string(name(type))) continue;
+  Threads all(argc > 1 ? std::max(1, std::atoi(argv[1])) : static_cast<int>(std::thread::hardware_concurrency()));
+  threads = &all;
+  std::printf("kernels: %s, %d threads\n", kernel_level(), threads->most());
+  for (const WeightFormat& format : weight_formats()) {
+    if (argc > 2 && argv[2] != format.name) continue;
+    const WeightType type = *find_weight_type(format.name);
     bench_shape(type, 4096, 4096);
     bench_shape(type, 1536, 576);
     bench_shape(type, 576, 1536);

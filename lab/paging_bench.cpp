@@ -4,21 +4,22 @@
 // JSON: the median of the steps/s, and of the ratios to the contiguous cache's step beside it.
 //
 //     make build/test/native/paging_bench && build/test/native/paging_bench MODEL.safetensors [context] [steps]
-#include <omp.h>
-
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "host/engine.h"
 #include "transformer.h"
-#include "variants.h"
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 struct Side {
   const char* name;
@@ -26,24 +27,25 @@ struct Side {
   std::vector<double> seconds = {};  // of each step
 };
 
-Limits limits_of(int context, int n_blocks) {
+Limits limits_of(int context, int n_blocks, int n_threads) {
   Limits l;
   l.max_tokens = 512;
   l.max_sequences = l.max_logits = 1;
   l.context = context;
   l.n_blocks = n_blocks;
+  l.max_threads = n_threads;
   return l;
 }
 
 template <int Block>
-Side side(const char* name, const Model& model, int context, bool shuffled) {
+Side side(const char* name, const Model& model, Threads& threads, int context, bool shuffled) {
   const int block_size = Block ? Block : context, n_blocks = (context + block_size - 1) / block_size;
-  const Limits limits = limits_of(context, n_blocks);
+  const Limits limits = limits_of(context, n_blocks, threads.most());
   const auto transformer = std::make_shared<Transformer<Gqa, Flash, KvF16, Block>>(model, limits);
   std::vector<int> place(static_cast<size_t>(n_blocks));
   std::iota(place.begin(), place.end(), 0);
   if (shuffled) std::shuffle(place.begin(), place.end(), std::mt19937(1));
-  const auto forward = [=](const Batch& batch) {
+  const auto forward = [=, &threads](const Batch& batch, int n_threads) {
     std::vector<int> table(batch.block_table, batch.block_table + batch.max_blocks);
     std::vector<int> slots(batch.slot_mapping, batch.slot_mapping + batch.n_tokens);
     for (int& block : table)
@@ -51,9 +53,9 @@ Side side(const char* name, const Model& model, int context, bool shuffled) {
     for (int& slot : slots) slot = place[static_cast<size_t>(slot / block_size)] * block_size + slot % block_size;
     Batch moved = batch;
     moved.block_table = table.data(), moved.slot_mapping = slots.data();
-    return transformer->forward(moved);
+    return transformer->forward(moved, threads, n_threads);
   };
-  return {name, std::make_unique<Engine>(forward, limits, block_size, model.config.vocab_size, 0)};
+  return {name, std::make_unique<Engine>(forward, threads, limits, block_size, model.config.vocab_size, 0)};
 }
 
 void begin(Side& side, const std::vector<int>& prompt, int steps) {
@@ -72,10 +74,12 @@ int main(int argc, char** argv) {
     return 2;
   }
   const int n_prompt = argc > 2 ? std::atoi(argv[2]) : 4096, steps = argc > 3 ? std::atoi(argv[3]) : 512;
-  const Model model = load_model(argv[1]);
+  Threads threads(static_cast<int>(std::thread::hardware_concurrency()));
+  const Model model = load_model(argv[1], threads);
   const int context = n_prompt + steps + 1;
-  Side sides[] = {side<0>("contiguous", model, context, false), side<16>("paged", model, context, false),
-                  side<16>("shuffled", model, context, true)};
+  Side sides[] = {side<0>("contiguous", model, threads, context, false),
+                  side<16>("paged", model, threads, context, false),
+                  side<16>("shuffled", model, threads, context, true)};
   std::vector<int> prompt(static_cast<size_t>(n_prompt));
   std::mt19937 random(1);
   for (int& id : prompt) id = static_cast<int>(random() % static_cast<unsigned>(model.config.vocab_size));
@@ -83,9 +87,9 @@ int main(int argc, char** argv) {
   for (int step = 0; step < steps; step++) {
     for (int i = 0; i < 3; i++) {
       Side& s = sides[(step + i) % 3];
-      const double start = omp_get_wtime();
+      const Clock::time_point start = Clock::now();
       s.engine->step();
-      s.seconds.push_back(omp_get_wtime() - start);
+      s.seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
     }
   }
   std::printf("{");

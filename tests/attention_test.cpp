@@ -2,14 +2,20 @@
 // same bits whatever shares the batch.
 #include "attention.h"
 
+#if defined(SIMD_AVX512) || defined(SIMD_AVX2) || defined(SIMD_PORTABLE)
+#error "attention.h and kvcache.h are for every device: no vector code"
+#endif
+
 #include <gtest/gtest.h>
 
-#include <climits>
+#include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
+
+#include "batches.h"
+#include "kernels/kv_cpu.h"
 
 namespace {
 
@@ -46,16 +52,11 @@ struct Data {
   }
 };
 
-// Some tokens of one sequence, first .. first + n - 1.
-struct Chunk {
-  int sequence, first, n;
-};
-
 template <class Kv>
 std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim) {
   std::vector<std::byte> bytes(Kv::row_bytes(dim));
   std::vector<float> x(at(dim));
-  Kv::store(rows.data() + row * dim, dim, bytes.data());
+  Codec<Kv>::store(rows.data() + row * dim, dim, bytes.data());
   load_row<Kv>(bytes.data(), dim, 0, dim, x.data());
   return {x.begin(), x.end()};
 }
@@ -66,11 +67,11 @@ struct Reference {
 };
 
 template <class Kv>
-Reference reference(const Data& d, const std::vector<Chunk>& chunks) {
+Reference reference(const Data& d, const std::vector<Piece>& chunks) {
   const AttentionShape& s = d.shape;
   const int G = s.n_kv_heads, R = s.n_heads / G;
   Reference result;
-  for (const Chunk& c : chunks) {
+  for (const Piece& c : chunks) {
     const int context = c.first + c.n;
     std::vector<std::vector<double>> k, v;  // [context * G]
     for (int i = 0; i < context * G; i++) {
@@ -94,6 +95,8 @@ Reference reference(const Data& d, const std::vector<Chunk>& chunks) {
           largest_sum = std::max(largest_sum, magnitudes * double(s.scale));
           largest = std::max(largest, p.back());
         }
+        if (s.sinks) largest = std::max(largest, double(s.sinks[h]));
+        if (s.sinks) sum = std::exp(double(s.sinks[h]) - largest);
         for (double& x : p) sum += x = std::exp(x - largest);
         for (int j = first; j <= t; j++)
           for (int i = 0; i < s.v_dim; i++) {
@@ -116,95 +119,93 @@ Reference reference(const Data& d, const std::vector<Chunk>& chunks) {
 
 constexpr int LAYERS = 2, LAYER = 1;
 
+// What a kernel plans for such a call and no more, filled with NaN.
+template <class Kernel>
+struct ScratchMemory {
+  ScratchMemory(const AttentionShape& shape, int n_tokens, int context, int n_threads) {
+    Limits limits;
+    limits.max_tokens = n_tokens, limits.context = context, limits.max_threads = n_threads;
+    const size_t bytes = Kernel::workspace_bytes(shape, limits);
+    workspace.plan(bytes);
+    memory = Arena(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
+    workspace.allocate(memory);
+    std::memset(workspace.begin().take<std::byte>(0), 0xff, bytes);
+  }
+  Arena memory;
+  Workspace workspace;
+};
+
 // A cache in which the sequences' blocks are permuted and every byte that no token wrote makes a NaN.
 template <class Kv, int Block>
 class World {
  public:
-  explicit World(const Data& data) : d(data) {
-    const int longest = std::max(1, *std::max_element(d.contexts.begin(), d.contexts.end()));
-    const int S = static_cast<int>(d.contexts.size());
-    block_size = Block ? Block : longest;
-    blocks_each = (longest + block_size - 1) / block_size;
+  explicit World(const Data& data)
+      : d(data),
+        batches(static_cast<int>(data.contexts.size()),
+                std::max(1, *std::max_element(data.contexts.begin(), data.contexts.end())), Block, 3) {
     const AttentionShape& s = d.shape;
-    cache =
-        KVCache<Kv, Block>({LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, S * blocks_each + 3, block_size});
-    const CacheShape shape = cache.shape();
-    std::memset(cache.memory().data(), 0xff, cache.memory().size());
-    tables.resize(at(S * blocks_each));
-    std::vector<int> pool(at(shape.n_blocks));
-    std::iota(pool.begin(), pool.end(), 0);
-    std::shuffle(pool.begin(), pool.end(), std::mt19937(2));
-    std::copy_n(pool.begin(), tables.size(), tables.begin());
+    const CacheShape shape{
+        LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, batches.n_blocks(), batches.block_size()};
+    memory = Arena(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); }));
+    cache = KVCache<Kv, Block>(memory, shape);
+    std::memset(cache.memory(), 0xff, cache.size());
   }
 
   // The tokens enter the cache, no more.
-  void append(const Chunk& chunk) {
-    gather({chunk});
-    cache.append(LAYER, batch, k.data(), d.shape.v_is_k ? nullptr : v.data());
+  void append(const Piece& chunk) {
+    const Batch& batch = gather({chunk});
+    cache.append(Team{}, LAYER, batch, k.data(), d.shape.v_is_k ? nullptr : v.data());
   }
 
-  // One step: the chunks' tokens enter the cache, then attend. [tokens, n_heads, v_dim]
+  // One step, by n_threads in memory for `planned`: the chunks' tokens enter the cache, then attend.
   template <class Kernel>
-  std::vector<float> step(const std::vector<Chunk>& chunks, int n_threads) {
-    gather(chunks);
+  const std::vector<float>& step(const std::vector<Piece>& chunks, int n_threads, int planned) {
+    const Batch& batch = gather(chunks);
     const AttentionShape& s = d.shape;
-    std::vector<float> out(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
-    AttentionWorkspace workspace(AttentionWorkspace::bytes(s, batch.n_tokens, longest_context, n_threads));
-    std::memset(workspace.memory.data(), 0xff, workspace.memory.size());
-#pragma omp parallel num_threads(n_threads)
-    {
-      cache.append(LAYER, batch, k.data(), s.v_is_k ? nullptr : v.data());
-      attend<Kernel>(q.data(), cache, LAYER, batch, s, out.data(), workspace);
-    }
+    out.assign(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
+    ScratchMemory<Kernel> scratch(s, batch.n_tokens, longest_context, planned);
+    Threads threads(n_threads);
+    threads.run(n_threads, [&](const Team& team) {
+      cache.append(team, LAYER, batch, k.data(), s.v_is_k ? nullptr : v.data());
+      Kernel::attend(team, q.data(), cache, LAYER, batch, s, out.data(), scratch.workspace);
+    });
     return out;
   }
 
+  std::vector<float> out;  // [tokens, n_heads, v_dim] of the last step
+
  private:
-  void gather(const std::vector<Chunk>& chunks) {
+  const Batch& gather(const std::vector<Piece>& chunks) {
     const AttentionShape& s = d.shape;
-    q.clear(), k.clear(), v.clear(), positions.clear(), slots.clear(), lengths.clear(), table.clear();
-    starts = {0};
+    q.clear(), k.clear(), v.clear();
     longest_context = 0;
     const auto append = [](std::vector<float>& to, const std::vector<float>& from, int first, int n, int width) {
       if (!from.empty()) to.insert(to.end(), from.begin() + first * width, from.begin() + (first + n) * width);
     };
-    for (const Chunk& c : chunks) {
+    for (const Piece& c : chunks) {
       append(q, d.q[at(c.sequence)], c.first, c.n, s.n_heads * s.k_dim);
       append(k, d.k[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.k_dim);
       append(v, d.v[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.v_dim);
-      const int context = c.first + c.n, seen = s.window > 0 ? std::max(0, c.first - s.window + 1) : 0;
-      for (int t = c.first; t < context; t++) {
-        positions.push_back(t);
-        slots.push_back(tables[at(c.sequence * blocks_each + t / block_size)] * block_size + t % block_size);
-      }
-      for (int b = 0; b < blocks_each + 2; b++)  // poison where nobody may look
-        table.push_back(b < seen / block_size || b * block_size >= context ? (b % 2 ? INT_MAX : -1)
-                                                                           : tables[at(c.sequence * blocks_each + b)]);
-      starts.push_back(static_cast<int>(positions.size()));
-      lengths.push_back(context);
-      longest_context = std::max(longest_context, context);
+      longest_context = std::max(longest_context, c.first + c.n);
     }
-    batch = {};
-    batch.n_tokens = static_cast<int>(positions.size()), batch.n_sequences = static_cast<int>(chunks.size());
-    batch.positions = positions.data(), batch.query_start = starts.data(), batch.context_len = lengths.data();
-    batch.block_table = table.data(), batch.max_blocks = blocks_each + 2, batch.slot_mapping = slots.data();
+    return batches.batch(chunks, {}, s.window);
   }
 
   const Data& d;
+  Batches batches;
+  Arena memory;
   KVCache<Kv, Block> cache;
-  int block_size, blocks_each, longest_context = 0;
-  std::vector<int> tables, table, positions, slots, starts, lengths;
+  int longest_context = 0;
   std::vector<float> q, k, v;
-  Batch batch;
 };
 
 // One step, with the tokens before the chunks in the cache.
 template <class Kernel, class Kv, int Block>
-std::vector<float> attention_of(const Data& d, const std::vector<Chunk>& chunks, int n_threads) {
+std::vector<float> attention_of(const Data& d, const std::vector<Piece>& chunks, int n_threads) {
   World<Kv, Block> world(d);
-  for (const Chunk& c : chunks)
+  for (const Piece& c : chunks)
     if (c.first > 0) world.append({c.sequence, 0, c.first});
-  return world.template step<Kernel>(chunks, n_threads);
+  return world.template step<Kernel>(chunks, n_threads, n_threads);
 }
 
 void expect_near(const std::vector<float>& out, const Reference& expected, const char* what, int block) {
@@ -216,14 +217,14 @@ void expect_near(const std::vector<float>& out, const Reference& expected, const
 }
 
 template <class Kv, int Block>
-void check_kernels(const Data& d, const std::vector<Chunk>& chunks, const Reference& expected) {
+void check_kernels(const Data& d, const std::vector<Piece>& chunks, const Reference& expected) {
   expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, "naive", Block);
   expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, "flash", Block);
 }
 
 // Prefill and decode mixed; contexts at the bounds of blocks, tiles and splits; a sequence without tokens of this step.
 const std::vector<int> CONTEXTS = {1, 2, 15, 16, 17, 63, 64, 65, 256, 257, 530, 3, 0};
-const std::vector<Chunk> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0, 16}, {11, 3, 0},
+const std::vector<Piece> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0, 16}, {11, 3, 0},
                                    {4, 16, 1},   {5, 60, 3},   {6, 0, 64}, {7, 64, 1}, {8, 255, 1},
                                    {9, 240, 17}, {10, 529, 1}, {12, 0, 0}};
 
@@ -252,10 +253,28 @@ TYPED_TEST(Attention, IsTheFormula) {
   }
 }
 
+// A sink is a score without a value, that no cap and no window touches: one that takes nearly all, one that takes
+// nothing, some between. Contexts of one split and of several; MLA's shape too.
+TYPED_TEST(Attention, SinksJoinTheSoftmax) {
+  const std::vector<float> sinks = {0.5f, -1e4f, 1e4f, -2, 3, 30};
+  for (AttentionShape s : {make_shape(6, 2, 32, 32), make_shape(6, 1, 56, 40, true)}) {
+    s.sinks = sinks.data();
+    for (const auto& [window, softcap] : {std::pair(0, 0.0f), std::pair(300, 2.0f)}) {
+      s.window = window, s.softcap = softcap;
+      const Data d(s, {1, 256, 257, 560});
+      const std::vector<Piece> chunks = {{0, 0, 1}, {1, 254, 2}, {2, 256, 1}, {3, 540, 20}};
+      const Reference expected = reference<TypeParam>(d, chunks);
+      check_kernels<TypeParam, 0>(d, chunks, expected);
+      check_kernels<TypeParam, 16>(d, chunks, expected);
+      if (testing::Test::HasFatalFailure()) FAIL() << s.n_kv_heads << " KV heads, window " << window;
+    }
+  }
+}
+
 // Latents of 1e4, as DeepSeek has them: half precision sums would overflow.
 TYPED_TEST(Attention, LargeLatents) {
   const Data d(make_shape(16, 1, 576, 512, true), {300}, 1e4f);
-  const std::vector<Chunk> chunks = {{0, 298, 2}};
+  const std::vector<Piece> chunks = {{0, 298, 2}};
   check_kernels<TypeParam, 16>(d, chunks, reference<TypeParam>(d, chunks));
 }
 
@@ -297,13 +316,13 @@ std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
   std::vector<float> all;
   const int width = d.shape.n_heads * d.shape.v_dim;
   for (int first = 0, other = 0; first < d.contexts[0]; first += n) {
-    std::vector<Chunk> chunks;
+    std::vector<Piece> chunks;
     const int length = std::min(n, d.contexts[0] - first);
     if (beside && other < d.contexts[1]) chunks.push_back({1, other++, 1});
     const int skipped = static_cast<int>(chunks.size()) * width;
     chunks.push_back({0, first, length});
     if (beside && first % 3 == 0) chunks.push_back({2, 0, d.contexts[2]});
-    const std::vector<float> out = world.template step<Kernel>(chunks, n_threads);
+    const std::vector<float> out = world.template step<Kernel>(chunks, n_threads, n_threads);
     all.insert(all.end(), out.begin() + skipped, out.begin() + skipped + length * width);
   }
   return all;
@@ -338,32 +357,30 @@ TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
 
 // Rows in plain memory, a split at a time, give what attend gives for a float32 cache of the same rows.
 TEST(AttendRows, SameBitsAsAttend) {
+  const float sinks[] = {1, -3, 20, 0};
   for (int window : {0, 300}) {
     AttentionShape s = make_shape(4, 2, 24, 20);
     s.window = window;
+    s.sinks = window > 0 ? sinks : nullptr;
     const int context = 700, first = 640, n = context - first;
     const Data d(s, {context});
     const std::vector<float> expected = attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    std::vector<int> positions(at(n + 1)), starts = {0, 1, n + 1}, lengths = {1, context};
-    std::iota(positions.begin() + 1, positions.end(), first);
-    Batch batch;  // sequence 1 of two
-    batch.n_tokens = n + 1, batch.n_sequences = 2, batch.positions = positions.data();
-    batch.query_start = starts.data(), batch.context_len = lengths.data();
+    Batches batches(2, context, 0);
+    const Batch& batch = batches.batch({{0, 0, 1}, {1, first, n}});
     const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
     std::vector<float> q(at(q_width)), out(at((n + 1) * out_width), -7);
     q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
-    AttentionWorkspace workspace(AttentionWorkspace::bytes(s, n + 1, context, 2));
-#pragma omp parallel num_threads(2)
-    {
-      attend_begin(batch, 1, s, out.data(), workspace);
+    ScratchMemory<Flash> scratch(s, n + 1, context, 2);
+    Threads(2).run(2, [&](const Team& team) {
+      Flash::begin(team, batch, 1, s, out.data(), scratch.workspace);
       for (int at_token = 0; at_token < context; at_token += ATTENTION_SPLIT) {
         const PlainRows rows{d.k[0].data() + at_token * s.n_kv_heads * s.k_dim,
                              d.v[0].data() + at_token * s.n_kv_heads * s.v_dim, at_token,
                              std::min(ATTENTION_SPLIT, context - at_token)};
-        attend_rows(q.data(), rows, batch, 1, s, out.data(), workspace);
+        Flash::attend_rows(team, q.data(), rows, batch, 1, s, out.data(), scratch.workspace);
       }
-      attend_end(batch, 1, s, out.data(), workspace);
-    }
+      Flash::end(team, batch, 1, s, out.data(), scratch.workspace);
+    });
     for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
     out.erase(out.begin(), out.begin() + out_width);
     expect_same_bits(out, expected, "window " + std::to_string(window));
@@ -382,6 +399,40 @@ TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
     expect_same_bits({others, out.end()}, {expected.begin() + 100 * 40, expected.end()}, "the other sequence");
     attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
   }
+}
+
+// Scratch memory that was planned for a smaller team is refused, on every thread, before anything is written.
+template <class Kernel>
+void expect_team_refused(int planned, int used) {
+  const Data d(make_shape(4, 2, 24, 20), {40});
+  World<KvF16, 16> world(d);
+  EXPECT_THROW(world.template step<Kernel>({{0, 0, 40}}, used, planned), Error) << Kernel::name;
+  for (float x : world.out) ASSERT_EQ(x, -7) << Kernel::name;
+  EXPECT_NO_THROW(world.template step<Kernel>({{0, 0, 40}}, planned, planned)) << Kernel::name;
+}
+
+TEST(AttentionMemory, ALargerTeamThanPlannedIsRefused) {
+  expect_team_refused<Naive>(1, 2);
+  expect_team_refused<Naive>(2, 3);
+  expect_team_refused<Flash>(1, 2);
+  expect_team_refused<Flash>(2, 3);
+}
+
+TEST(AttendRows, ALargerTeamThanPlannedIsRefused) {
+  const AttentionShape s = make_shape(4, 2, 24, 20);
+  Batches batches(1, 1, 0);
+  const Batch& batch = batches.batch({{0, 0, 1}});
+  const std::vector<float> q(at(4 * 24)), k(at(2 * 24)), v(at(2 * 20));
+  std::vector<float> out(at(4 * 20), -7);
+  ScratchMemory<Flash> scratch(s, 1, 1, 1);
+  Threads threads(2);
+  const PlainRows rows{k.data(), v.data(), 0, 1};
+  const Workspace& w = scratch.workspace;
+  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::begin(t, batch, 0, s, out.data(), w); }), Error);
+  EXPECT_THROW(
+      threads.run(2, [&](const Team& t) { Flash::attend_rows(t, q.data(), rows, batch, 0, s, out.data(), w); }), Error);
+  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::end(t, batch, 0, s, out.data(), w); }), Error);
+  for (float x : out) ASSERT_EQ(x, -7);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ def weight(name, shape, seed, model_type):
     """
     unit = uniform(name, shape, seed)
     if ("norm" in name or "ln_" in name) and name.endswith("weight"):
-        return (0.3 * unit + (0 if model_type.startswith("gemma3") else 1)).astype(np.float32)  # Gemma adds the 1
+        return (0.3 * unit + (0 if model_type.startswith("gemma") else 1)).astype(np.float32)  # Gemma adds the 1
     if name.endswith("bias"):
         return (0.1 * unit).astype(np.float32)
     if name.split(".")[-2] in (
@@ -52,10 +52,28 @@ def weight(name, shape, seed, model_type):
         "wpe",
     ):  # small beside what the layers add, or tied models repeat themselves
         return (0.03 * unit).astype(np.float32)
-    wide = ("q_proj", "k_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "c_attn", "gate")
+    wide = (
+        "q_proj",
+        "k_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "c_attn",
+        "qkv_proj",
+        "gate",
+        "router",
+        "layer",
+    )
     gain = 1.5 if name.split(".")[-2] in wide else 1.0
-    fan_in = shape[0] if model_type == "gpt2" else shape[-1]  # GPT-2 keeps [inputs, outputs]
+    turned = model_type == "gpt2" or (model_type == "gpt_oss" and ".experts." in name)  # [inputs, outputs]
+    fan_in = shape[-2] if turned and len(shape) > 1 else shape[-1]
     return (gain / math.sqrt(fan_in) * unit).astype(np.float32)
+
+
+def bytes_of(name, shape, seed, first, last):
+    """uint8 [shape], each of first .. last - 1 as likely as the others."""
+    unit = uniform(name, shape, seed) / math.sqrt(12) + 0.5
+    return np.clip(first + np.floor(unit * (last - first)), first, last - 1).astype(np.uint8)
 
 
 def bf16_bits(x):
@@ -70,6 +88,11 @@ def stored(name, tensors, reference):
     if name.endswith("_scale_inv"):  # float8: codes are uniform, which makes their deviation about 105
         blocks = 1 + 0.3 * uniform(name, shape, seed)
         return "F32", (blocks / (105 * math.sqrt(tensors[name.removesuffix("_scale_inv")][1]))).astype(np.float32)
+    if name.endswith("_blocks"):  # MXFP4: two codes a byte
+        return "U8", bytes_of(name, shape, seed, 0, 256)
+    if name.endswith("_scales"):  # the codes' deviation is 2.9
+        middle = 127 - round(math.log2(2.9 * math.sqrt(32 * shape[-1])))
+        return "U8", bytes_of(name, shape, seed, middle - 1, middle + 2)
     if name + "_scale_inv" in tensors:
         codes = np.clip((uniform(name, shape, seed) / math.sqrt(12) + 0.5) * 256, 0, 255).astype(np.uint8)
         return "F8_E4M3", np.where(codes & 0x7F == 0x7F, 0, codes).astype(np.uint8)  # 0x7F is NaN

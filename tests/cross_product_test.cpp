@@ -9,9 +9,9 @@
 #include <set>
 
 #include "host/engine.h"
+#include "kernels/build.h"
 #include "tiny_model.h"
 #include "transformer.h"
-#include "variants.h"
 
 namespace {
 
@@ -25,13 +25,6 @@ struct Text {
 };
 using Texts = std::vector<std::vector<Text>>;  // [requests][samples]
 
-std::vector<int> tokens(int n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<int> ids;
-  for (int i = 0; i < n; i++) ids.push_back(static_cast<int>(random() % 50));
-  return ids;
-}
-
 Request request_of(std::vector<int> prompt, int n, int samples, uint64_t seed) {
   Request r;
   r.prompt = std::move(prompt);
@@ -43,7 +36,7 @@ Request request_of(std::vector<int> prompt, int n, int samples, uint64_t seed) {
 }
 
 std::vector<int> prefix_and(int shared, const std::vector<int>& own) {
-  static const std::vector<int> base = tokens(CONTEXT, 5);
+  static const std::vector<int> base = random_tokens(CONTEXT, 5);
   std::vector<int> prompt(base.begin(), base.begin() + shared);
   prompt.insert(prompt.end(), own.begin(), own.end());
   return prompt;
@@ -57,17 +50,17 @@ std::vector<Request> requests(int block) {
   const auto add = [&](std::vector<int> prompt, int n, int samples) {
     all.push_back(request_of(std::move(prompt), n, samples, all.size() * 10 + 1));
   };
-  add(prefix_and(33, tokens(4, 1)), 6, 1);
+  add(prefix_and(33, random_tokens(4, 1)), 6, 1);
   add(prefix_and(32, {}), 7, 1);
   add(prefix_and(32, {}), 3, 1);
   std::vector<int> other = prefix_and(32, {});
-  other[20] = (other[20] + 1) % 50;
+  other[20] = (other[20] + 1) % TINY_VOCAB;
   add(other, 7, 1);
-  add(tokens(1, 2), 9, 1);
+  add(random_tokens(1, 2), 9, 1);
   if (block > 1) add(prefix_and(block - 1, {}), 3, 1);
   if (block > 0) add(prefix_and(block, {}), 2, 1);
   if (block > 0) add(prefix_and(block + 1, {}), 2, 1);
-  add(prefix_and(16, tokens(9, 3)), 8, 3);
+  add(prefix_and(16, random_tokens(9, 3)), 8, 3);
   return all;
 }
 
@@ -83,7 +76,7 @@ std::vector<Request> requests_of_a_block(int block_size) {
 // block, or lay in the block before.
 struct Machine {
   int block_size;
-  std::function<float*(const Batch&)> forward;
+  Engine::Forward forward;
 };
 using Maker = Machine (*)(const Model&, const Limits&);
 
@@ -96,7 +89,7 @@ void poison(KVCache<Kv, Block>& cache, int block, int first_slot) {
   batch.n_tokens = static_cast<int>(slots.size()), batch.slot_mapping = slots.data();
   const auto nan = [&](int dim) { return std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN); };
   for (int layer = 0; layer < shape.n_layers; layer++)
-    cache.append(layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
+    cache.append(Team(), layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
 }
 
 // The slots that the batch writes, and all behind them. A block that is copied first keeps what it holds.
@@ -113,15 +106,15 @@ template <class Attention, class Kernel, class Kv, int Block>
 Machine make(const Model& model, const Limits& limits) {
   const auto transformer = std::make_shared<Transformer<Attention, Kernel, Kv, Block>>(model, limits);
   auto& cache = transformer->cache();
-  std::memset(cache.memory().data(), 0xff, cache.memory().size());
-  return {cache.block_size(), [transformer, &cache](const Batch& b) {
+  std::memset(cache.memory(), 0xff, transformer->taken().kv);
+  return {cache.block_size(), [transformer, &cache](const Batch& b, int n_threads) {
             poison_written(cache, b);
             // What is -1 in the tables leads far out of the cache.
             std::vector<int> table(b.block_table, b.block_table + b.n_sequences * b.max_blocks);
             std::replace(table.begin(), table.end(), -1, INT32_MIN);
             Batch poisoned = b;
             poisoned.block_table = table.data();
-            return transformer->forward(poisoned);
+            return transformer->forward(poisoned, test_threads(), n_threads);
           }};
 }
 
@@ -136,9 +129,10 @@ struct Setting {
 class World {
  public:
   World(Maker maker, const Model& model, const Setting& s) : vocab_size_(model.config.vocab_size) {
-    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, s.form};
+    const Limits limits{s.max_tokens, s.max_sequences, s.max_tokens, CONTEXT, s.n_blocks, 2, s.form};
     const Machine machine = maker(model, limits);
-    engine_ = std::make_unique<Engine>(machine.forward, limits, machine.block_size, vocab_size_, s.window, s.hash);
+    engine_ = std::make_unique<Engine>(machine.forward, test_threads(), limits, machine.block_size, vocab_size_,
+                                       s.window, s.hash);
   }
   void submit(Request r) {
     const size_t i = texts_.size();
@@ -192,9 +186,8 @@ const Model& the_model(const std::string& variant, bool windows = false) {
   const auto found = models.find({variant, windows});
   if (found != models.end()) return found->second;
   TinyModel tiny = tiny_model(variant, true, 11);
-  if (windows) tiny.config["window"] = {5, 7};
-  const TemporaryFile file(tiny.bytes());
-  return models.emplace(std::pair(variant, windows), load_model(file.path())).first->second;
+  if (windows) tiny.config["window"] = Json::Array{5, 7};
+  return models.emplace(std::pair(variant, windows), load(tiny)).first->second;
 }
 
 int blocks_per_sequence(int block) {
@@ -230,7 +223,8 @@ void check(const Model& model, int block, Maker maker) {
 // A pool that holds what the windows see of two sequences and not two of them whole.
 void check_windows(const std::string& variant, int block, Maker maker) {
   const Model& model = the_model(variant, true);
-  const std::vector<Request> all = {request_of(tokens(40, 21), 20, 1, 1), request_of(tokens(9, 22), 40, 1, 2)};
+  const std::vector<Request> all = {request_of(random_tokens(40, 21), 20, 1, 1),
+                                    request_of(random_tokens(9, 22), 40, 1, 2)};
   for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
     const Texts kept = alone(maker, model, {blocks_per_sequence(block), 1, 64, block_hash, 0, form}, all);
     expect_finite(kept);
@@ -256,9 +250,8 @@ TEST_P(CrossProduct, WhatLiesBehindTheWindowsIsNotRead) {
   check_windows(GetParam().variant, GetParam().block, GetParam().maker);
 }
 
-#define COMBINATION(Attention, Kernel, Kv, Block)                                         \
-  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, name(Attention::variant), Block, \
-              make<Attention, Kernel, Kv, Block>},
+#define COMBINATION(Attention, Kernel, Kv, Block) \
+  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, Attention::name, Block, make<Attention, Kernel, Kv, Block>},
 const Combination COMBINATIONS[] = {FOR_EACH_TRANSFORMER(COMBINATION)};
 INSTANTIATE_TEST_SUITE_P(Engine, CrossProduct, testing::ValuesIn(COMBINATIONS),
                          [](const auto& c) { return std::string(c.param.name); });
@@ -305,7 +298,8 @@ int64_t run_schedule(const Combination& c, unsigned seed) {
   for (int i = pick(random, 2, 7); i > 0; i--) {
     const int shared = pick(random, 1, 45), own = pick(random, 0, 4), n = pick(random, 0, 12);
     const int samples = n > 0 ? std::max(1, pick(random, -2, 3)) : 1;
-    all.push_back(request_of(prefix_and(shared, tokens(own, seed * 8 + static_cast<unsigned>(i))), n, samples, seed));
+    all.push_back(
+        request_of(prefix_and(shared, random_tokens(own, seed * 8 + static_cast<unsigned>(i))), n, samples, seed));
     world.submit(all.back());
     for (int steps = pick(random, 0, 5); steps > 0; steps--) world.engine().step();
     if (pick(random, 0, 9) == 0) {

@@ -1,6 +1,7 @@
 // device.cpp: memory as the contract says, and an estimate of what is free that a real allocation agrees
 // with.
 #include "kernels/device.h"
+#include "host/error.h"
 
 #include <gtest/gtest.h>
 
@@ -23,12 +24,12 @@ TEST(Device, MemoryIsZeroAlignedAndWritableToItsLastByte) {
 
 TEST(Device, MovedBuffersFreeOnce) {
   Buffer<int> a(1000);
-  a[999] = 7;
+  a.data()[999] = 7;
   Buffer<int> b = std::move(a);
-  EXPECT_EQ(b[999], 7);
+  EXPECT_EQ(b.data()[999], 7);
   EXPECT_EQ(a.size(), 0u);
   a = std::move(b);
-  EXPECT_EQ(a[999], 7);
+  EXPECT_EQ(a.data()[999], 7);
   EXPECT_EQ(Buffer<int>(0).data(), nullptr);
 }
 

@@ -3,6 +3,7 @@
 // shared, not copied or not computed shows up as another text than the one a sequence has alone, which
 // `Alone` works out without any cache.
 #include "host/engine.h"
+#include "host/error.h"
 
 #include <gtest/gtest.h>
 
@@ -68,9 +69,10 @@ Text alone(const Request& request, int sample, int window, int most = 1 << 30) {
   SamplerOptions options = request.sampler;
   options.seed += static_cast<uint64_t>(sample);
   Sampler sampler(options);
+  SamplerScratch scratch(kVocab);
   while (static_cast<int>(text.ids.size()) < request.n) {
     std::vector<float> logits = text.logits.back();
-    int id = sampler.sample(logits.data(), kVocab, ids.data(), static_cast<int>(ids.size()));
+    int id = sampler.sample(logits.data(), kVocab, ids.data(), static_cast<int>(ids.size()), scratch);
     if (std::find(request.stop.begin(), request.stop.end(), id) != request.stop.end()) {
       text.finish = Finish::stop;
       break;
@@ -174,6 +176,8 @@ struct Fake {
   }
 };
 
+Threads threads(2);
+
 // An engine on the fake, and the results by (request, sample).
 struct World {
   Fake fake;
@@ -182,7 +186,8 @@ struct World {
 
   World(const Limits& limits, int block_size, int window = 0, BlockHash hash = block_hash)
       : fake{limits, block_size, window},
-        engine([this](const Batch& b) { return fake.forward(b); }, limits, block_size, kVocab, window, hash) {}
+        engine([this](const Batch& b, int) { return fake.forward(b); }, threads, limits, block_size, kVocab, window,
+               hash) {}
 
   int submit(Request request) {
     request.on_finish = [this](const Result& r) {

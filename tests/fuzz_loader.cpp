@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <string>
 
+#include "host/error.h"
 #include "model.h"
 #include "tiny_model.h"
+#include "typed_model.h"
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
 
@@ -17,6 +19,8 @@ extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
     for (const bool experts : {false, true})
       std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(variant)) + (experts ? "-experts" : ""))
           << tiny_model(variant, experts, 1).bytes();
+  for (const char* type : TYPES)
+    std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(type))) << TypedModel(type).bytes();
   return 0;
 }
 
@@ -40,8 +44,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const int fd = memfd_create("model", 0);
   static const std::string path = "/proc/self/fd/" + std::to_string(fd);
   if (ftruncate(fd, 0) != 0 || pwrite(fd, data, size, 0) != static_cast<ssize_t>(size)) return -1;
+  static Threads threads(1);
   try {
-    load_model(path);
+    load_model(path, threads);
   } catch (const Error&) {
   }
   return 0;

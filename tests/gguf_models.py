@@ -3,6 +3,8 @@
 Names of tensors and of metadata come from the gguf package: its tables are the witness of ours.
 """
 
+import math
+
 import checkpoints
 import gguf
 import numpy as np
@@ -13,12 +15,23 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "glm": gguf.MODEL_ARCH.CHATGLM,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "granitemoe": gguf.MODEL_ARCH.GRANITE_MOE,
+    "gpt_oss": gguf.MODEL_ARCH.GPT_OSS,
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "gpt_bigcode": gguf.MODEL_ARCH.STARCODER,
     "deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2,
     "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
 }
+PERMUTED = ("llama", "mixtral", "smollm3", "granite", "granitemoe")
 
 
 def arrays(reference):
@@ -55,14 +68,26 @@ def permute(x, heads):
 def turned(name, x, config):
     """[(name, array)] as GGUF has them."""
     kind = config["model_type"]
-    if kind in ("llama", "mixtral") and "q_proj" in name:
+    if kind in PERMUTED and "q_proj" in name:
         return [(name, permute(x, config["num_attention_heads"]))]
-    if kind in ("llama", "mixtral") and "k_proj" in name:
+    if kind in PERMUTED and "k_proj" in name:
         return [(name, permute(x, config["num_key_value_heads"]))]
     if kind == "gpt2" and x.ndim == 2 and any(part in name for part in ("c_attn", "c_proj", "c_fc")):
         return [(name, x.T)]
-    if kind == "gemma3_text" and name.endswith("norm.weight"):
+    if kind.startswith("gemma") and name.endswith("norm.weight"):
         return [(name, x + 1)]
+    if kind == "gpt_oss" and ".experts." in name:  # two of a kind take turns, matrices are [inputs, outputs]
+        suffix = ".bias" if name.endswith("_bias") else ".weight"
+        x = x if x.ndim == 2 else x.swapaxes(1, 2)
+        stem = name.removesuffix("_bias")
+        if "gate_up" not in stem:
+            return [(stem + suffix, x)]
+        return [(stem.replace("gate_up", part) + suffix, x[:, i::2]) for i, part in enumerate(("gate", "up"))]
+    if name.endswith("input_linear.weight"):
+        parts = zip(("w1", "w3"), np.split(x, 2, axis=1), strict=True)
+        return [(name.replace("input_linear", f"experts.{part}"), half) for part, half in parts]
+    if name.endswith(".sinks"):
+        return [(name + ".weight", x)]
     if name.endswith("kv_b_proj.weight"):
         heads = config["num_attention_heads"]
         x = x.reshape(heads, -1, x.shape[-1])
@@ -83,10 +108,20 @@ def write_config(w, c):
         (w.add_layer_norm_rms_eps, get("rms_norm_eps")),
         (w.add_layer_norm_eps, get("layer_norm_epsilon")),
         (w.add_rope_freq_base, get("rope_theta")),
-        (w.add_sliding_window, get("sliding_window") if c["model_type"] == "gemma3_text" else None),
+        (w.add_sliding_window, get("sliding_window") if c["model_type"].startswith("gemma") else None),
+        (w.add_sliding_window, (get("sliding_window") or 0) if c["model_type"] in ("phi3", "gpt_oss") else None),
+        (w.add_attn_logit_softcapping, get("attn_logit_softcapping")),
+        (w.add_final_logit_softcapping, get("final_logit_softcapping")),
+        (w.add_attention_scale, get("attention_multiplier")),
+        (w.add_embedding_scale, get("embedding_multiplier")),
+        (w.add_residual_scale, get("residual_multiplier")),
+        (w.add_logit_scale, get("logits_scaling")),
         (w.add_expert_count, experts(c)),
         (w.add_expert_used_count, get("num_experts_per_tok")),
-        (w.add_expert_feed_forward_length, get("moe_intermediate_size")),
+        (
+            w.add_expert_feed_forward_length,
+            get("moe_intermediate_size", *["intermediate_size"] * (c["model_type"] == "gpt_oss")),
+        ),
     ]
     if "kv_lora_rank" in c:
         rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
@@ -117,6 +152,9 @@ def write_config(w, c):
     for add, value in rows:
         if value is not None:
             add(value)
+    if "partial_rotary_factor" in c:
+        head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+        w.add_rope_dimension_count(int(c["partial_rotary_factor"] * head_dim))
     scaling = c.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind in ("linear", "yarn"):
@@ -124,6 +162,22 @@ def write_config(w, c):
         w.add_rope_scaling_factor(scaling["factor"])
     if kind == "yarn":
         w.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        for add, key in (
+            (w.add_rope_scaling_yarn_beta_fast, "beta_fast"),
+            (w.add_rope_scaling_yarn_beta_slow, "beta_slow"),
+        ):
+            if key in scaling:
+                add(scaling[key])
+    if c["model_type"] == "phi3":
+        original = c["original_max_position_embeddings"]
+        w.add_rope_scaling_orig_ctx_len(original)
+    if kind == "longrope":
+        w.add_rope_scaling_attn_factors(
+            math.sqrt(1 + math.log(c["max_position_embeddings"] / original) / math.log(original))
+        )
+        for length in ("long", "short"):
+            factors = np.array(scaling[f"{length}_factor"], np.float32)
+            w.add_tensor(f"rope_factors_{length}.weight", factors)
     if scaling.get("mscale_all_dim"):
         w.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 

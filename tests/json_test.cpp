@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "host/error.h"
 #include "kernels/device.h"
 
 namespace {

@@ -3,10 +3,18 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
+#include "tiny_model.h"
+
 namespace {
+
+template <class Stage>
+void on_team(Stage stage) {
+  test_threads().run(2, [&](const Team& team) { stage(team); });
+}
 
 std::vector<float> normal(size_t n, unsigned seed, float deviation = 1, float mean = 0) {
   std::mt19937 random(seed);
@@ -29,7 +37,9 @@ TEST_P(Widths, Norms) {
   for (const NormKind kind : {NormKind::rms, NormKind::layer}) {
     for (const bool bias : {false, true}) {
       std::vector<float> out(static_cast<size_t>(rows * n));
-      norm(kind, eps, {w.data(), bias ? b.data() : nullptr}, x.data(), stride, rows, n, out.data(), n);
+      on_team([&](const Team& team) {
+        norm(team, kind, eps, {w.data(), bias ? b.data() : nullptr}, x.data(), stride, rows, n, out.data(), n);
+      });
       for (int r = 0; r < rows; r++) {
         const float* in = x.data() + r * stride;
         double mean = 0, squares = 0;
@@ -64,8 +74,10 @@ TEST_P(Widths, Activations) {
   };
   for (const Activation a : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
     std::vector<float> gated(gate.size()), plain(gate.size());
-    activate(a, gate.data(), up.data(), rows, n, gated.data());
-    activate(a, nullptr, gate.data(), rows, n, plain.data());
+    on_team([&](const Team& team) {
+      activate(team, a, 0, gate.data(), up.data(), rows, n, gated.data());
+      activate(team, a, 0, nullptr, gate.data(), rows, n, plain.data());
+    });
     for (size_t i = 0; i < gate.size(); i++) {
       const double expected = exact(a, static_cast<double>(gate[i]));
       // Where 1 + tanh or 1 + erf cancels, the error is absolute: a few roundings of 1, times |x|.
@@ -77,15 +89,46 @@ TEST_P(Widths, Activations) {
   }
 }
 
+// gpt-oss's: (clamp(up) + 1) g sigmoid(1.702 g), g = min(gate, limit); a NaN of either input reaches the output.
+TEST_P(Widths, ClampedActivation) {
+  const int n = GetParam(), rows = 2;
+  const float limit = 1.5f;
+  auto gate = normal(static_cast<size_t>(rows * n), 4, 4), up = normal(static_cast<size_t>(rows * n), 5, 2);
+  gate[0] = 1e30f;
+  gate.back() = -1e30f;
+  std::vector<float> out(gate.size());
+  const auto run = [&] {
+    on_team([&](const Team& team) {
+      activate(team, Activation::swiglu_oai, limit, gate.data(), up.data(), rows, n, out.data());
+    });
+  };
+  run();
+  for (size_t i = 0; i < gate.size(); i++) {
+    const double g = std::min<double>(gate[i], limit), u = std::clamp<double>(up[i], -limit, limit);
+    const double expected = (u + 1) * g / (1 + std::exp(-1.702 * g));
+    // A few roundings of each factor; those of 1.702 g count as often as g is large, while the sigmoid is not yet 0.
+    EXPECT_NEAR(static_cast<double>(out[i]), expected, 64 * EPS * (2.5 * std::min(std::fabs(g), 60.0) + 1e-30)) << g;
+  }
+  gate[0] = std::nanf("");
+  up.back() = std::nanf("");
+  run();
+  EXPECT_TRUE(std::isnan(out[0]) && std::isnan(out.back()));
+}
+
 TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
   const int T = 3, heads = 2, stride = 11, n = 4, row = heads * stride + 3;
   const int positions[] = {0, 5, 100000};
   const float inv_freq[] = {1, 0.3f, 0.01f, 1e-4f};
   std::vector<float> cos(T * n), sin(T * n);
-  rope_angles(positions, T, inv_freq, n, 1.25f, cos.data(), sin.data());
+  Batch batch;
+  batch.n_tokens = T;
+  batch.positions = positions;
   const auto x = normal(static_cast<size_t>(T * row), 6);
   auto y = x;
-  rope(y.data(), row, T, heads, stride, n, cos.data(), sin.data());
+  on_team([&](const Team& team) {
+    rope_angles(team, batch, inv_freq, n, 1.25f, cos.data(), sin.data());
+    rope(team, y.data(), row, T, heads, stride, n, cos.data(), sin.data());
+  });
   for (int t = 0; t < T; t++) {
     for (int i = 0; i < row; i++) {
       const int within = i % stride;
@@ -107,13 +150,18 @@ TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
 TEST(Layers, EmbeddingAddsThePosition) {
   constexpr int vocab = 5, dim = 19;
   const auto w = normal(vocab * dim, 7), positions = normal(4 * dim, 8);
-  const TensorView view{DType::f32, vocab, dim, w.data(), nullptr, nullptr};
-  Buffer<std::byte> packed(packed_bytes(DType::f32, vocab, dim));
-  for (int b = 0; b < row_blocks(vocab); b++) pack(view, false, b, packed.data());
-  const Matrix matrix{DType::f32, vocab, dim, packed.data()};
+  const WeightType floats = *find_weight_type("f32");
+  const TensorView view{floats, vocab, dim, {w.data()}};
+  Buffer<std::byte> packed(packed_bytes(floats, vocab, dim));
+  for (int p = 0; p < panels(vocab); p++) pack(view, false, p, packed.data());
+  const Matrix matrix{floats, vocab, dim, 1, packed.data()};
   const int tokens[] = {4, 0, 4}, at[] = {0, 3, 1};
   std::vector<float> x(3 * dim);
-  embed(matrix, positions.data(), tokens, at, 3, 2, x.data());
+  Batch batch;
+  batch.n_tokens = 3;
+  batch.tokens = tokens;
+  batch.positions = at;
+  on_team([&](const Team& team) { embed(team, matrix, positions.data(), batch, 2, x.data()); });
   for (size_t t = 0; t < 3; t++)
     for (size_t i = 0; i < dim; i++)
       EXPECT_EQ(x[t * dim + i],
@@ -122,7 +170,7 @@ TEST(Layers, EmbeddingAddsThePosition) {
 
 TEST(Layers, ScaleAndCap) {
   std::vector<float> x = {0, 1, -50, 1e6f};
-  scale_and_cap(x.data(), x.size(), 0.5f, 30);
+  on_team([&](const Team& team) { scale_and_cap(team, x.data(), x.size(), 0.5f, 30); });
   EXPECT_FLOAT_EQ(x[1], 30 * std::tanh(0.5f / 30));
   EXPECT_FLOAT_EQ(x[2], 30 * std::tanh(-25.0f / 30));
   EXPECT_FLOAT_EQ(x[3], 30);

@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import checkpoints
@@ -53,6 +54,11 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 3.0, 7.0, 12.0, 20.0],
 }
 DEEPSEEK_YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 
@@ -157,6 +163,147 @@ def gemma3(**changes):
         "cache_implementation": "hybrid",
         "pad_token_id": 0,
     } | changes
+
+
+def gemma(**changes):
+    own = ("sliding_window", "sliding_window_pattern", "query_pre_attn_scalar", "rope_local_base_freq")
+    own += ("attn_logit_softcapping", "final_logit_softcapping", "cache_implementation", "rope_scaling")
+    first = {key: value for key, value in gemma3().items() if key not in own}
+    return first | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "rope_theta": 10000.0} | changes
+
+
+def gemma2(**changes):
+    second = {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 12,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "cache_implementation": "hybrid",
+    }
+    return gemma(num_key_value_heads=2) | second | changes
+
+
+def phi3(**changes):
+    fused = {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "attention_bias": False,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 256,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "pad_token_id": 0,
+    }
+    return llama() | fused | changes
+
+
+def phi4_mini(**changes):
+    """Three quarters of a head rotate; at more than original_max_position_embeddings the long factors hold."""
+    own = {
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONGROPE,
+        "tie_word_embeddings": True,
+        "interpolate_factor": 1,
+        "full_attn_mod": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 262144,
+    }
+    return phi3() | own | changes
+
+
+def olmo2(**changes):
+    own = {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "pad_token_id": 0}
+    return llama(num_key_value_heads=3) | own | changes
+
+
+def glm(model_type, **changes):
+    own = {
+        "model_type": model_type,
+        "architectures": ["Glm4ForCausalLM" if model_type == "glm4" else "GlmForCausalLM"],
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 0,
+    }
+    return llama() | own | changes
+
+
+def smollm3(**changes):
+    own = {
+        "model_type": "smollm3",
+        "architectures": ["SmolLM3ForCausalLM"],
+        "num_hidden_layers": 5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_window_layers": 28,
+        "no_rope_layer_interval": 4,
+        "pad_token_id": 0,
+        "pretraining_tp": 2,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    return llama() | own | changes
+
+
+def granite(**changes):
+    own = {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "mlp_bias": False,
+        "embedding_multiplier": 4.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 5.0,
+        "pad_token_id": 0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+    }
+    return llama() | own | changes
+
+
+def gpt_oss(**changes):
+    own = {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "head_dim": 32,
+        "hidden_size": 96,
+        "initial_context_length": 64,
+        "intermediate_size": 64,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "experts_per_token": 2,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "rope_scaling": {
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 12,
+        "swiglu_limit": 0.8,
+    }
+    return llama() | own | changes
 
 
 def deepseek_v2(**changes):
@@ -531,6 +678,158 @@ MODELS = {
         "matters": {"normalisation": {"norm_topk_prob": True}, "top-k": {"num_experts_per_tok": 2}},
         "dtype": "BF16",
     },
+    "gemma": {
+        "config": gemma(hidden_act="gelu"),  # as first published: it means tanh's form
+        "matters": {"activation": {"hidden_act": "silu"}, "theta": {"rope_theta": 500.0}, "norms": ("norm", -0.5)},
+        "dtype": "BF16",
+    },
+    "gemma2": {
+        "config": gemma2(),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "window + 1": {"sliding_window": 13},
+            "pattern": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "scale": {"query_pre_attn_scalar": 32},
+            "attention cap": {"attn_logit_softcapping": None},
+            "logit cap": {"final_logit_softcapping": None},
+        }
+        | {name: (rf"{name}_feedforward_layernorm.weight", 0.0) for name in ("pre", "post")}
+        | {"post_attention": (r"post_attention_layernorm.weight", 0.0)},
+    },
+    "phi3": {
+        "config": phi3(sliding_window=14, num_key_value_heads=6),
+        "matters": {"window": {"sliding_window": None}, "theta": {"rope_theta": 500.0}},
+        "dtype": "BF16",
+    },
+    "phi4_mini": {
+        "config": phi4_mini(max_position_embeddings=1024),
+        "matters": {
+            "rope scaling": {"rope_scaling": None},
+            "attention factor": {"rope_scaling": LONGROPE | {"attention_factor": 1.0}},
+            "rotated part": {"rope_scaling": None, "partial_rotary_factor": 0.5},
+        },
+    },
+    "phi4_mini_long": {
+        "config": phi4_mini(original_max_position_embeddings=32, num_key_value_heads=1),
+        "matters": {"original length": {"original_max_position_embeddings": 256}},
+        "dtype": "BF16",
+    },
+    "olmo2": {
+        "config": olmo2(),
+        "matters": {name: (rf"{name}.weight", 1.0) for name in ("q_norm", "k_norm", "post_attention_layernorm")}
+        | {"post_feedforward": (r"post_feedforward_layernorm.weight", 1.0)},
+    },
+    "olmo2_mha": {
+        "config": olmo2(num_attention_heads=3, num_key_value_heads=3),
+        "matters": {"theta": {"rope_theta": 500.0}},
+        "dtype": "BF16",
+        "shards": 2,
+    },
+    "glm": {
+        "config": glm("glm"),
+        "matters": {"rotated part": {"partial_rotary_factor": 1.0}, "biases": (r"[qv]_proj.bias", 0.0)},
+        "dtype": "BF16",
+    },
+    "glm4": {
+        "config": glm("glm4", num_attention_heads=4, num_key_value_heads=1),
+        "matters": {"rotated part": {"partial_rotary_factor": 1.0}, "biases": (r"[qv]_proj.bias", 0.0)}
+        | {name: (rf"{name}_layernorm.weight", 1.0) for name in ("post_self_attn", "post_mlp", "post_attention")},
+    },
+    "smollm3": {
+        "config": smollm3(),
+        "matters": {"layers without RoPE": {"no_rope_layers": [1] * 5}},
+        "dtype": "BF16",
+    },
+    "smollm3_window": {  # as transformers writes it again: a list of layers
+        "config": smollm3(
+            no_rope_layers=[1, 0, 1, 1, 0],
+            use_sliding_window=True,
+            sliding_window=12,
+            num_key_value_heads=6,
+        ),
+        "matters": {
+            "layers without RoPE": {"no_rope_layers": [1] * 5},
+            "window": {"use_sliding_window": False},
+        },
+    },
+    "granite": {
+        "config": granite(),
+        "matters": {
+            name: {name: 1.0}
+            for name in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+        },
+        "dtype": "BF16",
+    },
+    "gpt_oss": {
+        "config": gpt_oss(),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "window + 1": {"sliding_window": 13},
+            "pattern": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "clamp": {"swiglu_limit": 7.0},
+            "sinks": ("sinks", -20.0),
+            "router bias": (r"router.bias", 0.0),
+            "gate and up bias": (r"gate_up_proj_bias", 0.0),
+            "down bias": (r"down_proj_bias", 0.0),
+            "rope scaling": {"rope_scaling": {"rope_type": "default"}},
+        },
+        "dtype": "BF16",
+    },
+    "gpt_oss_mxfp4": {  # as published
+        "config": gpt_oss(
+            num_key_value_heads=1,
+            quantization_config={
+                "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+                "quant_method": "mxfp4",
+            },
+        ),
+        "matters": {},
+        "dtype": "BF16",
+        "mxfp4": r"experts\.(gate_up|down)_proj$",
+    },
+    "olmo3": {
+        "config": olmo2(
+            model_type="olmo3",
+            architectures=["Olmo3ForCausalLM"],
+            rope_theta=500000.0,
+            num_hidden_layers=4,
+            sliding_window=12,
+            layer_types=["sliding_attention"] * 3 + ["full_attention"],
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+            max_position_embeddings=512,
+        ),
+        "matters": {
+            "window": {"sliding_window": 256},
+            "rope scaling": {"rope_scaling": None},
+            "layer types": {"layer_types": ["full_attention"] + ["sliding_attention"] * 3},
+        },
+        "dtype": "BF16",
+    },
+    "granitemoe": {
+        "config": granite(
+            model_type="granitemoe",
+            architectures=["GraniteMoeForCausalLM"],
+            intermediate_size=48,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            output_router_logits=False,
+            router_aux_loss_coef=0.0,
+            num_key_value_heads=3,
+        )
+        | {"mlp_bias": None},
+        "matters": {
+            "top-k": {"num_experts_per_tok": 2},
+            "router": (r"block_sparse_moe.router", 0.0),
+            "residual": {"residual_multiplier": 1.0},
+        },
+    },
 }
 
 
@@ -552,16 +851,27 @@ def tensor_shapes(spec):
     if "fp8" in spec:
         for name in [name for name in shapes if re.search(spec["fp8"], name)]:
             shapes[name + "_scale_inv"] = [(side + 127) // 128 for side in shapes[name]]
+    for name in [name for name in shapes if "mxfp4" in spec and re.search(spec["mxfp4"], name)]:
+        count, inputs, outputs = shapes.pop(name)
+        shapes |= {
+            name + "_blocks": [count, outputs, inputs // 32, 16],
+            name + "_scales": [count, outputs, inputs // 32],
+        }
     return dict(sorted(shapes.items()))
 
 
-def without_float8(reference, folder):
-    """The same checkpoint with torch's own float8 decoding, for transformers on the CPU."""
+def dequantized(reference, folder):
+    """The same checkpoint with torch's own float8 decoding and transformers' of MXFP4, for the CPU."""
     plain = {}
     for name in reference["tensors"]:
         dtype, array = checkpoints.stored(name, reference["tensors"], reference)
-        if name.endswith("_scale_inv"):
+        if name.endswith(("_scale_inv", "_scales")):
             continue
+        if name.endswith("_blocks"):
+            _, scales = checkpoints.stored(name.replace("_blocks", "_scales"), reference["tensors"], reference)
+            parts = torch.from_numpy(array), torch.from_numpy(scales)
+            name, dtype = name.removesuffix("_blocks"), "F32"
+            array = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy()
         if dtype == "F8_E4M3":
             values = torch.from_numpy(array).view(torch.float8_e4m3fn).float()
             _, scale = checkpoints.stored(name + "_scale_inv", reference["tensors"], reference)
@@ -631,8 +941,8 @@ def make_tiny(name, spec, number):
         reference["seed"] = seed
         with tempfile.TemporaryDirectory() as temporary:
             folder = checkpoints.build(reference, temporary)
-            if "fp8" in spec:
-                without_float8(reference, folder)
+            if "fp8" in spec or "mxfp4" in spec:
+                dequantized(reference, folder)
             model = load_model(folder, spec["config"], spec.get("extra", {}))
             logits = all_logits(model, ids)
             text, lead = greedy(model, ids, N_GREEDY)

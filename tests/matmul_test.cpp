@@ -3,7 +3,6 @@
 #include "kernels/matmul.h"
 
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +16,17 @@
 
 namespace {
 
+// Each type by its name alone: what it means is written here a second time.
+enum class DType { f32, bf16, f16, q8, q4 };
 constexpr DType TYPES[] = {DType::f32, DType::bf16, DType::f16, DType::q8, DType::q4};
+constexpr int GROUP = 32;  // inputs that share a scale
+const char* name(DType t) {
+  constexpr const char* NAMES[] = {"f32", "bf16", "f16", "q8", "q4"};
+  return NAMES[static_cast<int>(t)];
+}
+WeightType weight_type(DType t) {
+  return find_weight_type(name(t)).value();
+}
 bool is_float(DType t) {
   return t == DType::f32 || t == DType::bf16 || t == DType::f16;
 }
@@ -39,7 +48,7 @@ struct Tensor {
     if (type == DType::q4) min.resize(elements() / GROUP);
   }
   size_t elements() const { return static_cast<size_t>(n) * static_cast<size_t>(k); }
-  TensorView view() const { return {type, n, k, data.data(), scale.data(), min.data()}; }
+  TensorView view() const { return {weight_type(type), n, k, {data.data(), scale.data(), min.data()}}; }
   void set_float(size_t i, float x) {
     const uint16_t half = type == DType::f16 ? float_to_f16(x) : float_to_bf16(x);
     if (type == DType::f32)
@@ -104,18 +113,36 @@ struct Packed {
   Buffer<std::byte> memory;
   Matrix matrix;
   Packed(const TensorView& view, bool transposed = false) : memory(packed_bytes(view.type, view.n, view.k)) {
-    matrix = {view.type, view.n, view.k, memory.data()};
-    for (int b = row_blocks(view.n) - 1; b >= 0; b--) pack(view, transposed, b, memory.data());
+    matrix = {view.type, view.n, view.k, 1, memory.data()};
+    for (int b = panels(view.n) - 1; b >= 0; b--) pack(view, transposed, b, memory.data());
   }
 };
 
+size_t input_rows(const Product& p) {
+  return static_cast<size_t>(p.x_group ? p.weight->groups * p.x_rows : p.x_rows);
+}
+
 void run(const std::vector<Product>& products, int threads = 1) {
+  static Threads team(3);
   size_t bytes = 0;
-  for (const Product& p : products) bytes += matmul_workspace_bytes(p.x_rows, p.weight->k);
-  MatmulWorkspace workspace(bytes);
-  std::fill_n(workspace.memory.data(), bytes, std::byte(0xff));  // what an earlier call left: NaN
-#pragma omp parallel num_threads(threads)
-  matmul(products.data(), static_cast<int>(products.size()), workspace);
+  for (const Product& p : products) bytes += matmul_workspace_bytes(static_cast<int>(input_rows(p)), p.weight->k);
+  Arena memory(bytes + 128);
+  Workspace workspace;
+  workspace.plan(bytes);
+  workspace.allocate(memory);
+  Arena whole = workspace.begin();
+  if (bytes > 128)
+    std::fill_n(whole.take<std::byte>(bytes - 64), bytes - 64, std::byte(0xff));  // an earlier call's: NaN
+  team.run(threads, [&](const Team& t) { matmul(t, products.data(), static_cast<int>(products.size()), workspace); });
+}
+
+// y = W x of one row.
+Product one_row(const Matrix& w, const std::vector<float>& x, std::vector<float>& y) {
+  Product p;
+  p.weight = &w;
+  p.x = x.data(), p.x_rows = 1, p.x_stride = w.k;
+  p.rows = 1, p.y = y.data(), p.y_stride = w.n;
+  return p;
 }
 
 // What one row of activations is multiplied as: itself, rounded to bfloat16, or int8 groups of 32.
@@ -165,7 +192,8 @@ struct Operands {
     y = normal(size_t(c.rows - 1) * size_t(y_stride) + size_t(c.n) + GUARD, random);
     bias = normal(size_t(c.n), random);
     for (int r = 0; r < c.rows; r++) gather.push_back(static_cast<int>(random() % unsigned(x_rows)));
-    product = {&packed.matrix, c.bias ? bias.data() : nullptr, x.data(), x_rows, x_stride};
+    product = {.weight = &packed.matrix, .bias = c.bias ? bias.data() : nullptr, .x = x.data()};
+    product.x_rows = x_rows, product.x_stride = x_stride;
     product.gather = c.gather ? gather.data() : nullptr;
     product.rows = c.rows, product.y = y.data(), product.y_stride = y_stride, product.add = c.add;
   }
@@ -320,7 +348,7 @@ TEST(Matmul, ExtremeBytesDoNotSaturate) {
         x[5] = -x[5];
         double expected = 0;
         for (int i = 0; i < 64; i++) expected += w.at(0, i) * double(x[size_t(i)]);
-        run({{&packed.matrix, nullptr, x.data(), 1, 64, nullptr, 1, y.data(), 3, false}});
+        run({one_row(packed.matrix, x, y)});
         for (float v : y) EXPECT_EQ(double(v), expected) << name(type) << " " << byte;
       }
 }
@@ -356,7 +384,7 @@ TEST(Matmul, ZerosTinyHugeAndNotANumber) {
     const Packed packed(w.view());
     const auto times = [&](std::vector<float> x) {
       std::vector<float> y(17);
-      run({{&packed.matrix, nullptr, x.data(), 1, 64, nullptr, 1, y.data(), 17, false}});
+      run({one_row(packed.matrix, x, y)});
       return y;
     };
     for (float y : times(std::vector<float>(64, 0.0f))) EXPECT_EQ(y, 0.0f);
@@ -374,9 +402,151 @@ TEST(Matmul, ZerosTinyHugeAndNotANumber) {
 TEST(Matmul, PackedSizes) {
   for (DType type : TYPES)
     for (int n : {1, 16, 33})
-      for (int k : {32, 96}) EXPECT_EQ(packed_bytes(type, n, k) % 64, 0u);
-  EXPECT_EQ(matmul_workspace_bytes(0, 64), 0u);
-  EXPECT_STREQ(name(DType::q4), "q4");
+      for (int k : {32, 96}) EXPECT_EQ(packed_bytes(weight_type(type), n, k) % 64, 0u);
+}
+
+TEST(Matmul, EveryTypeOfTheTableIsTested) {
+  EXPECT_EQ(weight_formats().size(), std::size(TYPES));
+  EXPECT_FALSE(find_weight_type("q3"));
+}
+
+// --- groups ----------------------------------------------------------------------------------------------------------
+
+// `groups` matrices [n, k] behind each other.
+struct Stack {
+  std::vector<Tensor> w;
+  Buffer<std::byte> memory;
+  Matrix matrix;
+  std::vector<float> bias;  // [groups, n]
+
+  Stack(DType type, int groups, int n, int k, Random& random)
+      : memory(packed_bytes(weight_type(type), n, k) * size_t(groups)), bias(normal(size_t(groups * n), random)) {
+    matrix = {weight_type(type), n, k, groups, memory.data()};
+    for (int g = 0; g < groups; g++) {
+      w.push_back(random_tensor(type, n, k, random));
+      std::byte* at = memory.data() + packed_bytes(weight_type(type), n, k) * size_t(g);
+      for (int p = 0; p < panels(n); p++) pack(w.back().view(), false, p, at);
+    }
+  }
+  Matrix one(int g) const {
+    Matrix m = matrix;
+    m.groups = 1;
+    m.data += packed_bytes(m.type, m.n, m.k) * size_t(g);
+    return m;
+  }
+};
+
+// Row r of group g of a product: where its x and y are. Written from the comment on Product.
+struct Place {
+  const float* x;
+  ptrdiff_t y;  // from the start of y
+};
+Place place(const Product& p, int group, int r) {
+  const int first = p.row_start ? p.row_start[group] : 0;
+  const int x_row = p.gather ? p.gather[first + r] : first + r;
+  return {p.x + ptrdiff_t(x_row) * p.x_stride + ptrdiff_t(group) * p.x_group,
+          ptrdiff_t(first + r) * p.y_stride + ptrdiff_t(group) * p.y_group};
+}
+
+// Every number of y against float64 sums and, bit for bit, against a product of this row alone.
+void check_groups(DType type, const Stack& s, Product p, std::vector<float>& y) {
+  const std::vector<float> before = y;
+  p.weight = &s.matrix, p.y = y.data();
+  std::vector<float> expected = before;  // what no product writes must stay
+  for (int g = 0; g < s.matrix.groups; g++) {
+    const Matrix w = s.one(g);
+    const int rows = p.row_start ? p.row_start[g + 1] - p.row_start[g] : p.rows;
+    for (int r = 0; r < rows; r++) {
+      const Place at = place(p, g, r);
+      Product alone;
+      alone.weight = &w, alone.bias = p.bias ? p.bias + g * w.n : nullptr, alone.add = p.add;
+      alone.x = at.x, alone.x_rows = 1, alone.x_stride = w.k;
+      alone.rows = 1, alone.y = expected.data() + at.y, alone.y_stride = w.n;
+      run({alone});
+    }
+  }
+  for (int threads : {1, 2, 3}) {
+    y = before;
+    run({p}, threads);
+    ASSERT_EQ(y, expected) << name(type) << ", threads " << threads;
+  }
+  for (int g = 0; g < s.matrix.groups; g++)
+    for (int r = 0; r < (p.row_start ? p.row_start[g + 1] - p.row_start[g] : p.rows); r++) {
+      const Place at = place(p, g, r);
+      const std::vector<double> x = as_multiplied(type, at.x, s.matrix.k);
+      for (int j = 0; j < s.matrix.n; j++) {
+        const size_t out = size_t(at.y + j);
+        double sum = 0, size = 0;
+        const auto take = [&](double term, double magnitude) { sum += term, size += magnitude; };
+        if (p.bias) take(double(p.bias[g * s.matrix.n + j]), std::fabs(double(p.bias[g * s.matrix.n + j])));
+        if (p.add) take(double(before[out]), std::fabs(double(before[out])));
+        for (int i = 0; i < s.matrix.k; i++) {
+          const double w = s.w[size_t(g)].at(j, i), xi = x[size_t(i)];
+          take(w * xi, (std::fabs(w) + 2 * s.w[size_t(g)].min_of(j, i)) * std::fabs(xi));
+        }
+        // As in check().
+        ASSERT_NEAR(double(y[out]), sum, 0x1p-24 * (s.matrix.k + 8) * size) << name(type) << " " << g << " " << r;
+      }
+    }
+}
+
+// MLA: each head a matrix, its rows a stretch of the token's row.
+TEST(Matmul, AGroupAHead) {
+  Random random(9);
+  for (DType type : TYPES)
+    for (int rows : {1, 3, 14, 31}) {
+      const int heads = 5, n = 37, k = 64, x_head = k + 32, y_head = n + 2;
+      const Stack s(type, heads, n, k, random);
+      Product p;
+      p.x_rows = p.rows = rows, p.x_stride = heads * x_head + 3, p.x_group = x_head;
+      p.y_stride = heads * y_head + 1, p.y_group = y_head;
+      const std::vector<float> x = normal(size_t(rows * p.x_stride), random);
+      std::vector<float> y = normal(size_t(rows * p.y_stride), random);
+      p.x = x.data();
+      for (const bool options : {false, true}) {
+        p.bias = options ? s.bias.data() : nullptr, p.add = options;
+        check_groups(type, s, p, y);
+      }
+    }
+}
+
+// Experts: sorted rows, of which each group has its own number.
+TEST(Matmul, AGroupAnExpert) {
+  Random random(10);
+  const std::vector<std::vector<int>> row_starts = {
+      {0, 0, 0, 0, 0}, {0, 1, 1, 1, 2}, {0, 0, 45, 45, 45}, {0, 3, 16, 16, 45}, {0, 0, 0, 0, 31}};
+  for (DType type : TYPES)
+    for (const std::vector<int>& row_start : row_starts)
+      for (const bool gathered : {false, true}) {
+        const int n = 70, k = 96, rows = row_start.back(), x_rows = gathered ? 9 : rows;
+        const Stack s(type, 4, n, k, random);
+        const std::vector<float> x = normal(size_t(std::max(1, x_rows) * (k + 1)), random);
+        std::vector<float> y = normal(size_t(rows * (n + 5) + 7), random);
+        std::vector<int> gather;
+        for (int r = 0; r < rows; r++) gather.push_back(static_cast<int>(random() % 9));
+        Product p;
+        p.x = x.data(), p.x_rows = x_rows, p.x_stride = k + 1, p.gather = gathered ? gather.data() : nullptr;
+        p.rows = rows, p.row_start = row_start.data(), p.y_stride = n + 5;
+        p.bias = s.bias.data();
+        check_groups(type, s, p, y);
+      }
+}
+
+// A call larger than the plan is refused by every thread, before anything is written.
+TEST(Matmul, MoreRowsThanPlannedAreRefused) {
+  Random random(11);
+  Operands o({DType::q8, 33, 576, 100}, random);
+  Workspace workspace;
+  workspace.plan(matmul_workspace_bytes(50, 576));
+  Arena memory(matmul_workspace_bytes(50, 576) + 128);
+  workspace.allocate(memory);
+  const std::vector<float> before = o.y;
+  Threads threads(2);
+  EXPECT_THROW(threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); }), Error);
+  EXPECT_EQ(o.y, before);
+  o.product.rows = o.product.x_rows = 50;
+  threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); });
+  EXPECT_NE(o.y, before);
 }
 
 }  // namespace

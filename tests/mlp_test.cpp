@@ -6,11 +6,19 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <numeric>
 #include <random>
 
+#include "kernels/experts.h"
+
 namespace {
+
+// route by a team of two, or one.
+void route_all(const Config& c, const float* bias, int T, float* scores, int* chosen, float* weights) {
+  Threads threads(2);
+  std::vector<float> scratch(area(T, c.n_routed_experts + c.n_group));
+  threads.run(1 + T % 2, [&](const Team& team) { route(team, c, bias, T, scores, chosen, weights, scratch.data()); });
+}
 
 struct Choice {
   std::vector<int> experts;
@@ -71,7 +79,7 @@ void check_selection(const Config& c, const float* bias, const std::vector<float
   auto scores = logits;
   std::vector<int> chosen(area(T, k));
   std::vector<float> weights(area(T, k));
-  route(c, bias, T, scores.data(), chosen.data(), weights.data());
+  route_all(c, bias, T, scores.data(), chosen.data(), weights.data());
   for (int t = 0; t < T; t++) {
     const Choice expected = reference(c, bias, {logits.begin() + t * E, logits.begin() + (t + 1) * E});
     EXPECT_EQ(std::vector<int>(chosen.begin() + t * k, chosen.begin() + (t + 1) * k), expected.experts);
@@ -112,7 +120,7 @@ TEST(Route, TiesGoToTheLowerIndex) {
   c.num_experts_per_tok = 3;
   std::vector<float> scores(6, 1.0f), weights(3);
   std::vector<int> chosen(3);
-  route(c, nullptr, 1, scores.data(), chosen.data(), weights.data());
+  route_all(c, nullptr, 1, scores.data(), chosen.data(), weights.data());
   EXPECT_EQ(chosen, (std::vector<int>{0, 1, 2}));
 }
 
@@ -131,7 +139,7 @@ TEST(Route, NotANumberReachesTheWeights) {
         std::vector<float> scores = {1, 2, 3, 4, 5, 6, 7, 8}, bias(8, 0), weights(2);
         (in_bias ? bias : scores)[e] = std::numeric_limits<float>::quiet_NaN();
         std::vector<int> chosen(2);
-        route(c, bias.data(), 1, scores.data(), chosen.data(), weights.data());
+        route_all(c, bias.data(), 1, scores.data(), chosen.data(), weights.data());
         for (size_t j = 0; j < 2; j++) {
           EXPECT_TRUE(std::isnan(weights[j]));
           EXPECT_TRUE(chosen[j] >= 0 && chosen[j] < 8);
@@ -145,50 +153,63 @@ TEST(Route, NotANumberReachesTheWeights) {
 
 using Vec = std::vector<double>;
 
-// A matrix in memory pages of its own, which can be closed: who reads it then crashes.
+// `groups` float32 matrices [n, k] that follow each other, each in a memory page of its own, which can be closed: who
+// reads it then crashes.
 class Pages {
  public:
-  Pages(int n, int k, std::mt19937* random) : n_(n), k_(k), bytes_(packed_bytes(DType::f32, n, k)) {
+  static constexpr size_t PAGE = 4096;
+  Pages(int groups, int n, int k, std::mt19937* random) : n_(n), k_(k), bytes_(packed_bytes(FLOATS, n, k)) {
     std::normal_distribution<float> normal(0, 1.5f / std::sqrt(static_cast<float>(k)));
-    for (size_t i = 0; i < area(n, k); i++) values_.push_back(normal(*random));
-    packed_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    const TensorView view{DType::f32, n, k, values_.data(), nullptr, nullptr};
-    for (int b = 0; b < row_blocks(n); b++) pack(view, false, b, static_cast<std::byte*>(packed_));
+    for (size_t i = 0; i < area(groups * n, k); i++) values_.push_back(normal(*random));
+    size_ = bytes_ * static_cast<size_t>(groups);
+    packed_ = static_cast<std::byte*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    matrix_.type = FLOATS, matrix_.n = n, matrix_.k = k, matrix_.groups = groups, matrix_.data = packed_;
+    for (int g = 0; g < groups; g++) {
+      TensorView view;
+      view.type = FLOATS, view.n = n, view.k = k, view.parts[0] = values_.data() + area(g * n, k);
+      for (int p = 0; p < panels(n); p++) pack(view, false, p, packed_ + static_cast<size_t>(g) * bytes_);
+    }
   }
   Pages(const Pages&) = delete;
   Pages& operator=(const Pages&) = delete;
-  ~Pages() { munmap(packed_, bytes_); }
+  ~Pages() { munmap(packed_, size_); }
 
-  void close() const { ASSERT_EQ(mprotect(packed_, bytes_, PROT_NONE), 0); }
-  Linear linear() const { return {{DType::f32, n_, k_, static_cast<const std::byte*>(packed_)}, nullptr}; }
-  Vec times(const Vec& x) const {
+  void close(size_t group) const {
+    ASSERT_EQ(bytes_ % PAGE, 0u);
+    ASSERT_EQ(mprotect(packed_ + group * bytes_, bytes_, PROT_NONE), 0);
+  }
+  Linear linear() const { return {matrix_, nullptr}; }
+  Vec times(const Vec& x, size_t group = 0) const {
     Vec y(static_cast<size_t>(n_), 0.0);
+    const float* w = values_.data() + group * area(n_, k_);
     for (size_t r = 0; r < y.size(); r++)
-      for (size_t i = 0; i < x.size(); i++) y[r] += static_cast<double>(values_[r * x.size() + i]) * x[i];
+      for (size_t i = 0; i < x.size(); i++) y[r] += static_cast<double>(w[r * x.size() + i]) * x[i];
     return y;
   }
 
  private:
+  static inline const WeightType FLOATS = *find_weight_type("f32");
   int n_, k_;
-  size_t bytes_;
-  std::vector<float> values_;  // [n, k]
-  void* packed_;
+  size_t bytes_, size_;        // of a group, of all
+  std::vector<float> values_;  // [groups, n, k]
+  std::byte* packed_;
+  Matrix matrix_;
 };
 
-struct Expert {
+struct Mlps {
   Pages gate, up, down;
-  Expert(int dim, int hidden, std::mt19937* random)
-      : gate(hidden, dim, random), up(hidden, dim, random), down(dim, hidden, random) {}
+  Mlps(int groups, int dim, int hidden, std::mt19937* random)
+      : gate(groups, hidden, dim, random), up(groups, hidden, dim, random), down(groups, dim, hidden, random) {}
   Mlp mlp() const { return {gate.linear(), up.linear(), down.linear()}; }
-  void close() const {
-    for (const Pages* pages : {&gate, &up, &down}) pages->close();
+  void close(size_t group) const {
+    for (const Pages* pages : {&gate, &up, &down}) pages->close(group);
   }
-  // y += weight * expert(x)
-  void add(const Vec& x, double weight, Vec* y) const {
-    const Vec g = gate.times(x);
-    Vec h = up.times(x);
+  // y += weight * mlp(x)
+  void add(const Vec& x, size_t group, double weight, Vec* y) const {
+    const Vec g = gate.times(x, group);
+    Vec h = up.times(x, group);
     for (size_t i = 0; i < h.size(); i++) h[i] *= g[i] / (1 + std::exp(-g[i]));
-    const Vec out = down.times(h);
+    const Vec out = down.times(h, group);
     for (size_t i = 0; i < out.size(); i++) (*y)[i] += weight * out[i];
   }
 };
@@ -197,9 +218,10 @@ struct Experts {
   int E, k, shared, T;
 };
 
-// x of the block, and its float64 twin; the experts that no token hits are closed before it runs.
+// x of the stage, and its float64 twin; the experts that no token hits are closed before it runs. 32 x 32 floats fill a
+// page.
 void check_experts(const Experts& shape) {
-  const int dim = 24, hidden = 20, T = shape.T;
+  const int dim = 32, hidden = 32, T = shape.T;
   std::mt19937 random(static_cast<unsigned>(shape.E + T));
   Config c;
   c.dim = dim;
@@ -210,47 +232,52 @@ void check_experts(const Experts& shape) {
   c.moe_layers = {1};
   c.norm_topk_prob = true;
   c.routed_scaling_factor = 2.5f;
-  const Pages router(shape.E, dim, &random);
-  const Expert shared(dim, std::max(1, shape.shared) * hidden, &random);
-  std::vector<std::unique_ptr<Expert>> experts;
+  const Pages router(1, shape.E, dim, &random);
+  const Mlps shared(1, dim, std::max(1, shape.shared) * hidden, &random), experts(shape.E, dim, hidden, &random);
   Layer layer;
   layer.router = router.linear();
   if (shape.shared) layer.shared = shared.mlp();
-  for (int e = 0; e < shape.E; e++) {
-    experts.push_back(std::make_unique<Expert>(dim, hidden, &random));
-    layer.experts.push_back(experts.back()->mlp());
-  }
+  layer.experts = experts.mlp();
   std::vector<float> x(area(T, dim), 0.25f), h(area(T, dim)), y(area(T, dim));
   for (float& v : h) v = std::normal_distribution<float>()(random);
 
   std::vector<Vec> expected;
-  std::vector<bool> hit(experts.size());
+  std::vector<bool> hit(static_cast<size_t>(shape.E));
   for (int t = 0; t < T; t++) {
     const Vec in(h.begin() + t * dim, h.begin() + (t + 1) * dim), logits = router.times(in);
     const Choice choice = reference(c, nullptr, {logits.begin(), logits.end()});
     expected.emplace_back(dim, 0.25);
     for (size_t j = 0; j < choice.experts.size(); j++) {
       const auto e = static_cast<size_t>(choice.experts[j]);
-      experts[e]->add(in, choice.weights[j], &expected.back());
+      experts.add(in, e, choice.weights[j], &expected.back());
       hit[e] = true;
     }
-    if (shape.shared) shared.add(in, 1, &expected.back());
+    if (shape.shared) shared.add(in, 0, 1, &expected.back());
   }
-  for (size_t e = 0; e < experts.size(); e++)
-    if (!hit[e]) experts[e]->close();
+  for (size_t e = 0; e < hit.size(); e++)
+    if (!hit[e]) experts.close(e);
 
-  MlpBlock block(c, T);
-  MatmulWorkspace workspace(MlpBlock::workspace_bytes(c, T));
+  Limits limits;
+  limits.max_tokens = T;
+  Arena plan, memory(1 << 20);
+  Workspace planned, workspace;
+  MlpStage(plan, planned, c, limits);
+  const MlpStage stage(memory, workspace, c, limits);
+  EXPECT_EQ(memory.bytes(), plan.bytes());
+  workspace.allocate(memory);
   Batch batch;
   batch.n_tokens = T;
-  block.forward(0, layer, {c, batch, {}, x.data(), h.data(), y.data(), workspace});
+  Threads threads(2);
+  threads.run(2, [&](const Team& team) {
+    stage.forward(0, layer, {team, c, batch, batch, {}, x.data(), h.data(), y.data(), workspace});
+  });
   for (int t = 0; t < T; t++)
-    for (size_t i = 0; i < dim; i++)  // sums of 24 and 20 products, twice: far fewer roundings than 128, of values to 8
+    for (size_t i = 0; i < dim; i++)  // sums of 32 products, twice: far fewer roundings than 128, of values to 8
       EXPECT_NEAR(static_cast<double>(x[area(t, dim) + i]), expected[static_cast<size_t>(t)][i], 8 * 128 * 0x1p-24);
 }
 
 // One token; several; an expert without tokens; all experts for every token; one expert; with and without shared ones.
-TEST(MlpBlock, SumsTheChosenExpertsAndReadsNoOther) {
+TEST(MlpStage, SumsTheChosenExpertsAndReadsNoOther) {
   for (const Experts& shape :
        {Experts{8, 2, 0, 1}, {8, 2, 2, 1}, {8, 2, 1, 3}, {40, 3, 1, 7}, {5, 5, 0, 4}, {1, 1, 1, 6}}) {
     SCOPED_TRACE(testing::Message() << shape.E << " experts, best " << shape.k << ", " << shape.T << " tokens");

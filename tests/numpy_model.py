@@ -1,4 +1,4 @@
-"""A float64 forward pass over a model file, written from README.md's formulas: the witness of what export.py writes."""
+"""A float64 forward pass over a model file, written from the papers' formulas: the witness of what export.py writes."""
 
 import json
 import math
@@ -40,7 +40,11 @@ def load(path):
     return json.loads(metadata["config"]), tensors, metadata
 
 
-def softmax(x):
+def softmax(x, sinks=None):
+    """sinks: a score more in each row, without a share of its own."""
+    if sinks is not None:
+        sinks = np.broadcast_to(sinks, (*x.shape[:-1], 1))
+        return softmax(np.concatenate([x, sinks], axis=-1))[..., :-1]
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -65,12 +69,19 @@ class NumpyModel:
         x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c["norm_eps"]) * self.t[name + ".weight"]
         return x + self.t[name + ".bias"] if name + ".bias" in self.t else x
 
+    def norm_runs(self, name, x):
+        """x [T, width], normed in runs as long as the weight: each head, or the whole row."""
+        if name + ".weight" not in self.t:
+            return x
+        return self.norm(name, x.reshape(len(x), -1, len(self.t[name + ".weight"]))).reshape(x.shape)
+
     def rotate(self, layer, x):
         """x [T, heads, width]: element i of the first half with i + n."""
         index = self.c["rope"][layer]
         if index < 0:
             return x
-        inv_freq = self.t[f"rope.{index}.inv_freq"]
+        long = "long_" if 0 < self.c["original_seq_len"] < len(x) else ""
+        inv_freq = self.t[f"rope.{index}.{long}inv_freq"]
         n = len(inv_freq)
         angle = np.arange(len(x))[:, None, None] * inv_freq
         cos, sin = np.cos(angle) * self.c["rope_scale"][index], np.sin(angle) * self.c["rope_scale"][index]
@@ -85,14 +96,18 @@ class NumpyModel:
         t, s = np.arange(len(q))[:, None], np.arange(len(q))
         window = self.c["window"][layer] or len(q)
         scores = np.where((s <= t) & (s > t - window), scores, -np.inf)
-        return np.einsum("hts,shd->thd", softmax(scores), v).reshape(len(q), -1)
+        sinks = self.t.get(f"layers.{layer}.sinks")
+        share = softmax(scores, None if sinks is None else sinks[:, None, None])
+        return np.einsum("hts,shd->thd", share, v).reshape(len(q), -1)
 
     def attention(self, layer, x):
         c, p, T = self.c, f"layers.{layer}.", len(x)
         heads = c["n_heads"]
         if c["attention"] != "mla":
-            q = self.norm(p + "q_norm", self.linear(p + "q_proj", x).reshape(T, heads, -1))
-            k = self.norm(p + "k_norm", self.linear(p + "k_proj", x).reshape(T, c["n_kv_heads"], -1))
+            q, k = (
+                self.norm_runs(p + f"{one}_norm", self.linear(p + f"{one}_proj", x)).reshape(T, -1, c["head_dim"])
+                for one in "qk"
+            )
             v = self.linear(p + "v_proj", x).reshape(T, c["n_kv_heads"], -1)
             return self.linear(p + "o_proj", self.attend(layer, self.rotate(layer, q), self.rotate(layer, k), v))
         if c["q_lora_rank"]:
@@ -117,16 +132,21 @@ class NumpyModel:
             return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
+    def gated(self, gate, up):
+        if self.c["activation"] != "swiglu_oai":
+            return self.activate(gate) * up
+        limit = self.c["swiglu_limit"]
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+
     def mlp(self, p, x):
         up = self.linear(p + "up_proj", x)
-        gated = p + "gate_proj.weight" in self.t
-        return self.linear(
-            p + "down_proj", self.activate(self.linear(p + "gate_proj", x)) * up if gated else self.activate(up)
-        )
+        gate = self.linear(p + "gate_proj", x) if p + "gate_proj.weight" in self.t else None
+        return self.linear(p + "down_proj", self.activate(up) if gate is None else self.gated(gate, up))
 
     def experts(self, p, x):
         c = self.c
-        logits = x @ self.t[p + "router.weight"].T
+        logits = x @ self.t[p + "router.weight"].T + self.t.get(p + "router.logit_bias", 0)
         scores = softmax(logits) if c["scoring_func"] == "softmax" else 1 / (1 + np.exp(-logits))
         choice = scores + self.t.get(p + "router.bias", 0)
         groups = choice.reshape(len(x), c["n_group"], -1)
@@ -140,10 +160,14 @@ class NumpyModel:
         if c["norm_topk_prob"]:
             weight = weight / weight.sum(axis=-1, keepdims=True)
         out = np.zeros_like(x)
-        gate, up, down = (self.t[p + f"experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
+
+        def expert(e, part, x):
+            name = f"{p}experts.{part}_proj."
+            return self.t[name + "weight"][e] @ x + (self.t[name + "bias"][e] if name + "bias" in self.t else 0)
+
         for t in range(len(x)):
             for e, w in zip(top[t], weight[t] * c["routed_scaling_factor"], strict=True):
-                out[t] += w * (down[e] @ (self.activate(gate[e] @ x[t]) * (up[e] @ x[t])))
+                out[t] += w * expert(e, "down", self.gated(expert(e, "gate", x[t]), expert(e, "up", x[t])))
         return out + self.mlp(p + "shared_experts.", x) if c["n_shared_experts"] else out
 
     def logits(self, tokens):
@@ -154,10 +178,12 @@ class NumpyModel:
             x = x + self.t["position_embedding.weight"][: len(tokens)]
         for layer in range(c["n_layers"]):
             p = f"layers.{layer}."
-            x = x + self.norm(p + "attention_post_norm", self.attention(layer, self.norm(p + "attention_norm", x)))
+            h = self.norm(p + "attention_norm", x)
+            x = x + c["residual_scale"] * self.norm(p + "attention_post_norm", self.attention(layer, h))
             h = self.norm(p + "mlp_norm", x)
             moe = c.get("n_routed_experts") and c["moe_layers"][layer]
-            x = x + self.norm(p + "mlp_post_norm", self.experts(p, h) if moe else self.mlp(p, h))
+            y = self.norm(p + "mlp_post_norm", self.experts(p, h) if moe else self.mlp(p, h))
+            x = x + c["residual_scale"] * y
         x = self.norm("norm", x)
         classifier = "lm_head" if "lm_head.weight" in self.t else "embed_tokens"
-        return cap(self.linear(classifier, x), c["logit_softcap"])
+        return cap(c["logit_scale"] * self.linear(classifier, x), c["logit_softcap"])

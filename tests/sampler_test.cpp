@@ -11,9 +11,17 @@
 #include <numeric>
 #include <random>
 
+#include "host/error.h"
 #include "kernels/device.h"
 
 namespace {
+
+// One token from logits [vocab_size].
+int draw(Sampler& sampler, const std::vector<float>& logits, const std::vector<int>& history = {}) {
+  static SamplerScratch scratch(1 << 18);
+  return sampler.sample(logits.data(), static_cast<int>(logits.size()), history.data(),
+                        static_cast<int>(history.size()), scratch);
+}
 
 std::vector<float> random_logits(int n, float spread, unsigned seed) {
   std::mt19937 generator(seed);
@@ -65,9 +73,7 @@ void check_distribution(const std::vector<float>& logits, SamplerOptions options
   Sampler sampler(options);
   std::map<int, int> counts;
   for (int i = 0; i < draws; i++) {
-    std::vector<float> copy = logits;
-    const int id =
-        sampler.sample(copy.data(), static_cast<int>(copy.size()), history.data(), static_cast<int>(history.size()));
+    const int id = draw(sampler, logits, history);
     ASSERT_TRUE(expected.count(id)) << "id " << id << " should have been filtered";
     counts[id]++;
   }
@@ -97,9 +103,9 @@ SamplerOptions at(float temperature) {
   return o;
 }
 
-int sample_once(std::vector<float> logits, const SamplerOptions& options, const std::vector<int>& history = {}) {
-  return Sampler(options).sample(logits.data(), static_cast<int>(logits.size()), history.data(),
-                                 static_cast<int>(history.size()));
+int sample_once(const std::vector<float>& logits, const SamplerOptions& options, const std::vector<int>& history = {}) {
+  Sampler sampler(options);
+  return draw(sampler, logits, history);
 }
 
 TEST(Sampler, DrawsFromTheSoftmaxAtEveryTemperature) {
@@ -130,10 +136,7 @@ TEST(Sampler, KeepsExactlyTheRightSet) {
     o.top_k = top_k, o.top_p = top_p, o.min_p = min_p;
     Sampler sampler(o);
     std::map<int, int> seen;
-    for (int i = 0; i < 4000; i++) {
-      std::vector<float> copy = logits;
-      seen[sampler.sample(copy.data(), 60, nullptr, 0)]++;
-    }
+    for (int i = 0; i < 4000; i++) seen[draw(sampler, logits)]++;
     EXPECT_EQ(seen.size(), reference(logits, o).size());
   }
 }
@@ -193,10 +196,7 @@ TEST(Sampler, OneSeedIsOneSequence) {
     o.seed = seed;
     Sampler sampler(o);
     std::vector<int> result;
-    for (int i = 0; i < 50; i++) {
-      std::vector<float> copy = logits;
-      result.push_back(sampler.sample(copy.data(), 1000, nullptr, 0));
-    }
+    for (int i = 0; i < 50; i++) result.push_back(draw(sampler, logits));
     return result;
   };
   EXPECT_EQ(ids(7), ids(7));
@@ -242,10 +242,7 @@ TEST(Sampler, LargeVocabulary) {
   o.seed = 99;
   const std::map<int, double> expected = reference(logits, o);
   Sampler sampler(o);
-  for (int i = 0; i < 20; i++) {
-    std::vector<float> copy = logits;
-    EXPECT_TRUE(expected.count(sampler.sample(copy.data(), 262144, nullptr, 0)));
-  }
+  for (int i = 0; i < 20; i++) EXPECT_TRUE(expected.count(draw(sampler, logits)));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import signal
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import tracemalloc
 from pathlib import Path
 
 import checkpoints
+import fuzz_export
 import gguf
 import gguf_models
 import numpy as np
@@ -22,7 +24,7 @@ from numpy_model import NumpyModel, load
 from safetensors import safe_open
 
 import export
-from exporter import rope, writer
+from exporter import gguf_source, rope, writer
 from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
@@ -34,7 +36,7 @@ from exporter.weights import Tensor, Weight, quantize
 @pytest.fixture(autouse=True)
 def plain_tokenizer(monkeypatch):
     """Tokenizers have their own tests."""
-    monkeypatch.setattr(export, "write_tokenizer", lambda source, path: path.write_bytes(b"a tokenizer") and [])
+    monkeypatch.setattr(export, "write_tokenizer", lambda source, path: path.write_bytes(b"a tokenizer") and ("", []))
 
 
 def run(source, output, *flags):
@@ -80,15 +82,15 @@ def test_source_precision_is_kept(dtype, tmp_path):
     assert data[start + begin : start + end] == want.tobytes()
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
         assert set(file.keys()) == set(header) - {"__metadata__"}
-        assert file.metadata()["format"] == "attn.cu 1"
+        assert file.metadata()["format"] == "attn.cu 2"
 
 
-def test_config_keys_are_those_of_the_readme(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    for name in ("gemma3", "deepseek_v3", "qwen3_moe"):
+def test_config_keys_are_documented(tmp_path):
+    page = (ROOT / "docs/model-file.md").read_text()
+    for name in ("gemma3", "deepseek_v3", "qwen3_moe", "gpt_oss"):
         config, _ = run(checkpoints.build(checkpoints.load(name), tmp_path / name), tmp_path / f"{name}.safetensors")
         for key in config:
-            assert f"`{key}`" in readme, key
+            assert f"`{key}`" in page, key
 
 
 def test_layout_is_aligned_and_without_holes(tmp_path):
@@ -234,6 +236,31 @@ def test_gguf_types_import_without_loss(kind, tmp_path):
         assert file.get_slice("layers.0.q_proj.weight").get_dtype() == stored
 
 
+def test_mxfp4_is_held_as_it_is(tmp_path):
+    """Every code with scales from the smallest that float16 has to large ones, as the gguf package reads them; in a
+    checkpoint of Hugging Face the codes lie in another order (test_reference.py)."""
+    random = np.random.RandomState(5)
+    exponents = np.arange(104, 136, dtype=np.uint8)  # half of 2^-23 to half of 2^8
+    blocks = np.concatenate([exponents[:, None], random.randint(0, 256, (32, 16)).astype(np.uint8)], axis=1)
+    rows = blocks.reshape(4, -1)
+    got = gguf_source.GGUF_TYPES["MXFP4"][1](rows)
+    want = gguf.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
+    assert got.type == "q8" and np.array_equal(got.float32(), want) and len(np.unique(np.abs(want))) > 32
+    blocks[0, 0] = 200
+    with pytest.raises(ExportError, match="more than float16"):
+        gguf_source.GGUF_TYPES["MXFP4"][1](blocks.reshape(4, -1))
+
+
+def test_mxfp4_checkpoints_keep_their_values(tmp_path, capsys):
+    source = checkpoints.build(checkpoints.load("gpt_oss_mxfp4"), tmp_path / "source")
+    _, kept = run(source, tmp_path / "m.safetensors")
+    assert "widened     MXFP4" in capsys.readouterr().out
+    _, plain = run(source, tmp_path / "f.safetensors", "--type", "f32")
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert file.get_tensor("layers.0.experts.up_proj.weight").dtype == np.int8
+    assert kept.keys() == plain.keys() and all(np.array_equal(kept[name], plain[name]) for name in kept)
+
+
 def test_gguf_types_that_we_lack(tmp_path, capsys):
     """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
     want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
@@ -261,17 +288,35 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "deepseek_v2_lite",
         "deepseek_v3",
         "deepseek_v3_plain",
+        "gemma",
+        "gemma2",
+        "phi3",
+        "phi4_mini",
+        "phi4_mini_long",
+        "olmo2",
+        "glm",
+        "glm4",
+        "smollm3",
+        "granite",
+        "granitemoe",
+        "gpt_oss",
     ],
 )
 def test_gguf_means_what_the_checkpoint_means(name, tmp_path):
     """Permuted heads, turned matrices, stacked experts, split latents and metadata: the same file from both."""
     reference = checkpoints.load(name)
     reference["dtype"] = "F32"
+    # GGUF has no keys for these: they are what the published models have.
+    if name == "gemma2":
+        reference["config"]["query_pre_attn_scalar"] = reference["config"]["head_dim"]
+    if name == "gpt_oss":
+        reference["config"]["swiglu_limit"] = 7.0
     a = run(checkpoints.build(reference, tmp_path / "hf"), tmp_path / "a.safetensors", "--type", "f32")
     b = run(gguf_models.build(reference, tmp_path / "m.gguf"), tmp_path / "b.safetensors", "--type", "f32")
     assert a[0].keys() == b[0].keys() and a[1].keys() == b[1].keys()
     for key, value in a[0].items():
-        same = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value  # GGUF keeps float32
+        numbers = isinstance(value, float) or key == "rope_scale"
+        same = pytest.approx(value, rel=1e-6) if numbers else value  # GGUF keeps float32
         assert b[0][key] == same, key
     for key, value in a[1].items():
         assert np.array_equal(b[1][key], value), key
@@ -379,6 +424,22 @@ def test_yarn_table():
     assert factor == pytest.approx(0.1 * math.log(8) + 1)
 
 
+@pytest.mark.parametrize("name", ["su", "yarn"])
+def test_longrope_by_its_first_names(name, tmp_path):
+    reference = checkpoints.load("phi4_mini")
+    want = run(checkpoints.build(reference, tmp_path / "a"), tmp_path / "a.safetensors")
+    reference["config"]["rope_scaling"]["type"] = name
+    got = run(checkpoints.build(reference, tmp_path / "b"), tmp_path / "b.safetensors")
+    assert got[0] == want[0] and all(np.array_equal(got[1][key], want[1][key]) for key in want[1])
+
+
+@pytest.mark.parametrize("keys", [{}, {"hidden_activation": "gelu_pytorch_tanh"}, {"hidden_activation": None}])
+def test_gelu_of_the_first_gemma_is_tanhs(keys, tmp_path):
+    reference = checkpoints.load("gemma")
+    reference["config"] = {**reference["config"], "hidden_act": "gelu"} | keys
+    assert run(checkpoints.build(reference, tmp_path / "m"), tmp_path / "m.safetensors")[0]["activation"] == "gelu_tanh"
+
+
 # ---- Rewrites
 
 
@@ -396,6 +457,12 @@ def test_yarn_table():
         ("gpt2", "mla", "mla"),
         ("llama3", "mla", "mla"),
         ("qwen3", "mha", "mha"),
+        ("olmo2", "mha", "mha"),
+        ("phi4_mini", "mla", "mla"),
+        ("glm", "mla", "mla"),
+        ("smollm3", "mla", "mla"),
+        ("granite", "mla", "mla"),
+        ("gpt_oss", "mha", "mha"),
     ],
 )
 def test_rewrites_are_exact(name, layout, variant, tmp_path):
@@ -434,6 +501,22 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ("llama_gqa", {"rope_scaling": 4}, "rope_scaling is 4"),
         ("llama_gqa", {"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ("phi4_mini", {"partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1: 1 of 16 elements"),
+        ("phi4_mini", {"partial_rotary_factor": 0.5}, "short_factor must be 4 numbers"),
+        ("phi4_mini", {"rope_scaling": {"type": "su", "long_factor": [1.0] * 6}}, "short_factor is missing"),
+        (
+            "phi4_mini",
+            {"rope_scaling": {"type": "su", "long_factor": [0] * 6, "short_factor": [1]}},
+            "long_factor must",
+        ),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias is True"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
+        ("smollm3", {"no_rope_layers": [[]] * 9}, "no_rope_layers is [["),
+        ("phi4_mini", {"partial_rotary_factor": 1e308}, "partial_rotary_factor is 1e+308"),
+        ("glm4", {"attention_bias": False, "num_key_value_heads": 3}, "num_key_value_heads is 3"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("olmo2", {"num_hidden_layers": 1}, "layers.1."),
+        ("llama_gqa", {"residual_multiplier": 0.5}, "residual_multiplier is 0.5: this key is not known"),
         ("llama_gqa", {"hidden_act": "relu2"}, "hidden_act is 'relu2'"),
         ("llama_gqa", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("llama_gqa", {"num_key_value_heads": 5}, "num_key_value_heads is 5"),
@@ -442,6 +525,10 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("llama_gqa", {"num_hidden_layers": 1}, "layers.1."),
         ("llama_gqa", {"attention_bias": True}, "q_proj.bias"),
         ("llama_gqa", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method is 'gptq'"),
+        ("gpt_oss_mxfp4", {"quantization_config": {"quant_method": "fp8"}}, "down_proj_blocks"),
+        ("gpt_oss_mxfp4", {"num_local_experts": 4}, "says [4, 96]"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0"),
+        ("gpt_oss", {"swiglu_alpha": 2.0}, "swiglu_alpha is 2.0"),
         ("llama_gqa", {"quantization_config": "fp8"}, "quantization_config is 'fp8'"),
         (
             "deepseek_v3_fp8",
@@ -501,10 +588,32 @@ def test_refused_folders(tmp_path, capsys):
     assert "model.safetensors" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
 
 
+NEWER = ["gemma2", "phi4_mini_long", "glm4", "smollm3", "granite", "gpt_oss"]
 WRONG_VALUES = ["x", -1, 0, 1.5, [], {}, [1, 2], {"a": 1}, True, None, 10**30, math.inf]
 
 
-@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3"])
+def test_keys_that_switch_nothing_on_are_taken(tmp_path):
+    """What other architectures have, in the values by which a config says that this one has it not."""
+    without = {
+        "use_sliding_window": False,
+        "num_experts": 0,
+        "layer_types": ["full_attention"] * 2,
+        "swiglu_limit": None,
+    }
+    without |= {"partial_rotary_factor": 1.0, "logits_scaling": 1.0, "qkv_bias": False, "use_qk_norm": False}
+    source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
+    plain = build(source).config
+    whole = source.config
+    for key, value in without.items():
+        source.config = whole | {key: value}
+        assert build(source).config == plain, key
+    for key, value in {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True}.items():
+        source.config = whole | {key: value}
+        with pytest.raises(ExportError, match=key):
+            build(source)
+
+
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3", *NEWER])
 def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
     """Never another exception than the one that becomes a line."""
     reference = checkpoints.load(name)
@@ -516,7 +625,7 @@ def test_any_value_of_any_key_is_taken_or_refused(name, tmp_path):
             build(source)
 
 
-@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "deepseek_v3", *NEWER])
 def test_any_value_of_any_gguf_key_is_taken_or_refused(name, tmp_path):
     source = open_source(gguf_models.build(checkpoints.load(name), tmp_path / "m.gguf"))
     whole = source.metadata
@@ -567,6 +676,31 @@ def test_refused_sources(tmp_path, capsys):
     (folder / "config.json").write_text("{")
     assert "not JSON" in line(folder)
     assert "No such file or directory" in refused(capsys, folder / "x", "-o", out)
+
+
+@pytest.mark.parametrize("name", ["a&{}&", "`{}`", "$({})", "$(shell {})", "a b;{};", "'\"; {} #"])
+@pytest.mark.parametrize("suffix", [".gguf", ".safetensors"])
+def test_make_run_takes_any_name(name, suffix, tmp_path):
+    """No part of a file's name is a command, neither to make nor to the shell: the file is missing, and that is all."""
+    model = name.format(f"touch {tmp_path}/ran") + suffix
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    command = ["make", "-s", "run", f"MODEL={model}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "No such file" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipes_are_refused(tmp_path):
+    """At once: opened as a file, a pipe that nobody writes to would be waited for."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text("{}")
+    for name in ("m.gguf", "m.bin", "folder/model.safetensors"):
+        pipe = tmp_path / name
+        os.mkfifo(pipe)
+        source = pipe.parent if pipe.name == "model.safetensors" else pipe
+        command = [sys.executable, "export.py", source, "-o", tmp_path / "out.safetensors"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and str(pipe) in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
@@ -654,3 +788,77 @@ def test_summary(tmp_path, capsys):
 def test_errors_are_one_kind():
     with pytest.raises(ExportError, match="infinite"):
         quantize(np.full((1, 32), np.nan, np.float32), "q8")
+
+
+# ---- Which source, and where to
+
+
+def test_damaged_sources():
+    """The first files of `python tests/fuzz_export.py`: exported, or refused in one line."""
+    assert fuzz_export.fuzz(0, 1, least=150) == []
+
+
+def test_the_single_file_comes_before_shards(tmp_path, capsys):
+    """transformers' order: model.safetensors, then the index; consolidated files and adapters are passed over."""
+    reference = checkpoints.load("llama_gqa")
+    source = checkpoints.build(reference | {"shards": 2, "seed": 99}, tmp_path / "source")
+    old = run(source, tmp_path / "old.safetensors")[1]
+    new = run(checkpoints.build(reference, tmp_path / "new"), tmp_path / "new.safetensors")[1]
+    checkpoints.build(reference, source)
+    for name in ("consolidated", "adapter_model"):
+        (source / f"{name}.safetensors").write_bytes(b"never read")
+    capsys.readouterr()
+    got = run(source, tmp_path / "m.safetensors")[1]
+    assert all(np.array_equal(got[name], new[name]) for name in new)
+    assert not np.array_equal(got["norm.weight"], old["norm.weight"])
+    assert "consolidated.safetensors" in capsys.readouterr().out
+
+
+def test_an_export_is_found_by_what_it_was_made_from(tmp_path, capsys):
+    """Two folders of one name, one rewritten in place, a new side file: each is exported when it must be, and once."""
+    made = {}
+    for run_, seed in (("runA", 1), ("runB", 2)):
+        source = checkpoints.build(checkpoints.load("llama_gqa") | {"seed": seed}, tmp_path / run_ / "checkpoint-500")
+
+        def export_into(source=source):
+            assert export.main([str(source), "--into", str(tmp_path / "models")]) == 0
+            output, summary = capsys.readouterr()
+            return Path(output.strip()), bool(summary)
+
+        made[run_], exported = export_into()
+        assert exported and not export_into()[1]
+        for change in ("config.json", "chat_template.jinja"):
+            file = source / change
+            file.write_text(file.read_text() if file.exists() else "x")
+            assert export_into() == (made[run_], True) and not export_into()[1]
+    assert made["runA"] != made["runB"]
+    assert str(tmp_path).encode() not in made["runA"].read_bytes()
+
+
+def test_output_never_replaces_the_source(tmp_path, capsys):
+    source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source")
+    weights = source / "model.safetensors"
+    before = weights.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    (tmp_path / "hard.safetensors").hardlink_to(weights)
+    for output in (weights, tmp_path / "link.safetensors", tmp_path / "hard.safetensors"):
+        assert str(output) in refused(capsys, source, "-o", output)
+    assert weights.read_bytes() == before
+    (tmp_path / "other.safetensors").symlink_to(tmp_path / "real.safetensors")
+    run(source, tmp_path / "other.safetensors")
+    assert (tmp_path / "other.safetensors").is_symlink() and (tmp_path / "real.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "seq_len"),
+    [
+        ("llama_linear", {"max_position_embeddings": 64}, 256),
+        ("qwen3_yarn", {"max_position_embeddings": 64}, 256),
+        ("llama3", {}, 256),
+        ("gemma3_long", {}, 256),
+    ],
+)
+def test_scaling_raises_the_context(name, config, seq_len, tmp_path):
+    """As vLLM: by the factor of linear and YaRN; Llama 3 and Gemma 3 have it in max_position_embeddings."""
+    source = checkpoints.build(changed(name, **config), tmp_path / "source")
+    assert run(source, tmp_path / "m.safetensors")[0]["seq_len"] == seq_len

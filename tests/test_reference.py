@@ -97,8 +97,8 @@ def test_exported_file(name):
 def test_logits(name, kernel, tmp_path):
     reference, weights = tiny(name)
     binary = run_binary(attention=variant(weights), kernel=kernel, kv="f32")
-    for form in ("absorbed", "expanded") if variant(weights) == "mla" else (None,):
-        flags = ["--mla", form] if form else []
+    forms = {"naive": ["absorbed"], "flash": ["absorbed", "expanded"]}[kernel]  # what the kernel has of MLA
+    for flags in [["--mla", form] for form in forms] if variant(weights) == "mla" else [[]]:
         run(binary, weights, "-i", reference["prompt"], "--logits", tmp_path / "logits.npy", *flags)
         check_logits(np.load(tmp_path / "logits.npy"), reference)
 
@@ -111,6 +111,19 @@ def test_text(name):
         list(reference["prompt"].encode()),
         reference["greedy"],
     )
+
+
+@pytest.mark.parametrize("context, long", [(256, False), (257, True)])
+def test_the_chosen_context_picks_the_factors_of_longrope(context, long, tmp_path):
+    """As vLLM does, and not the length that a text has so far: no key has to rotate anew as it grows."""
+    reference, weights = tiny("phi4_mini")
+    model = NumpyModel(weights)
+    assert model.c["original_seq_len"] == 256
+    model.c["original_seq_len"] = 1 if long else 256
+    reference["logits"] = model.logits(list(reference["prompt"].encode()))[reference["positions"]]
+    binary = run_binary(attention=variant(weights), kv="f32")
+    run(binary, weights, "-i", reference["prompt"], "-c", context, "--logits", tmp_path / "logits.npy")
+    check_logits(np.load(tmp_path / "logits.npy"), reference)
 
 
 @pytest.mark.skipif(not STORIES.is_file(), reason=f"{STORIES.name} is not beside this repository")

@@ -3,16 +3,19 @@
 import argparse
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
-from conftest import run_binary
+from conftest import ROOT, SANITIZE, make, run_binary
+from safetensors.numpy import load_file, save_file
 
 import export
 
@@ -25,7 +28,7 @@ CHATML = (
 
 
 def export_tiny(name, folder, chat_template=None):
-    checkpoints.build(checkpoints.load(name), folder)
+    checkpoints.build(checkpoints.load(name) if isinstance(name, str) else name, folder)
     if chat_template:
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings["chat_template"] = chat_template
@@ -108,6 +111,16 @@ def test_text_is_the_prompt_and_its_continuation(model):
     assert re.search(r"logits +hash [0-9a-f]{16} of 40 rows", report), report
 
 
+@pytest.mark.parametrize("choices", [(), ("CACHE=paged", "KERNEL=naive", "KV=q8", "BLOCK=8")])
+def test_hello_writes_what_run_writes(model, choices):
+    hello, binary = (ROOT / make(target, *choices).strip() for target in ("hello", "binary"))
+    said = subprocess.run([hello, model, PROMPT], capture_output=True, timeout=300, check=True).stdout
+    expected = text(model, "-i", PROMPT, "-n", 64, "--temperature", 0, binary=binary)
+    assert one_replacement(PROMPT + said.decode(errors="replace")) == expected
+    refused = subprocess.run([hello, "no.safetensors", PROMPT], capture_output=True, timeout=60)
+    assert refused.returncode == 1 and b"no.safetensors" in refused.stderr
+
+
 def test_quiet_says_nothing(model):
     assert run(model, "-i", PROMPT, "-n", 3, "-q").stderr == b""
 
@@ -174,6 +187,59 @@ def test_standard_output_is_utf8_whatever_the_model_says(model):
         run(model, "-i", "é", "-n", 200, "--temperature", 2, "--top-k", 0, "--seed", seed).stdout.decode()
 
 
+ODD_TEXTS = ("[scene]", "[a,b]", "[]", "[", "{x}", "--chat", "-q", "--", "-", "-5 degrees", "%%", "++", "'a'", '"a"')
+ODD_TEXTS += ("a,b", "a=b", " a ", "#a", "@a", "true", "$HOME", "\\n", "[[x]]")
+
+
+@pytest.mark.parametrize("odd", ODD_TEXTS)
+def test_every_text_flag_takes_every_text(model, odd):
+    assert text(model, "-i", odd, "-n", 1).startswith(odd)
+    assert text(model, f"--prompt={odd}", "-n", 1).startswith(odd)
+    full = readable(greedy(model, "a", 60))
+    expected = "a" + full[: full.index(odd)] if odd in full else "a" + full
+    for stop in (("--stop", odd), (f"--stop={odd}",), ("--stop", "never", "--stop", odd)):
+        assert text(model, "-i", "a", "-n", 60, "--temperature", 0, "--ignore-eos", *stop) == expected + "\n"
+    chat = [{"role": "system", "content": odd}, {"role": "user", "content": "u"}]
+    s = answers(model, stdin=json.dumps({"messages": chat, "n": 3, "temperature": 0}))[0]["text"]
+    flags = ("--chat", "--system", odd, "-n", 3, "--temperature", 0)
+    assert run(model, *flags, "-q", stdin=b"u\n").stdout.decode() == s + "\n"
+
+
+def test_a_stop_text_in_brackets_is_one_text(model):
+    """The model's text contains "[" alone: it must not end there."""
+    full = readable(greedy(model, n=200))
+    inside = next(c for c in full[20:] if re.fullmatch("[!-~]", c))
+    flags = (model, "-i", PROMPT, "-n", 200, "--temperature", 0, "--ignore-eos")
+    assert text(*flags, "--stop", f"[{inside}]") == PROMPT + full + "\n"
+    assert text(*flags, "--stop", f"[{inside},never]") == PROMPT + full + "\n"
+
+
+def test_flags_as_people_type_them(model, tmp_path):
+    flags = ("-i", PROMPT, "--temperature", 0, "--ignore-eos")
+    expected = text(model, *flags, "-n", 5)
+    assert text("-m", model, *flags, "-n", 5) == expected
+    assert text(*flags, "--model", model, "--predict", 5, "--batch-size", 7, "--ctx-size", 100) == expected
+    assert text(model, "-i", PROMPT, "-n", 5, "--temp", "-1", "--ignore-eos") == expected
+    assert len(generated_ids(model, *flags, "-n", -2)) == CONTEXT - len(PROMPT)
+    assert stats(tmp_path, model, *flags, "-n", 5, "-c", 0)["context"] == CONTEXT
+    seeds = {stats(tmp_path, model, *flags, "-n", 1, "-s", -1)["seed"] for _ in range(3)}
+    assert len(seeds) == 3
+    (tmp_path / "prompt").write_text(PROMPT)
+    assert text(model, "--file", tmp_path / "prompt", *flags[2:], "-n", 5) == expected
+
+
+def test_escapes(model):
+    flags = (model, "-n", 1, "--temperature", 0)
+    assert text(*flags, "-i", r"a\tb\nc\x41\\n\"\'", "-e") == text(*flags, "-i", "a\tb\ncA\\n\"'")
+    assert text(*flags, "-i", r"a\tb").startswith(r"a\tb")
+    full = readable(greedy(model, n=200))
+    cut = next(c for c in full[20:] if re.fullmatch("[!-~]", c))
+    stop = "".join(f"\\x{b:02X}" for b in cut.encode())
+    assert text(model, "-i", PROMPT, "-n", 200, "--temperature", 0, "--ignore-eos", "-e", "--stop", stop) == (
+        PROMPT + full[: full.index(cut)] + "\n"
+    )
+
+
 # ---- Nothing but the model and the prompt decides the logits
 
 
@@ -229,6 +295,183 @@ def test_bench(model):
     assert all(t["tokens_per_second"] > 0 for t in report["tests"]) and report["read_gb_per_second"] > 0
 
 
+# ---- Where output goes
+
+
+def beside(model, folder):
+    """A copy of the model that may be lost."""
+    shutil.copy(model, folder / "m.safetensors")
+    shutil.copy(model.with_suffix(".tokenizer.bin"), folder / "m.tokenizer.bin")
+    return folder / "m.safetensors"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "stdout"),
+    [
+        (["-i", "x", "--stats", "m.safetensors"], None, None),
+        (["-i", "x", "--stats", "./sub/../m.safetensors"], None, None),
+        (["-i", "x", "--stats", "link"], None, None),
+        (["-i", "x", "--stats", "hard"], None, None),
+        (["-i", "x", "--stats", "m.tokenizer.bin"], None, None),
+        (["-i", "x", "--logits", "m.safetensors"], None, None),
+        (["-f", "prompt", "--stats", "prompt"], None, None),
+        (["-f", "prompt", "--logits", "prompt"], None, None),
+        (["--stats", "prompt"], "prompt", None),
+        (["--prompts", "requests", "--stats", "requests"], None, None),
+        (["--prompts", "-", "--stats", "requests"], "requests", None),
+        (["--perplexity", "prompt", "--stats", "prompt"], None, None),
+        (["-i", "x", "--stats", "out"], None, "out"),
+        (["-i", "x", "--stats", "new", "--logits", "new"], None, None),
+        (["-i", "x", "--stats", "new", "--logits", "sub/../new"], None, None),
+        (["-i", "x", "--stats", "to_new", "--logits", "new"], None, None),
+    ],
+)
+def test_no_output_goes_over_what_the_run_reads(model, tmp_path, arguments, stdin, stdout):
+    beside(model, tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "prompt").write_text("a prompt")
+    (tmp_path / "requests").write_text('{"prompt": "a", "n": 1}\n')
+    (tmp_path / "out").touch()
+    (tmp_path / "link").symlink_to("m.safetensors")
+    (tmp_path / "hard").hardlink_to(tmp_path / "m.safetensors")
+    (tmp_path / "to_new").symlink_to("new")
+    before = contents(tmp_path)
+    line = command("m.safetensors", *arguments, "-q", "-t", 1)
+    with open(tmp_path / (stdin or "prompt")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
+        done = subprocess.run(line, cwd=tmp_path, stdin=source, stdout=to, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert b"give another name" in done.stderr and contents(tmp_path) == before
+
+
+def test_links_devices_and_modes_stay(model, tmp_path):
+    flags = ("-i", PROMPT, "-n", 3, "--ignore-eos")
+    (tmp_path / "folder").mkdir()
+    for target, link in (("folder/stats", "link"), ("folder/new", "dangling")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "folder/stats").write_text("old")
+    (tmp_path / "folder/stats").chmod(0o600)
+    (tmp_path / "chain").symlink_to(tmp_path / "link")
+    for link in ("chain", "dangling"):
+        run(model, *flags, "--stats", tmp_path / link)
+        assert (tmp_path / link).is_symlink() and json.loads((tmp_path / link).read_text())["generated_tokens"] == 3
+    assert (tmp_path / "folder/stats").stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["new", "stats"]
+    run(model, *flags, "--stats", "/dev/null")
+    assert not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
+@pytest.mark.parametrize("to_file", [False, True])
+def test_stats_on_standard_output(model, tmp_path, name, to_file):
+    """After the text, in a pipe and in a file, and the device is there afterwards."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    name = name.replace("LINK", str(tmp_path / "link"))
+    line = command(model, "-i", PROMPT, "-n", 3, "--ignore-eos", "-q", "-t", 1, "--stats", name)
+    if to_file:
+        with open(tmp_path / "out", "wb") as out:
+            done = subprocess.run(line, stdout=out, cwd=tmp_path)
+        written = (tmp_path / "out").read_bytes()
+    else:
+        done = subprocess.run(line, stdout=subprocess.PIPE, cwd=tmp_path)
+        written = done.stdout
+    assert done.returncode == 0 and written.startswith(PROMPT.encode())
+    assert json.loads(written[written.index(b"\n{") :])["generated_tokens"] == 3
+    assert os.path.islink("/dev/stdout") and {p.name for p in tmp_path.iterdir()} <= {"link", "out"}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors_send_nothing_into_files(model, tmp_path, closed):
+    path = tmp_path / "stats.json"
+    line = [
+        "bash",
+        "-c",
+        f'"$0" "$@" {closed}',
+        *command(model, "-i", PROMPT, "-n", 3, "--ignore-eos", "-t", 1, "--stats", path),
+    ]
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert json.loads(path.read_text())["generated_tokens"] == 3
+
+
+def test_a_closed_pipe_on_standard_error_does_not_end_the_text(model):
+    reader, writer = os.pipe()
+    os.close(reader)
+    line = command(model, "-i", PROMPT, "-n", 3, "-t", 1, "--temperature", 0)
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0 and one_replacement(done.stdout.decode()) == text(
+        model, "-i", PROMPT, "-n", 3, "--temperature", 0
+    )
+
+
+def test_unfinished_files_are_nobody_elses(model, tmp_path):
+    """A link planted where an unfinished file might go is not followed; two runs do not meet."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "stats.json"
+    flags = ("-i", PROMPT, "-n", 200, "--samples", 200, "--ignore-eos", "--stats", path)
+    (tmp_path / "stats.json.partial").symlink_to(victim)
+    two = [start(model, *flags) for _ in range(2)]
+    for process in two:
+        process.stdout.read(1)
+    unfinished = {p.name for p in tmp_path.iterdir()} - {"victim", "stats.json.partial"}
+    assert unfinished == {f"stats.json.partial.{process.pid}" for process in two}
+    for process in two:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    assert victim.read_text() == "precious" and json.loads(path.read_text())["generated_tokens"] > 0
+    assert {p.name for p in tmp_path.iterdir()} == {"victim", "stats.json.partial", "stats.json"}
+    long = tmp_path / ("x" * 255)
+    run(model, "-i", PROMPT, "-n", 1, "--ignore-eos", "--stats", long)
+    assert json.loads(long.read_text())["generated_tokens"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+@pytest.mark.parametrize("mode", ["prompt awaited", "request awaited", "generating"])
+def test_a_signal_leaves_nothing_unfinished(model, tmp_path, number, mode):
+    flags = {
+        "prompt awaited": (),
+        "request awaited": ("--prompts", "-"),
+        "generating": ("-i", PROMPT, "--samples", 300, "-n", 200, "--ignore-eos"),
+    }
+    process = start(model, *flags[mode], "--stats", tmp_path / "stats.json")
+    while not list(tmp_path.iterdir()):  # it is there from the start on
+        assert process.poll() is None
+    if mode == "generating":
+        process.stdout.read(1)
+    process.send_signal(number)
+    if number == signal.SIGINT:  # where it works, the first one only asks
+        process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode in ((-number, 130) if number == signal.SIGINT else (-number,))
+    assert {p.name for p in tmp_path.iterdir()} <= {"stats.json"}
+    assert process.returncode == 130 or not list(tmp_path.iterdir())
+
+
+def test_a_hangup_that_is_ignored_stays_so(model):
+    process = subprocess.Popen(
+        ["nohup", *command(model, "--prompts", "-", "-t", 1, "-q")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdin.write(b'{"prompt": "a", "n": 2}\n')
+    process.stdin.flush()
+    assert b"text" in process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(b'{"prompt": "a", "n": 2}\n', timeout=60)
+    assert process.returncode == 0 and b"text" in out
+
+
+def test_a_file_size_limit_is_an_error(model, tmp_path):
+    path = tmp_path / "logits.npy"
+    line = command(model, "-i", PROMPT, "-q", "-t", 1, "--logits", path)
+    done = subprocess.run(["bash", "-c", 'ulimit -f 4; exec "$0" "$@"', *line], capture_output=True)
+    assert done.returncode == 1 and done.stderr == f"run: cannot write {path}: File too large\n".encode()
+    assert not list(tmp_path.iterdir())
+
+
 # ---- Requests
 
 
@@ -272,6 +515,92 @@ def test_request_fields(model):
     assert answer["prompt_tokens"] == len("_system\ns_\n_user\nu_\n_assistant\n") and answer["generated_tokens"] <= 3
 
 
+def test_an_id_comes_back(model):
+    ids = ["a", 7, 1.5, {"x": [1, None]}, "é\n", False]
+    lines = [json.dumps({"id": i, "prompt": "a", "n": 1}) for i in ids] + ['{"prompt": "a", "n": 1, "id": null}']
+    lines += ['{"id": "wrong", "n": 1}', '{"id": "nonsense"', '{"prompt": "a", "n": 1}']
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines), code=1)
+    assert [a.get("id", "none") for a in result] == [*ids, "none", "wrong", "none", "none"]
+    assert ["error" in a for a in result] == [False] * 7 + [True, True, False]
+
+
+def test_what_a_request_may_leave_out_or_say_otherwise(model):
+    flags = (model, "--temperature", 0, "-n", 5, "--stop", "never")
+    plain = {"prompt": PROMPT}
+    nothing = dict.fromkeys(
+        ("messages", "n", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop", "id", "special")
+    )
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    same = (
+        (plain, plain | nothing),
+        (plain, plain | {"temperature": -1}),
+        (plain | {"n": 0}, plain | {"n": -1}),
+        (plain | {"n": 0}, plain | {"n": -2}),
+        *(
+            ({"messages": [{"role": "user", "content": a}]}, {"messages": [{"role": "user", "content": b}]})
+            for a, b in (("one\ntwo", parts), ("one", parts[:1]), ("", []))
+        ),
+    )
+    for a, b in same:
+        one, two = answers(*flags, stdin=json.dumps(a) + "\n" + json.dumps(b))
+        assert (one["text"], one["prompt_tokens"], one["generated_tokens"]) == (
+            two["text"],
+            two["prompt_tokens"],
+            two["generated_tokens"],
+        ), b
+    two = answers(model, "-n", 40, stdin='{"prompt": "a", "seed": -1, "temperature": 2}\n' * 2)
+    assert two[0]["text"] != two[1]["text"]
+
+
+def test_special_tokens_in_a_prompt(model):
+    text = "<|im_start|>a<|im_end|>"
+    plain, special = answers(
+        model, stdin="".join(json.dumps({"prompt": text, "n": 1, "special": s}) + "\n" for s in (False, True))
+    )
+    assert plain["prompt_tokens"] == len(text) and special["prompt_tokens"] == 3
+    assert "<|im_start|>" in plain["note"] and "note" not in special
+    assert answers(model, "--special", stdin=json.dumps({"prompt": text, "n": 1}))[0]["prompt_tokens"] == 3
+    lines = text_of_tokens(model, "-i", text, "-n", 1, "--special")
+    assert [line.split("\t")[0] for line in lines[:3]] == ["257", "97", "258"] and lines[3] == ""
+    done = run(model, "-i", text, "-n", 1, "-q")
+    assert done.stderr == b"run: the prompt has <|im_start|> as plain text; with --special it is that token\n"
+    assert run(model, "-i", text, "-n", 1, "-q", "--special").stderr == b""
+    done = run(model, "--chat", "-n", 1, "-q", stdin=b"<|im_end|>\n")
+    assert done.stderr == b"run: this turn has <|im_end|> as plain text\n"
+
+
+def text_of_tokens(*arguments):
+    return text(*arguments, "--tokens").split("\n")
+
+
+def test_a_line_that_is_too_long_costs_itself_alone(model, tmp_path):
+    good = '{"prompt": "a", "n": 1}\n'
+    fits, over = good[:-1] + " " * (1025 - len(good)) + "\n", good[:-1] + " " * (1026 - len(good)) + "\n"
+    flags = ("--max-line", "1K", "--parallel", 2)
+    lines = [fits, over, fits[:-1] + "\r\n", "x" * 3_000_000 + "\n", good, "y" * 70_000]
+    result = answers(model, *flags, stdin="".join(lines), code=1)
+    assert [("text" in a, a["line"]) for a in result] == [
+        *((True, 1), (False, 2), (True, 3), (False, 4), (True, 5), (False, 6))
+    ]
+    assert all("more than 1024 bytes: --max-line" in a["error"] for a in result if "error" in a)
+    done = run(model, "--chat", "-n", 1, "-q", "--max-line", 100, stdin=b"x" * 101 + b"\nhello\n", code=1)
+    assert done.stderr == b"run: line 1 is left out: it has more than 100 bytes (--max-line)\n"
+    assert done.stdout.endswith(b"\n")
+
+
+@pytest.mark.skipif(SANITIZE == "1", reason="AddressSanitizer takes terabytes of addresses")
+def test_a_long_line_is_not_kept(model):
+    """A line of 800 MB passes through a process that has addresses for 600 MB."""
+    limited = ["bash", "-c", 'ulimit -v 600000; exec "$0" "$@"', *command(model, "--prompts", "-", "-q", "-t", 1)]
+    with subprocess.Popen(limited, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for _ in range(800):
+            process.stdin.write(b"x" * 1_000_000)
+        process.stdin.write(b'\n{"prompt": "a", "n": 1}\n')
+        process.stdin.close()
+        long, good = map(json.loads, process.stdout)
+    assert process.returncode == 1 and "--max-line" in long["error"] and "text" in good
+
+
 def test_a_wrong_request_gets_an_error_in_its_place(model):
     good = json.dumps({"prompt": "a", "n": 2})
     wrong = {
@@ -282,18 +611,24 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "messages": []}': "either",
         '{"prompt": 3}': "text",
         '{"prompt": ""}': "empty",
-        '{"prompt": "a", "n": -1}': '"n"',
+        '{"prompt": "a", "n": -3}': '"n"',
         '{"prompt": "a", "n": 2.5}': '"n"',
         '{"prompt": "a", "n": 100000}': "256",
         '{"prompt": "a", "top_p": 0}': "top-p",
         '{"prompt": "a", "temperature": "hot"}': "temperature",
         '{"prompt": "a", "stop": [""]}': "stop",
-        '{"prompt": "a", "seed": -1}': "seed",
+        '{"prompt": "a", "seed": -2}': "seed",
         '{"prompt": "a", "seed": 18446744073709551616}': "too big",
         '{"prompt": "a", "n": 4294967297}': '"n"',
         '{"prompt": "a", "n": 1e400}': "overflow",
-        '{"prompt": "a", "n": null}': "null",
-        '{"prompt": null}': "null",
+        '{"prompt": null}': "either",
+        '{"prompt": "a", "repeat_penalty": 1e-38}': "repeat-penalty",
+        '{"prompt": "a", "repeat_penalty": 1e10}': "repeat-penalty",
+        '{"prompt": "a", "special": 1}': "special",
+        '{"messages": [{"role": "user", "content": "x"}], "special": true}': "special",
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}': "image_url",
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}': "text",
+        '{"messages": [{"role": "user", "content": ["x"]}]}': "part",
         '{"prompt": "a", "temperature": NaN}': "not JSON",
         '{"prompt": "a", "temperature": 1e300}': "temperature inf",
         '{"prompt": "a", "top_k": true}': "true",
@@ -301,15 +636,17 @@ def test_a_wrong_request_gets_an_error_in_its_place(model):
         '{"prompt": "a", "prompt": "b"}': "duplicate",
         '{"messages": {}}': "list",
         '{"messages": [3]}': "role",
-        '{"messages": [{"role": "user", "content": null}]}': "null",
+        '{"messages": [{"role": "user", "content": null}]}': "content",
         '{"messages": []}': "",
         "null": "JSON object",
         '{"messages": [{"role": "wizard", "content": "x"}]}': "role",
-        '{"messages": [{"role": "assistant", "content": "x"}]}': "",
+        '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": [1]}': "must be an object, not [1]",
+        '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 1}}': "leave it out",
+        '{"prompt": "a", "chat_template_kwargs": {}}': 'goes with "messages"',
         '{"prompt": "' + "x" * 400 + '"}': "256",
     }
     lines = "\n".join(f"{good}\n{line}" for line in wrong) + "\n\n" + good + "\n"
-    result = answers(model, "--parallel", 4, stdin=lines)
+    result = answers(model, "--parallel", 4, stdin=lines, code=1)
     assert len(result) == 2 * len(wrong) + 1
     for i, (line, names) in enumerate(wrong.items()):
         assert "text" in result[2 * i], result[2 * i]
@@ -333,7 +670,7 @@ def test_requests_are_answered_while_others_are_still_to_come(model):
     process.stdin.close()
     rest = [json.loads(line) for line in process.stdout]
     assert [a["line"] for a in rest] == [4, 5, 6] and "not JSON" in rest[1]["error"]
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 1
     process.stdout.close()
     process.stderr.close()
 
@@ -350,12 +687,12 @@ def test_requests_as_a_stranger_writes_them(model):
     good = '{"prompt": "a", "n": 1}'
     long = '{"prompt": "' + "x" * 10_000_000 + '"}'
     lines = ["\ufeff" + good, "", " \t", good + "\r", long, "[" * 100_000, "\0", '"', good]
-    result = answers(model, "--parallel", 3, stdin="\n".join(lines))
+    result = answers(model, "--parallel", 3, stdin="\n".join(lines), code=1)
     assert [(a["line"], "text" in a) for a in result] == [
         *((1, True), (4, True), (5, False), (6, False), (7, False), (8, False), (9, True))
     ]
     assert "10000000 tokens" in result[2]["error"] and "depth" in result[3]["error"]
-    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode())
+    done = run(model, "--prompts", "-", stdin=b'{"prompt": "n\xe9"}\n' + good.encode(), code=1)
     assert b"decode byte 0xe9" in done.stdout.splitlines()[0] and b"text" in done.stdout.splitlines()[1]
     assert answers(model, stdin="") == [] and answers(model, stdin="\n\n") == []
 
@@ -375,9 +712,55 @@ def test_chat_keeps_its_cache_and_says_what_a_request_says(model, tmp_path):
     assert s["cached_tokens"] >= one["prompt_tokens"]
 
 
-def test_chat_ends_where_the_context_is_full(model):
-    done = run(model, "--chat", "--ignore-eos", stdin=b"hello\nhello\n", code=1)
-    assert b"fills the context of 256 tokens" in done.stderr
+def chat_prompt(messages):
+    """CHATML's bytes where each token is a byte, and <|im_start|> and <|im_end|> are one token each."""
+    text = "".join(f"_{role}\n{content}_\n" for role, content in messages) + "_assistant\n"
+    return text.encode()
+
+
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(model, tmp_path):
+    """Each answer is what a request of the turns that are left says."""
+    turns = [f"turn {i} of a long talk" for i in range(14)]
+    flags = (model, "-n", 4, "--temperature", 0)
+    done = run(*flags, "--chat", "--system", "be brief", "-q", stdin="\n".join(turns).encode())
+    messages, expected = [("system", "be brief")], ""
+    for turn in turns:
+        messages.append(("user", turn))
+        if len(chat_prompt(messages)) > CONTEXT - 4:
+            while len(messages) > 2 and len(chat_prompt(messages)) > CONTEXT / 2:
+                del messages[1:3]
+        request = {"messages": [{"role": role, "content": content} for role, content in messages]}
+        messages.append(("assistant", answers(*flags, stdin=json.dumps(request))[0]["text"]))
+        expected += messages[-1][1] + "\n"
+    assert len(messages) < 2 * len(turns) - 4
+    assert done.stdout.decode() == expected
+    assert done.stderr.count(b"\n") == 1 and b"the context of 256 tokens is full: from now on" in done.stderr
+
+
+def test_a_turn_that_never_fits_is_left_out(model):
+    flags = (model, "--chat", "-n", 3, "--temperature", 0, "-q")
+    done = run(*flags, stdin=b"x" * 300 + b"\nhello\n", code=1)
+    assert b"this turn is left out" in done.stderr
+    assert done.stdout == run(*flags, stdin=b"hello\n").stdout
+
+
+def test_an_answer_that_the_context_cuts_says_so(model):
+    done = run(model, "--chat", "--ignore-eos", "-q", stdin=b"hello\n")
+    assert done.stderr == b"run: the answer ends here: the context is full\n"
+
+
+def test_wrong_bytes_in_a_turn_are_replaced_and_said(model):
+    flags = (model, "--chat", "-n", 5, "--temperature", 0, "-q")
+    done = run(*flags, stdin=b"n\xe9\n")
+    assert done.stderr == b"run: line 1 has bytes that are not UTF-8: each became U+FFFD\n"
+    assert done.stdout == run(*flags, stdin="n\ufffd\n".encode()).stdout
+
+
+def test_several_lines_in_one_turn(model):
+    flags = ("-n", 5, "--temperature", 0)
+    chat = run(model, "--chat", *flags, "-q", stdin=b"one\\\ntwo\\\n\\\nthree\n").stdout.decode()
+    messages = [{"role": "user", "content": "one\ntwo\n\nthree"}]
+    assert chat == answers(model, *flags, stdin=json.dumps({"messages": messages}))[0]["text"] + "\n"
 
 
 def test_control_tokens_in_a_turn_are_plain_text(model):
@@ -385,6 +768,27 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
     assert answers(model, stdin=json.dumps({"messages": chat, "n": 1}))[0]["prompt_tokens"] == len(
         "_user\n<|im_end|>_\n_assistant\n"
     )
+
+
+def test_a_template_of_the_command_line_and_its_variables(model, tmp_path):
+    """A request's own variables come before the command line's, and none becomes a control token."""
+    (tmp_path / "t.jinja").write_text("<|im_start|>{{ a }}.{{ b }}|{{ messages[0].content }}")
+    flags = ("--chat-template", tmp_path / "t.jinja", "--chat-template-kwargs", '{"a": "1", "b": "<|im_end|>"}')
+    flags += ("--temperature", 0, "-n", 5)
+    messages = [{"role": "user", "content": "hello"}]
+    requests = [{"messages": messages, "chat_template_kwargs": own} for own in (None, {"b": "22"})]
+    one, two = answers(model, *flags, stdin="\n".join(map(json.dumps, requests)))
+    assert one["prompt_tokens"] == len("_1.<|im_end|>|hello") and two["prompt_tokens"] == len("_1.22|hello")
+    assert run(model, "--chat", *flags, "-q", stdin=b"hello\n").stdout.decode() == one["text"] + "\n"
+    again = answers(model, *flags[:2], *flags[4:], stdin=json.dumps(requests[1]))[0]
+    assert again["prompt_tokens"] == len("_.22|hello")
+
+
+def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}x")
+    done = run(model, "--chat", "--system", "s", "--chat-template", template, code=1)
+    assert done.stderr.endswith(b": no system here\n") and done.stderr.count(b"\n") == 1
 
 
 # ---- Wrong input: one line that names the thing, and the right exit code
@@ -397,14 +801,12 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--frobnicate"], 2, "frobnicate"),
         (["MODEL", "more"], 2, "more"),
         (["MODEL", "-n", "-5"], 2, "-n -5"),
-        (["MODEL", "-n", "-2"], 2, "-n -2"),
         (["MODEL", "-n", "many"], 2, "many"),
         (["MODEL", "-n", "99999999999999"], 2, "99999999999999"),
         (["MODEL", "-n"], 2, "-n"),
         (["MODEL", "--threads", "0"], 2, "--threads 0"),
         (["MODEL", "--threads", "-1"], 2, "--threads -1"),
         (["MODEL", "--temperature", "nan"], 2, "temperature nan"),
-        (["MODEL", "--temperature", "-1"], 2, "temperature -1"),
         (["MODEL", "--temperature", "inf"], 2, "temperature inf"),
         (["MODEL", "--top-p", "0"], 2, "top-p 0"),
         (["MODEL", "--top-p", "1.5"], 2, "top-p 1.5"),
@@ -412,7 +814,10 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--top-k", "-1"], 2, "top-k -1"),
         (["MODEL", "--min-p", "2"], 2, "min-p 2"),
         (["MODEL", "--repeat-penalty", "0"], 2, "repeat-penalty 0"),
-        (["MODEL", "--seed", "-1"], 2, "-1"),
+        (["MODEL", "--repeat-penalty", "1e-10"], 2, "repeat-penalty 1e-10"),
+        (["MODEL", "--repeat-penalty", "nan"], 2, "repeat-penalty nan"),
+        (["MODEL", "--temperature", "-nan"], 2, "temperature -nan"),
+        (["MODEL", "--seed", "-2"], 2, "-2"),
         (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
         (["MODEL", "--seed", "1.5"], 2, "1.5"),
         *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
@@ -426,14 +831,34 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
         (["MODEL", "--kv-memory", "-1G"], 2, "-1G"),
         (["MODEL", "--kv-memory", ""], 2, "--kv-memory"),
         (["MODEL", "--stop", ""], 2, "--stop"),
+        (["MODEL", "-e", "-i", r"\q"], 2, r"--prompt \q"),
+        (["MODEL", "-e", "-i", "\\"], 2, "--prompt \\"),
+        (["MODEL", "-e", "-i", r"\x4"], 2, r"--prompt \x4"),
+        (["MODEL", "-e", "-i", r"\xgg"], 2, r"--prompt \xgg"),
+        (["MODEL", "-e", "-i", r"\xe9"], 1, "byte 0xe9"),
+        (["MODEL", "-e"], 2, "--escape"),
+        (["MODEL", "--special", "--chat"], 2, "--special"),
+        (["MODEL", "--max-line", "1M"], 2, "--max-line"),
+        (["MODEL", "--prompts", "-", "--max-line", "much"], 2, "--max-line much"),
         (["MODEL", "--mla", "sideways"], 2, "sideways"),
         (["MODEL", "--chat", "--bench"], 2, "--bench"),
         (["MODEL", "--chat", "-i", "x"], 2, "--chat"),
         (["MODEL", "--system", "x"], 2, "--chat"),
+        (["MODEL", "-i", "x", "--chat-template", "TEMPLATE"], 2, "--chat-template needs --chat or --prompts"),
+        (["MODEL", "-i", "x", "--chat-template-kwargs", "{}"], 2, "--chat-template-kwargs needs --chat or --prompts"),
+        (["MODEL", "--chat", "--chat-template-kwargs", "{"], 2, "--chat-template-kwargs is not JSON"),
+        (["MODEL", "--chat", "--chat-template-kwargs", "[1]"], 2, "--chat-template-kwargs [1]"),
+        (["MODEL", "--chat", "--chat-template-kwargs", ""], 2, "--chat-template-kwargs"),
+        (["MODEL", "--chat", "--chat-template-kwargs", '{"messages": 1}'], 1, '"messages"'),
+        (["MODEL", "--chat", "--chat-template", "nothing"], 1, "--chat-template nothing"),
+        (["MODEL", "--chat", "--chat-template", "FOLDER"], 1, "--chat-template FOLDER"),
+        (["MODEL", "--chat", "--chat-template", "/dev/zero"], 1, "--chat-template /dev/zero"),
+        (["MODEL", "--chat", "--chat-template", "EMPTY"], 1, "is empty"),
+        (["MODEL", "--prompts", "-", "--chat-template", "TEMPLATE"], 1, "TEMPLATE, line 2, column"),
         (["MODEL", "-i", "x", "-f", "y"], 2, "--prompt"),
         (["MODEL", "-i", "x", "-i", "y"], 2, "--prompt"),
         (["nothing.safetensors"], 1, "nothing.safetensors"),
-        (["FOLDER"], 1, "FOLDER"),
+        (["FOLDER"], 1, "make run MODEL=FOLDER"),
         (["PIPE"], 1, "PIPE"),
         (["/dev/zero"], 1, "/dev/zero"),
         (["MODEL", "-f", "nothing"], 1, "nothing"),
@@ -464,14 +889,15 @@ def test_control_tokens_in_a_turn_are_plain_text(model):
 def test_wrong_input(model, tmp_path, arguments, code, names):
     (tmp_path / "SHORT").write_text("short")
     (tmp_path / "EMPTY").touch()
+    (tmp_path / "TEMPLATE").write_text("a\n{{ (")
     os.mkfifo(tmp_path / "PIPE")
     places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
-    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE")}
+    places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE", "TEMPLATE")}
     quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
     done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
-    assert places.get(names, names) in complaint
+    assert names.replace("FOLDER", str(tmp_path)).replace("PIPE", str(tmp_path / "PIPE")) in complaint
 
 
 def test_wrong_bytes(model, tmp_path):
@@ -481,7 +907,9 @@ def test_wrong_bytes(model, tmp_path):
         (["-f", tmp_path / "latin1"], b""),
         ([], b"n\xe9"),
         (["--perplexity", tmp_path / "latin1"], b""),
-        (["--chat"], b"n\xe9\n"),
+        (["--chat", "--system", b"n\xe9"], b""),
+        (["--chat", "--chat-template", tmp_path / "latin1"], b""),
+        (["-i", "x", "--stop", b"n\xe9"], b""),
     ):
         line = [*command(model, "-q", "--threads", 1), *flags]
         done = subprocess.run(line, input=stdin, capture_output=True, timeout=60)
@@ -510,6 +938,122 @@ def test_wrong_model_files(model, model_without_chat, tmp_path):
     assert "m.safetensors" in complaint()
 
 
+@pytest.mark.parametrize(
+    "kind", ["gguf", "pytorch", "tokenizer", "hugging face", "hugging face without metadata", "folder"]
+)
+def test_a_file_of_another_kind_names_the_command(model, tmp_path, kind):
+    folder = tmp_path / "checkpoint"
+    checkpoints.build(checkpoints.load("llama_gqa"), folder)
+    path = next(folder.glob("*.safetensors"))
+    fix = f"make run MODEL={folder} "
+    if kind in ("gguf", "pytorch"):
+        path = folder / "weights.bin"
+        path.write_bytes({"gguf": b"GGUF\3\0\0\0", "pytorch": b"PK\3\4 and more"}[kind] + bytes(100))
+        fix = f"make run MODEL={path if kind == 'gguf' else folder} "
+    elif kind == "tokenizer":
+        path, fix = model.with_suffix(".tokenizer.bin"), "the model lies beside it"
+    elif kind == "hugging face without metadata":
+        header = json.dumps({"w": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    elif kind == "folder":
+        path = folder
+    done = run(path, "-i", "x", code=1)
+    assert done.stderr.count(b"\n") == 1 and fix in done.stderr.decode(), done.stderr
+
+
+def test_a_linked_model_finds_its_tokenizer(model, tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(model)
+    flags = ("-i", PROMPT, "-n", 5, "--temperature", 0)
+    assert text(tmp_path / "link.safetensors", *flags) == text(model, *flags)
+
+
+@pytest.mark.parametrize("size", ["header", "middle", "last byte", "rewritten"])
+def test_a_model_that_changes_while_it_is_read_is_refused(model, tmp_path, size):
+    """Past a new end there is no memory (SIGBUS), and zeros up to the end of its page."""
+    weights = beside(model, tmp_path)
+    process = start(weights, "-n", 3, "-q", "--stats", tmp_path / "stats.json")
+    process.stdin.write(b"x")
+    process.stdin.flush()
+    while b"m.safetensors" not in pathlib.Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None
+    if size == "rewritten":
+        data = weights.read_bytes()
+        with open(weights, "r+b") as file:
+            file.write(data)
+    else:
+        whole = weights.stat().st_size
+        os.truncate(weights, {"header": 1000, "middle": whole // 2, "last byte": whole - 1}[size])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith(b"run: ") and err.count(b"\n") == 1, err
+    assert b"m.safetensors" in err
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", "m.tokenizer.bin"}
+
+
+# ---- Numbers that are none
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    """The tiny model with values 3e5 times as large, and the output projection as much smaller: the same function."""
+
+    def make(name, change):
+        folder = tmp_path_factory.mktemp("models") / name
+        reference = checkpoints.load("llama_mha")
+        reference["shards"] = 1
+        checkpoints.build(reference, folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n: change(n, t.copy()) for n, t in tensors.items()}, folder / "model.safetensors")
+        weights = folder.with_suffix(".safetensors")
+        export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None))
+        return weights
+
+    return make
+
+
+OVERFLOWS = [("v_proj", "o_proj", 3e5, "f16"), ("k_proj", "q_proj", 3e5, "f16"), ("v_proj", "o_proj", 1e9, "q8")]
+
+
+@pytest.mark.parametrize(("large", "small", "factor", "kv"), OVERFLOWS)
+def test_what_the_cache_cannot_hold_names_the_cure(scaled, tmp_path, large, small, factor, kv):
+    def change(name, tensor):
+        return (
+            tensor * np.float32(factor) if large in name else tensor / np.float32(factor) if small in name else tensor
+        )
+
+    weights, plain = scaled(f"{large}-{kv}", change), scaled(f"plain-{large}-{kv}", lambda name, tensor: tensor)
+    narrow, bf16 = run_binary("mha", kv=kv), run_binary("mha", kv="bf16")
+    (tmp_path / "score").write_text(PROMPT * 20)
+    for mode in (
+        ("-i", PROMPT, "-n", 5),
+        ("-i", PROMPT, "-n", 5, "--temperature", 1, "--samples", 3),
+        ("-i", PROMPT, "--logits", tmp_path / "logits.npy"),
+        ("--perplexity", tmp_path / "score", "-c", 32),
+        ("--bench",),
+    ):
+        done = run(weights, *mode, "-q", code=1, binary=narrow)
+        assert f"KV {kv} cannot hold: make KV=bf16" in done.stderr.decode() and done.stderr.count(b"\n") == 1
+        assert b"export" not in done.stderr and not (tmp_path / "logits.npy").exists()
+    flags = ("-i", PROMPT, "-n", 5, "--temperature", 0)
+    assert text(weights, *flags, binary=bf16) == text(plain, *flags, binary=bf16)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_damaged_model_says_so_in_every_mode(scaled, tmp_path, value):
+    def change(name, tensor):
+        if name == "model.layers.1.mlp.up_proj.weight":
+            tensor[3, 5] = value
+        return tensor
+
+    weights, binary = scaled(f"damaged-{value}", change), run_binary("mha")
+    for mode in (("-i", PROMPT, "-n", 5), ("-i", PROMPT, "--logits", tmp_path / "logits.npy"), ("--bench",)):
+        done = run(weights, *mode, "-q", code=1, binary=binary)
+        assert b"not finite" in done.stderr and b"export the model again" in done.stderr
+        assert done.stderr.count(b"\n") == 1 and not list(tmp_path.iterdir())
+    result = answers(weights, stdin='{"prompt": "a", "n": 2, "id": 1}\n{"prompt": "b"}\n', code=1, binary=binary)
+    assert [a["line"] for a in result] == [1, 2] and all("not finite" in a["error"] for a in result)
+    assert run(weights, "--chat", "-q", stdin=b"hi\n", code=1, binary=binary).stderr.count(b"\n") == 1
+
+
 def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, tmp_path):
     """A sparse file of 1 TB."""
     with open(model, "rb") as f:
@@ -521,7 +1065,7 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, 
     config |= {"attention_scale": 1, "window": [0], "rope": [-1], "rope_scale": []}
     shapes = {"embed_tokens": [vocab, dim], layer + "o_proj": [dim, 1], layer + "down_proj": [dim, 1]}
     shapes |= {layer + name: [1, dim] for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
-    header = {"__metadata__": {"format": "attn.cu 1", "config": json.dumps(config)}}
+    header = {"__metadata__": {"format": "attn.cu 2", "config": json.dumps(config), "types": "{}"}}
     header["__metadata__"]["tokenizer_sha256"] = tokenizer_sha256
     end = 0
     for name, shape in shapes.items():
@@ -560,6 +1104,14 @@ def start(*arguments):
     return subprocess.Popen(command(*arguments, "--threads", 1), stdin=pipe, stdout=pipe, stderr=pipe)
 
 
+def wait_until_it_waits(process):
+    """It has one thread and its answer was read: where that sleeps, it waits for its standard input."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < deadline, "it does not wait"
+        time.sleep(0.001)
+
+
 def test_interrupted_text_is_whole_and_reported(model, tmp_path):
     flags = ("-i", PROMPT, "--samples", 400, "-n", 200, "--stats", tmp_path / "stats.json")
     process = start(model, *flags, "--ignore-eos")
@@ -591,7 +1143,7 @@ def test_interrupt_while_waiting_for_a_request(model):
     process.stdin.write(b'{"prompt": "a", "n": 2}\n')
     process.stdin.flush()
     assert b"text" in process.stdout.readline()
-    time.sleep(0.3)  # until it waits
+    wait_until_it_waits(process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert b"logits   hash" in process.stderr.read() and process.stdout.read() == b""
@@ -604,7 +1156,7 @@ def test_interrupt_while_waiting_for_a_turn(model):
     process.stdin.write(b"hello\n")
     process.stdin.flush()
     assert process.stdout.readline()
-    time.sleep(0.3)  # until it waits
+    wait_until_it_waits(process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert b"logits   hash" in process.stderr.read()
@@ -636,7 +1188,8 @@ def test_help_names_every_flag_of_the_readme():
     flags = set(re.findall(r"--[a-z][a-z-]+", text_of_help()))
     readme = (checkpoints.REFERENCE.parents[1] / "README.md").read_text()
     table = readme[readme.index("### Flags") :].split("\n#")[0]
-    assert flags - {"--help"} == set(re.findall(r"--[a-z][a-z-]+", table)) - {"--help"}
+    named = set(re.findall(r"`(?:-\w, )?(--[a-z][a-z-]+)", table))
+    assert len(named) > 20 and named <= flags, named - flags
 
 
 def text_of_help():

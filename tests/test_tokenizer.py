@@ -766,7 +766,7 @@ TEMPLATES = {
     "llama3": True,
     "qwen3": True,
     "mistral1": False,
-    "mistral3": False,
+    "mistral3": True,
     "llama2": True,
     "deepseek": True,
 }
@@ -801,7 +801,7 @@ def render(template: str, messages: list[dict]) -> str:
     )
 
 
-def chat_folder(tmp_path: Path, template: str | None) -> Tokenizer:
+def chat_folder(tmp_path: Path, template) -> Tokenizer:
     trained = train(*PRE_TOKENIZERS["SmolLM2"])
     trained.add_special_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
     trained.save(str(tmp_path / "tokenizer.json"))
@@ -830,7 +830,7 @@ def test_chat_is_what_the_template_renders(name, tmp_path):
     if TEMPLATES[name]:
         assert ours.chat(with_system) == trained.encode(render(template, with_system), add_special_tokens=False).ids
     else:
-        with pytest.raises(ValueError, match="takes no system message"):
+        with pytest.raises(ValueError, match="roles must alternate"):
             ours.chat(with_system)
     control = {trained.token_to_id(mark) for mark in MARKS}
     plain, forged = (
@@ -844,18 +844,43 @@ def test_chat_is_what_the_template_renders(name, tmp_path):
     "template, reason",
     [
         (None, "the model has no chat template"),
-        ("{{ messages[0]['content'] ", "cannot be taken apart"),
-        ("{{ messages[-1]['content'] }}", "a message appears nowhere"),
-        ("{% for m in messages %}{{ m['content'] }}{{ m['content'] }}{% endfor %}", "a message appears twice"),
-        ("{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}", "depends on its place"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be taken apart"),
+        ("{{ messages[0]['content'] ", "chat template, line 1, column"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "has no '__class__'"),
         ("{{ raise_exception('only tools') }}", "only tools"),
+        ([{"name": "rag", "template": "x"}], r"\(rag\) have no default"),
     ],
 )
-def test_template_that_cannot_be_taken_apart(template, reason, tmp_path):
+def test_template_that_cannot_be_used(template, reason, tmp_path):
     chat_folder(tmp_path, template)
     with pytest.raises(ValueError, match=reason):
         export(tmp_path).chat(conversation("a"))
+
+
+def chatml(start: str) -> str:
+    return "{% for m in messages %}" + start + "{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+
+
+def test_template_is_found_where_transformers_finds_it(tmp_path):
+    trained = chat_folder(tmp_path, None)
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def found(start: str) -> bool:
+        rendered = render(chatml(start), conversation("a\u3000"))
+        return export(tmp_path).chat(conversation("a\u3000")) == trained.encode(rendered, add_special_tokens=False).ids
+
+    def write(name: str, content) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    write("chat_template.json", {"chat_template": chatml("<|im_start|>1")})
+    assert found("<|im_start|>1")
+    write("tokenizer_config.json", settings | {"chat_template": {"default": chatml("<|im_start|>2"), "rag": "x"}})
+    assert found("<|im_start|>2")
+    write("additional_chat_templates/default.jinja", chatml("<|im_start|>3"))
+    assert found("<|im_start|>3")
+    write("chat_template.jinja", chatml("<|im_start|>4"))
+    assert found("<|im_start|>4")
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

@@ -8,10 +8,23 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <string>
 #include <vector>
+
+#include "host/json.h"
+#include "kernels/team.h"
+#include "model.h"
+
+// A JSON object to change by name.
+using Members = std::map<std::string, Json>;
+
+inline Members members(const Json& object) {
+  return Members(object.object()->begin(), object.object()->end());
+}
+inline Json json(const Members& object) {
+  return Json::Object(object.begin(), object.end());
+}
 
 // A tensor of the reference: row-major, any shape.
 struct Array {
@@ -21,12 +34,15 @@ struct Array {
 };
 
 struct TinyModel {
-  nlohmann::json config;
+  Members config, types;
   std::map<std::string, Array> tensors;
   std::mt19937 random;
 
   explicit TinyModel(unsigned seed) : random(seed) {}
 
+  void set(Members changes) {
+    for (auto& [key, value] : changes) config[key] = std::move(value);
+  }
   // Normal numbers around mean.
   void add(const std::string& name, std::vector<int64_t> shape, float deviation, float mean = 0) {
     Array a;
@@ -38,18 +54,33 @@ struct TinyModel {
     tensors[name] = std::move(a);
   }
 
+  // Of the config.
+  int integer(const std::string& key) const { return *config.at(key).integer<int>(); }
+  double number(const std::string& key) const { return *config.at(key).number(); }
+  int integer(const std::string& key, int layer) const {
+    return *config.at(key).array()->at(static_cast<size_t>(layer)).integer<int>();
+  }
+
   // The bytes of a safetensors file; all tensors float32.
   std::string bytes() const {
-    nlohmann::json header;
-    header["__metadata__"] = {{"format", "attn.cu 1"}, {"config", config.dump()}, {"tokenizer_sha256", ""}};
+    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 2"},
+                                                         {"config", json(config).text()},
+                                                         {"types", json(types).text()},
+                                                         {"tokenizer_sha256", ""}}}};
     std::string data;
     for (const auto& [name, a] : tensors) {
       const size_t begin = data.size();
       data.append(reinterpret_cast<const char*>(a.data.data()), a.data.size() * sizeof(float));
-      header[name] = {{"dtype", "F32"}, {"shape", a.shape}, {"data_offsets", {begin, data.size()}}};
+      header.emplace_back(name, Json::Object{{"dtype", "F32"},
+                                             {"shape", Json::Array(a.shape.begin(), a.shape.end())},
+                                             {"data_offsets", Json::Array{begin, data.size()}}});
     }
-    std::string text = header.dump();
-    while (text.size() % 8 != 0) text += ' ';
+    return safetensors(header, data);
+  }
+
+  static std::string safetensors(const Json& header, const std::string& data) {
+    std::string text = header.text();
+    text.resize((text.size() + 7) / 8 * 8, ' ');
     const uint64_t length = text.size();
     return std::string(reinterpret_cast<const char*>(&length), 8) + text + data;
   }
@@ -77,43 +108,55 @@ class TemporaryFile {
   std::string path_;
 };
 
+constexpr int TINY_VOCAB = 50;
+
 // variant: mha, mqa, gqa or mla; with experts in the last layer, a window in the first.
 inline TinyModel tiny_model(const std::string& variant, bool experts, unsigned seed) {
-  constexpr int dim = 24, hidden = 40, layers = 2, heads = 6, d = 8, vocab = 50, E = 4, moe_hidden = 16;
+  constexpr int dim = 24, hidden = 40, layers = 2, heads = 6, d = 8, E = 4, moe_hidden = 16;
   constexpr int nope = 6, p = 4, r = 16, v = 5;
   const int kv_heads = variant == "mha" ? heads : variant == "mqa" ? 1 : 2;
   TinyModel m(seed);
-  m.config = {{"attention", variant}, {"dim", dim},           {"hidden_dim", hidden},    {"n_layers", layers},
-              {"n_heads", heads},     {"vocab_size", vocab},  {"seq_len", 512},          {"norm", "rms"},
-              {"norm_eps", 1e-5},     {"activation", "silu"}, {"attention_scale", 0.35}, {"window", {7, 0}},
-              {"rope", {0, 0}},       {"rope_scale", {1.0}}};
+  m.config = {{"attention", variant},
+              {"dim", dim},
+              {"hidden_dim", hidden},
+              {"n_layers", layers},
+              {"n_heads", heads},
+              {"vocab_size", TINY_VOCAB},
+              {"seq_len", 512},
+              {"norm", "rms"},
+              {"norm_eps", 1e-5},
+              {"activation", "silu"},
+              {"attention_scale", 0.35},
+              {"window", Json::Array{7, 0}},
+              {"rope", Json::Array{0, 0}},
+              {"rope_scale", Json::Array{1.0}}};
+  if (variant == "mla")
+    m.set({{"q_lora_rank", 12},
+           {"kv_lora_rank", r},
+           {"qk_nope_head_dim", nope},
+           {"qk_rope_head_dim", p},
+           {"v_head_dim", v}});
+  else
+    m.set({{"n_kv_heads", kv_heads}, {"head_dim", d}});
+  if (experts)
+    m.set({{"n_routed_experts", E},
+           {"num_experts_per_tok", 2},
+           {"n_shared_experts", 1},
+           {"moe_intermediate_size", moe_hidden},
+           {"moe_layers", Json::Array{0, 1}},
+           {"scoring_func", "softmax"},
+           {"norm_topk_prob", true},
+           {"routed_scaling_factor", 1.5}});
   const auto matrix = [&](const std::string& name, int n, int k) {
     m.add(name + ".weight", {n, k}, 1.5f / std::sqrt(static_cast<float>(k)));
   };
-  matrix("embed_tokens", vocab, dim);
+  matrix("embed_tokens", TINY_VOCAB, dim);
   m.add("norm.weight", {dim}, 0.2f, 1);
   const int rotated = variant == "mla" ? p : d;
   Array& table = m.tensors["rope.0.inv_freq"];
   table.shape = {rotated / 2};
   for (int i = 0; i < rotated / 2; i++)
     table.data.push_back(std::pow(100.0f, -2.0f * static_cast<float>(i) / static_cast<float>(rotated)));
-  if (variant == "mla")
-    m.config.update({{"q_lora_rank", 12},
-                     {"kv_lora_rank", r},
-                     {"qk_nope_head_dim", nope},
-                     {"qk_rope_head_dim", p},
-                     {"v_head_dim", v}});
-  else
-    m.config.update({{"n_kv_heads", kv_heads}, {"head_dim", d}});
-  if (experts)
-    m.config.update({{"n_routed_experts", E},
-                     {"num_experts_per_tok", 2},
-                     {"n_shared_experts", 1},
-                     {"moe_intermediate_size", moe_hidden},
-                     {"moe_layers", {0, 1}},
-                     {"scoring_func", "softmax"},
-                     {"norm_topk_prob", true},
-                     {"routed_scaling_factor", 1.5}});
   for (int l = 0; l < layers; l++) {
     const std::string at = "layers." + std::to_string(l) + ".";
     for (const char* norm : {"attention_norm", "mlp_norm"}) m.add(at + norm + ".weight", {dim}, 0.2f, 1);
@@ -148,4 +191,23 @@ inline TinyModel tiny_model(const std::string& variant, bool experts, unsigned s
     }
   }
   return m;
+}
+
+// The tests' threads; no result depends on how many of them a step has.
+inline Threads& test_threads() {
+  static Threads threads(3);
+  return threads;
+}
+
+inline Model load(const TinyModel& tiny) {
+  const TemporaryFile file(tiny.bytes());
+  return load_model(file.path(), test_threads());
+}
+
+// n ids of its vocabulary.
+inline std::vector<int> random_tokens(int n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<int> ids(static_cast<size_t>(n));
+  for (int& id : ids) id = static_cast<int>(random() % TINY_VOCAB);
+  return ids;
 }

@@ -9,8 +9,9 @@
 #include <cstdio>
 #include <iostream>
 
-#include "kernels/device.h"
+#include "host/error.h"
 #include "host/tokenizer.h"
+#include "kernels/device.h"
 
 namespace {
 

@@ -10,6 +10,7 @@
 #include <fstream>
 #include <random>
 
+#include "host/error.h"
 #include "kernels/device.h"
 
 namespace {
@@ -41,8 +42,7 @@ struct TokenizerFile {
   std::vector<Special> specials;
   std::vector<uint32_t> before, after, end_of_generation;
   std::vector<std::string> patterns;
-  uint32_t trim = 0;
-  std::array<std::string, 8> chat{"no template"};
+  std::string no_chat = "no template", chat;
 
   uint32_t add(const std::string& token, char kind = TEXT) {
     tokens.push_back(token);
@@ -105,8 +105,11 @@ struct TokenizerFile {
       for (const uint32_t n : *ids) integer(n);
     }
     for (const std::string& pattern : patterns) string(pattern);
-    integer(trim);
-    for (const std::string& text : chat) string(text);
+    string(no_chat);
+    string(chat);
+    integer(1);
+    string("bos_token");
+    string("<u>");
     return out;
   }
 };
@@ -386,9 +389,10 @@ TEST(Tokenizer, AConversationIsOneText) {
   file.add_special("<g>", FLAG_CONTROL);
   file.add_special("<e>", FLAG_CONTROL);
   file.merge(":", "h");
-  //           refusals, start, system_start, system_to_user, user_to_assistant, assistant_to_user, generation
-  file.chat = {"", "", "<u>:", "S", "<u>", "<g>", "<e><u>", "<g>"};
-  file.trim = 2;
+  file.no_chat = "";
+  file.chat =
+      "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}:{{ m.content | trim }}<g>"
+      "{% elif m.role == 'assistant' %}{{ m.content }}<e>{% else %}S{{ m.content }}{% endif %}{% endfor %}{{ end }}";
   const Tokenizer t = load(file);
   const auto user = [](const std::string& text) { return Message{Message::user, text}; };
   const auto assistant = [](const std::string& text) { return Message{Message::assistant, text}; };
@@ -396,19 +400,20 @@ TEST(Tokenizer, AConversationIsOneText) {
   EXPECT_EQ(t.encode_chat({user(" h\n")}), ids_of(file, {"<u>", ":h", "<g>"}));  // merged across the border
   EXPECT_EQ(t.encode_chat({user("<e>")}), ids_of(file, {"<u>", ":", "<", "e", ">", "<g>"}));  // never a control token
   EXPECT_EQ(t.encode_chat({user("<"), assistant("g> "), user("")}),
-            ids_of(file, {"<u>", ":", "<", "<g>", "g", ">", " ", "<e>", "<u>", "<g>"}));
-  EXPECT_EQ(t.encode_chat({system("s"), user("x")}), ids_of(file, {"S", "s", "<u>", "x", "<g>"}));
-  for (const std::vector<Message>& wrong : std::vector<std::vector<Message>>{{},
-                                                                             {system("s")},
-                                                                             {assistant("a")},
-                                                                             {user("a"), assistant("b")},
-                                                                             {user("a"), user("b"), user("c")},
-                                                                             {user("a"), system("b"), user("c")}}) {
-    EXPECT_NE(error_of([&] { t.encode_chat(wrong); }).find("a conversation is"), std::string::npos) << wrong.size();
-  }
-  file.chat[1] = "no system";
-  EXPECT_EQ(error_of([&] { load(file).encode_chat({system("s"), user("x")}); }), "no system");
+            ids_of(file, {"<u>", ":", "<", "<g>", "g", ">", " ", "<e>", "<u>", ":", "<g>"}));
+  EXPECT_EQ(t.encode_chat({system("s"), user("x")}), ids_of(file, {"S", "s", "<u>", ":", "x", "<g>"}));
+  // Arguments are plain text, too.
+  EXPECT_EQ(t.encode_chat({user("x")}, Json::Object{{"end", "<e>"}}),
+            ids_of(file, {"<u>", ":", "x", "<g>", "<", "e", ">"}));
+  EXPECT_NE(error_of([&] { t.encode_chat({}); }).find("at least one message"), std::string::npos);
   EXPECT_EQ(error_of([&] { load(byte_level()).encode_chat({user("x")}); }), "no template");
+  EXPECT_EQ(t.with_template("other", "<g>{{ messages[0].content }}").encode_chat({user("x")}),
+            ids_of(file, {"<g>", "x"}));
+  EXPECT_EQ(error_of([&] { t.with_template("other", "{{ ("); }).substr(0, 23), "other, line 1, column 5");
+  file.chat = "{{ raise_exception('no\nthanks') }}";
+  const std::string error = error_of([&] { load(file).encode_chat({user("x")}); });
+  EXPECT_NE(error.find("chat template, line 1, column"), std::string::npos) << error;
+  EXPECT_TRUE(error.ends_with("no thanks")) << error;
 }
 
 // One of everything.
@@ -420,7 +425,8 @@ TokenizerFile tiny() {
   file.add_special("<t>", STRIP_LEFT);
   file.before = file.after = file.end_of_generation = {file.bos};
   file.patterns = {"\\p{N}", " ?\\p{L}+|\\s+(?!\\S)|\\s+"};
-  file.chat = {"", "", "<s>", "<s>", " ", "b", "c", "d"};
+  file.no_chat = "";
+  file.chat = "<s>{{ messages[0].content }} c";
   return file;
 }
 
@@ -506,7 +512,7 @@ TEST(Tokenizer, SurvivesMutations) {
       const Tokenizer t = load_bytes(bytes);
       for (const int id : t.encode("abc <s>12 \xFF<t>", true, true)) ASSERT_LT(id, t.vocab_size());
       for (int id = 0; id < t.vocab_size(); ++id) t.text(id).append(t.bytes(id));
-      if (t.chat().present) t.encode_chat({{Message::user, "ab"}});
+      if (t.chat().refusal().empty()) t.encode_chat({{Message::user, "ab"}});
     });
     refused += !error.empty();
     EXPECT_EQ(error.find('\n'), std::string::npos) << error;

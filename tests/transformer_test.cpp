@@ -3,14 +3,15 @@
 #include "transformer.h"
 
 #include <gtest/gtest.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 
+#include "batches.h"
+#include "host/error.h"
+#include "kernels/build.h"
 #include "tiny_model.h"
-#include "variants.h"
 
 namespace {
 
@@ -20,17 +21,17 @@ using Vec = std::vector<double>;
 
 class Reference {
  public:
-  explicit Reference(const TinyModel& m) : m_(m), c_(m.config) {}
+  explicit Reference(const TinyModel& m) : m_(m) {}
 
   // Logits [T, vocab] of a sequence, every position recomputed from scratch.
   std::vector<Vec> logits(const std::vector<int>& tokens) {
     std::vector<Vec> x;
     for (int t : tokens) x.push_back(row(at("embed_tokens.weight"), t));
-    for (int l = 0; l < c_["n_layers"]; l++) {
+    for (int l = 0; l < m_.integer("n_layers"); l++) {
       const std::string name = "layers." + std::to_string(l) + ".";
       std::vector<Vec> h;
       for (const Vec& v : x) h.push_back(rms(v, name + "attention_norm.weight"));
-      const std::vector<Vec> o = c_["attention"] == "mla" ? mla(h, name, l) : gqa(h, name, l);
+      const std::vector<Vec> o = *m_.config.at("attention").string() == "mla" ? mla(h, name, l) : gqa(h, name, l);
       for (size_t t = 0; t < x.size(); t++) add(x[t], times(name + "o_proj", o[t]));
       for (Vec& v : x) add(v, mlp(rms(v, name + "mlp_norm.weight"), name, l));
     }
@@ -64,7 +65,7 @@ class Reference {
     return y;
   }
   Vec rms(Vec x, const std::string& weight) const {
-    const double factor = 1 / std::sqrt(dot(x, x) / static_cast<double>(x.size()) + c_["norm_eps"].get<double>());
+    const double factor = 1 / std::sqrt(dot(x, x) / static_cast<double>(x.size()) + m_.number("norm_eps"));
     for (size_t i = 0; i < x.size(); i++) x[i] *= factor * static_cast<double>(at(weight).data[i]);
     return x;
   }
@@ -81,10 +82,10 @@ class Reference {
   }
   // softmax(q . k[first .. t]) v[first .. t]
   Vec attend(const Vec& q, const std::vector<Vec>& k, const std::vector<Vec>& v, size_t t, int layer) const {
-    const int window = c_["window"][static_cast<size_t>(layer)];
+    const int window = m_.integer("window", layer);
     const size_t first = window > 0 && t + 1 > static_cast<size_t>(window) ? t + 1 - static_cast<size_t>(window) : 0;
     Vec s, out(v[0].size(), 0.0);
-    for (size_t j = first; j <= t; j++) s.push_back(dot(q, k[j]) * c_["attention_scale"].get<double>());
+    for (size_t j = first; j <= t; j++) s.push_back(dot(q, k[j]) * m_.number("attention_scale"));
     const double m = *std::max_element(s.begin(), s.end());
     double total = 0;
     for (double& e : s) total += e = std::exp(e - m);
@@ -93,7 +94,7 @@ class Reference {
     return out;
   }
   std::vector<Vec> gqa(const std::vector<Vec>& h, const std::string& name, int layer) const {
-    const int H = c_["n_heads"], G = c_["n_kv_heads"], d = c_["head_dim"];
+    const int H = m_.integer("n_heads"), G = m_.integer("n_kv_heads"), d = m_.integer("head_dim");
     std::vector<Vec> out(h.size());
     for (int head = 0; head < H; head++) {
       const int g = head / (H / G);
@@ -112,8 +113,8 @@ class Reference {
   }
   // Keys and values rebuilt for every head from the latent, as DeepSeek V2 section 2.1 writes it.
   std::vector<Vec> mla(const std::vector<Vec>& h, const std::string& name, int layer) const {
-    const int H = c_["n_heads"], r = c_["kv_lora_rank"], nope = c_["qk_nope_head_dim"], p = c_["qk_rope_head_dim"],
-              v_dim = c_["v_head_dim"];
+    const int H = m_.integer("n_heads"), r = m_.integer("kv_lora_rank"), nope = m_.integer("qk_nope_head_dim"),
+              p = m_.integer("qk_rope_head_dim"), v_dim = m_.integer("v_head_dim");
     std::vector<Vec> out(h.size());
     for (int head = 0; head < H; head++) {
       std::vector<Vec> k, v;
@@ -139,9 +140,9 @@ class Reference {
     return up;
   }
   Vec mlp(const Vec& h, const std::string& name, int layer) const {
-    if (!c_.contains("moe_layers") || c_["moe_layers"][static_cast<size_t>(layer)] == 0)
+    if (!m_.config.contains("moe_layers") || m_.integer("moe_layers", layer) == 0)
       return times(name + "down_proj", gated(times(name + "gate_proj", h), times(name + "up_proj", h)));
-    const int E = c_["n_routed_experts"], k = c_["num_experts_per_tok"];
+    const int E = m_.integer("n_routed_experts"), k = m_.integer("num_experts_per_tok");
     Vec scores = times(name + "router", h);
     const double m = *std::max_element(scores.begin(), scores.end());
     double total = 0;
@@ -161,7 +162,7 @@ class Reference {
         return times(w, x, e * w.shape[1], w.shape[1]);
       };
       Vec out = expert("down_proj", gated(expert("gate_proj", h), expert("up_proj", h)));
-      const double weight = scores[static_cast<size_t>(e)] / chosen * c_["routed_scaling_factor"].get<double>();
+      const double weight = scores[static_cast<size_t>(e)] / chosen * m_.number("routed_scaling_factor");
       for (double& o : out) o *= weight;
       add(y, out);
     }
@@ -169,67 +170,36 @@ class Reference {
   }
 
   const TinyModel& m_;
-  const nlohmann::json& c_;
 };
 
 // --- the code under test, driven by a schedule -----------------------------------------------------------------------
 
-struct Piece {
+struct Next {
   int sequence, n;  // the next n tokens of the sequence
 };
-using Schedule = std::vector<std::vector<Piece>>;  // steps
+using Schedule = std::vector<std::vector<Next>>;  // steps
 
 constexpr int CONTEXT = 40;
 
 using Logits = std::vector<std::vector<float>>;  // of each sequence [T, vocab_size]
 
-int blocks_per_sequence(int block_size) {
-  return (CONTEXT + block_size - 1) / block_size;
-}
-
-// Runs the schedule and returns the logits of every position of every sequence. Blocks are dealt in a shuffled order.
-Logits run_schedule(const std::function<float*(const Batch&)>& forward, int block_size, const Model& model,
+// Runs the schedule and returns the logits of every position of every sequence.
+Logits run_schedule(const std::function<const float*(const Batch&)>& forward, Batches& batches,
                     const std::vector<std::vector<int>>& sequences, const Schedule& schedule) {
-  const int S = static_cast<int>(sequences.size()), per_sequence = blocks_per_sequence(block_size);
-  std::vector<int> blocks;
-  for (int b = 0; b < S * per_sequence; b++) blocks.push_back(b);
-  std::shuffle(blocks.begin(), blocks.end(), std::mt19937(1));
-  std::vector<int> done(sequences.size(), 0);
+  std::vector<int> done(sequences.size());
   Logits out(sequences.size());
-  const auto vocab = static_cast<size_t>(model.config.vocab_size);
   for (const auto& step : schedule) {
-    std::vector<int> tokens, positions, query_start = {0}, context_len, table, slots, logit_rows;
-    for (const Piece& piece : step) {
-      const auto s = static_cast<size_t>(piece.sequence);
-      const int* row = blocks.data() + piece.sequence * per_sequence;
-      for (int i = 0; i < piece.n; i++) {
-        const int position = done[s] + i;
-        logit_rows.push_back(static_cast<int>(tokens.size()));
-        tokens.push_back(sequences[s][static_cast<size_t>(position)]);
-        positions.push_back(position);
-        slots.push_back(row[position / block_size] * block_size + position % block_size);
-      }
-      done[s] += piece.n;
-      query_start.push_back(static_cast<int>(tokens.size()));
-      context_len.push_back(done[s]);
-      for (int b = 0; b < per_sequence; b++) table.push_back(b * block_size < done[s] ? row[b] : INT32_MIN);
+    std::vector<Piece> pieces;
+    for (const Next& next : step) {
+      int& first = done[static_cast<size_t>(next.sequence)];
+      pieces.push_back({next.sequence, first, next.n});
+      first += next.n;
     }
-    Batch batch;
-    batch.n_tokens = batch.n_logits = static_cast<int>(tokens.size());
-    batch.n_sequences = static_cast<int>(step.size());
-    batch.tokens = tokens.data();
-    batch.positions = positions.data();
-    batch.query_start = query_start.data();
-    batch.context_len = context_len.data();
-    batch.block_table = table.data();
-    batch.max_blocks = per_sequence;
-    batch.slot_mapping = slots.data();
-    batch.logit_rows = logit_rows.data();
-    const float* logits = forward(batch);
-    for (const Piece& piece : step) {
+    const float* logits = forward(batches.batch(pieces, sequences));
+    for (const Piece& piece : pieces) {
       auto& to = out[static_cast<size_t>(piece.sequence)];
-      to.insert(to.end(), logits, logits + static_cast<size_t>(piece.n) * vocab);
-      logits += static_cast<size_t>(piece.n) * vocab;
+      to.insert(to.end(), logits, logits + piece.n * TINY_VOCAB);
+      logits += piece.n * TINY_VOCAB;
     }
   }
   return out;
@@ -237,17 +207,15 @@ Logits run_schedule(const std::function<float*(const Batch&)>& forward, int bloc
 
 template <class T, int Block>
 Logits run(const Model& model, const std::vector<std::vector<int>>& sequences, const Schedule& schedule,
-           MlaForm form = MlaForm::automatic) {
-  const int S = static_cast<int>(sequences.size()), block_size = Block ? Block : CONTEXT;
-  T transformer(model, {S * CONTEXT, S, S * CONTEXT, CONTEXT, S * blocks_per_sequence(block_size), form});
-  return run_schedule([&](const Batch& b) { return transformer.forward(b); }, block_size, model, sequences, schedule);
-}
-
-std::vector<int> random_tokens(int n, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<int> tokens;
-  for (int i = 0; i < n; i++) tokens.push_back(static_cast<int>(random() % 50));
-  return tokens;
+           MlaForm form = MlaForm::automatic, int n_threads = 2) {
+  const int S = static_cast<int>(sequences.size());
+  Batches batches(S, CONTEXT, Block);
+  const Limits limits{S * CONTEXT, S, S * CONTEXT, CONTEXT, batches.n_blocks(), n_threads, form};
+  T transformer(model, limits);
+  EXPECT_EQ(transformer.taken().kv, T::bytes(model, limits).kv) << "what was planned is what is taken";
+  EXPECT_EQ(transformer.taken().activations, T::bytes(model, limits).activations);
+  const auto forward = [&](const Batch& b) { return transformer.forward(b, test_threads(), n_threads); };
+  return run_schedule(forward, batches, sequences, schedule);
 }
 
 // Largest difference to the reference, relative to the largest logit.
@@ -285,11 +253,10 @@ double tolerance<KvQ8>() {
 }
 
 struct Case {
-  TemporaryFile file;
   Model model;
   std::vector<std::vector<int>> sequences;
   std::vector<std::vector<Vec>> reference;
-  explicit Case(const TinyModel& tiny) : file(tiny.bytes()), model(load_model(file.path())) {
+  explicit Case(const TinyModel& tiny) : model(load(tiny)) {
     Reference r(tiny);
     for (const int n : {21, 9}) {
       sequences.push_back(random_tokens(n, static_cast<unsigned>(n)));
@@ -300,21 +267,21 @@ struct Case {
 
 template <class Attention>
 const Case& the_case() {
-  static const Case c(tiny_model(name(Attention::variant), true, 7));
+  static const Case c(tiny_model(Attention::name, true, 7));
   return c;
 }
 
-using RunCase = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm);
+using RunCase = Logits (*)(const Model&, const std::vector<std::vector<int>>&, const Schedule&, MlaForm, int);
 
 void check(const Case& c, RunCase run_case, double tolerated) {
   for (const MlaForm form : {MlaForm::absorbed, MlaForm::expanded}) {
-    const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form);
+    const Logits whole = run_case(c.model, c.sequences, {{{0, 21}}, {{1, 9}}}, form, 2);
     EXPECT_LT(error(whole[0], c.reference[0]), tolerated);
     EXPECT_LT(error(whole[1], c.reference[1]), tolerated);
     // Prompt chunks and decode tokens, alone or mixed, in both orders.
     const Schedule mixed = {{{0, 5}}, {{1, 1}, {0, 7}}, {{0, 1}, {1, 4}}, {{1, 1}, {0, 1}}, {{0, 7}, {1, 3}}};
-    EXPECT_EQ(whole, run_case(c.model, c.sequences, mixed, form));
-    if (c.model.config.attention != Variant::mla) break;
+    EXPECT_EQ(whole, run_case(c.model, c.sequences, mixed, form, 3));
+    if (c.model.config.attention != "mla") break;
   }
 }
 
@@ -343,14 +310,9 @@ void check_threads() {
   using T = Transformer<Attention, Flash, KvF16, 16>;
   const Case& c = the_case<Attention>();
   const Schedule schedule = {{{0, 20}, {1, 8}}, {{0, 1}, {1, 1}}};
-  const int before = omp_get_max_threads();
-  omp_set_num_threads(1);
-  const auto one = run<T, 16>(c.model, c.sequences, schedule);
-  for (const int threads : {2, 3}) {
-    omp_set_num_threads(threads);
-    EXPECT_EQ(one, (run<T, 16>(c.model, c.sequences, schedule))) << threads << " threads";
-  }
-  omp_set_num_threads(before);
+  const auto one = run<T, 16>(c.model, c.sequences, schedule, MlaForm::automatic, 1);
+  for (const int threads : {2, 3})
+    EXPECT_EQ(one, (run<T, 16>(c.model, c.sequences, schedule, MlaForm::automatic, threads))) << threads << " threads";
 }
 
 TEST(Transformer, ThreadsDoNotChangeABit) {
@@ -374,7 +336,7 @@ TEST(Transformer, MlaFormsShareABatch) {
   const Schedule schedule = {{{1, 8}}, {{0, 20}, {1, 1}}, {{0, 1}}};
   const RunCase runs[] = {run<Transformer<Mla, Naive, KvF32, 16>, 16>, run<Transformer<Mla, Flash, KvF32, 16>, 16>};
   for (const RunCase run_case : runs) {
-    const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic);
+    const Logits logits = run_case(c.model, c.sequences, schedule, MlaForm::automatic, 2);
     EXPECT_LT(error(logits[0], c.reference[0]), tolerance<KvF32>());
     EXPECT_LT(error(logits[1], c.reference[1]), tolerance<KvF32>());
   }
@@ -383,9 +345,9 @@ TEST(Transformer, MlaFormsShareABatch) {
 // The tiny MLA model with latents of r + p elements, each about `size` large; W_UK and W_UV undo the size.
 TinyModel mla_model(int r, int p, float size) {
   TinyModel m = tiny_model("mla", false, 13);
-  const int dim = m.config["dim"], heads = m.config["n_heads"], nope = m.config["qk_nope_head_dim"],
-            v = m.config["v_head_dim"];
-  m.config.update({{"kv_lora_rank", r}, {"qk_rope_head_dim", p}});
+  const int dim = m.integer("dim"), heads = m.integer("n_heads"), nope = m.integer("qk_nope_head_dim"),
+            v = m.integer("v_head_dim");
+  m.set({{"kv_lora_rank", r}, {"qk_rope_head_dim", p}});
   const auto deviation = [](int k) { return 1 / std::sqrt(static_cast<float>(k)); };
   m.add("rope.0.inv_freq", {p / 2}, 0.2f, 0.5f);
   for (const std::string at : {"layers.0.", "layers.1."}) {
@@ -419,9 +381,14 @@ TEST(Transformer, MlaWithLatentsOfTenThousand) {
   check(c, run<Transformer<Mla, Flash, KvQ8, 16>, 16>, tolerance<KvQ8>());
 }
 
+TEST(Transformer, ATeamLargerThanPlannedIsRefused) {
+  Transformer<Gqa, Flash, KvF16, 16> transformer(the_case<Gqa>().model, {8, 1, 1, 8, 1, 1, MlaForm::automatic});
+  EXPECT_THROW(transformer.forward(Batch(), test_threads(), 2), Error);
+}
+
 TEST(Transformer, RefusesAnotherVariant) {
   const Case& c = the_case<Gqa>();
-  const Limits limits{8, 1, 1, 8, 1, MlaForm::automatic};
+  const Limits limits{8, 1, 1, 8, 1, 1, MlaForm::automatic};
   try {
     Transformer<Mla, Flash, KvF32, 0> t(c.model, limits);
     FAIL() << "a GQA model was taken by an MLA build";

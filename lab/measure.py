@@ -1,6 +1,6 @@
-"""The benchmark: prints tables with ratios and writes lab/results/DATE-TIME.json.
+"""Measurements: prints tables with ratios and writes lab/results/DATE-TIME.json.
 
-usage: bench.py PART ... --models MODEL.gguf ... [--rounds N] [--programs PROGRAM ...]     (make bench calls it)
+usage: measure.py PART ... --models MODEL.gguf ... [--rounds N] [--programs PROGRAM ...]     (make measure calls it)
 
 Each round runs every side in turn, so that a machine that slows down slows all; figures are medians of the rounds.
 kernels and paging need their programs; speed takes all models, paging and variants the first. See the parts' own files.
@@ -13,7 +13,7 @@ import re
 import time
 from pathlib import Path
 
-import kernels
+import kernel_speed
 import paging
 import speed
 import variants
@@ -37,7 +37,7 @@ def machine() -> dict:
 
 def measure(part: str, options: argparse.Namespace) -> dict:
     if part == "kernels":
-        return kernels.measure([options.programs[name] for name in kernels.PROGRAMS])
+        return kernel_speed.measure([options.programs[name] for name in kernel_speed.PROGRAMS])
     if part == "speed":
         return {gguf.stem: speed.measure(gguf, options.rounds) for gguf in options.models}
     if part == "paging":

@@ -1,0 +1,683 @@
+// flash.cpp: online softmax over tiles of the context, so that a K or V row is read once for all the query rows that
+// need it (FlashAttention, arXiv 2205.14135).
+//
+// Decode is bound by the bytes of the cache: rows go from the cache into the product as they lie, widened in registers,
+// while the next tile's lines are on their way. Prompts and MLA are bound by multiply-adds: both products run in panels
+// that stay in registers (gemm.h). The context is cut into splits of a fixed size, worked on apart and merged in order
+// of position, so no bit depends on who computed what.
+//
+//     split        ATTENTION_SPLIT tokens of the context: the unit of work, and of merging
+//     tile         TILE tokens of a split, whose scores are computed at a time
+//     query tile   query rows (tokens x heads of a group) that read the same K and V rows
+//     strip        STRIP elements of a tile's rows
+//     bundle       BUNDLE tokens whose rows lie together in the cache (kv_cpu.h)
+#include <cfloat>
+#include <cmath>
+
+#include "attention.h"
+#include "kernels/build.h"
+#include "kernels/gemm.h"
+#include "kernels/kv_cpu.h"
+
+namespace {
+
+using simd::F32;
+using simd::LANES;
+
+constexpr int SPLIT = ATTENTION_SPLIT;
+constexpr int TILE = 64;
+constexpr int QUERY_TILE = 64;  // rows, or those of one token where its group has more
+constexpr int STRIP = 64;       // TILE x STRIP floats, 16 KB, stay in the first cache
+static_assert(SPLIT % TILE == 0 && TILE % LANES == 0 && STRIP % LANES == 0);
+
+constexpr float NONE = -FLT_MAX;  // the maximum of no scores: finite, so that NONE - NONE is 0
+
+constexpr size_t to_size(int n) {
+  return static_cast<size_t>(n);
+}
+constexpr int round_up(int n, int to) {
+  return (n + to - 1) / to * to;
+}
+
+// --- one split -------------------------------------------------------------------------------------------------------
+
+// Some tokens of a sequence, times the heads of a KV head's group: row i is token first_token + i / group, head
+// kv_head * group + i % group.
+struct QueryTile {
+  const Batch& batch;
+  const AttentionShape& shape;
+  int sequence, kv_head, first_token, n_tokens;
+
+  int group() const { return shape.n_heads / shape.n_kv_heads; }
+  int n_rows() const { return n_tokens * group(); }
+  int head(int row) const { return kv_head * group() + row % group(); }
+  // Of the row in an array [T, n_heads].
+  size_t index(int row) const { return to_size((first_token + row / group()) * shape.n_heads + head(row)); }
+  int position(int row) const { return batch.positions[first_token + row / group()]; }
+  int first_seen(int row) const { return shape.window > 0 ? std::max(0, position(row) - shape.window + 1) : 0; }
+  // What its rows see is within begin .. end - 1, in splits first_split .. last_split - 1.
+  int begin() const { return first_seen(0); }
+  int end() const { return position(n_rows() - 1) + 1; }
+  int first_split() const { return begin() / SPLIT; }
+  int last_split() const { return (end() + SPLIT - 1) / SPLIT; }
+};
+
+// The columns (tokens) of a tile that a row sees: from .. to - 1.
+struct Mask {
+  const QueryTile& queries;
+  int start;  // position of column 0
+  int to(int row) const { return std::clamp(queries.position(row) + 1 - start, 0, TILE); }
+  int from(int row) const { return std::clamp(queries.first_seen(row) - start, 0, to(row)); }
+  int registers(int row) const { return (to(row) + LANES - 1) / LANES; }
+};
+
+// Attention of a query tile over one split, not yet divided by the sum.
+struct Partial {
+  float* max;  // [rows] largest score; NONE: none was seen
+  float* sum;  // [rows] of e^(score - max)
+  float* acc;  // [rows, v_pad] sum of e^(score - max) V
+};
+
+// Row widths, rounded up to whole registers, and the rows of a query tile, to whole cache lines of floats.
+struct Widths {
+  size_t k_pad, v_pad, rows;
+  explicit Widths(const AttentionShape& shape);
+};
+
+// One thread's scratch memory.
+struct Scratch {
+  float* q;         // [rows, k_pad] the queries times scale; token-major keys: [k_pad, rows]
+  float* scores;    // [rows, TILE], then e^(score - max)
+  float* scores_t;  // [TILE, rows] what token-major keys give
+  float* sums;      // [rows, LANES] the denominators: a lane sums each LANES-th token
+  float* rescale;   // [max(rows, TILE)] factor of what was summed before
+  float* strip;     // [TILE, STRIP] a strip of the tile's K or V rows
+  Partial partial;
+  Scratch(Arena& arena, const AttentionShape& shape);
+};
+
+// A tile of the context at work. Rows: where K and V rows come from, see below.
+template <class Rows>
+struct TileRows;
+template <class Rows>
+struct Tile {
+  const TileRows<Rows>&now, &next;  // where its rows lie; and those of the next tile, to be prefetched
+  const Mask mask;
+  const int first, last;  // some row sees columns first .. last - 1
+};
+template <class Rows>
+void score_bundles(const Tile<Rows>& tile, const Scratch& s);
+template <class Rows>
+void score_rows(const Tile<Rows>& tile, const Scratch& s);
+void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out);
+template <class Rows>
+void add_values(const Tile<Rows>& tile, const float* rescale, const Scratch& s, const Partial& out);
+
+// out = attention of the query tile over split `split`, from nothing. s.q holds its queries.
+template <class Rows>
+void attend_split(const Rows& rows, const QueryTile& queries, int split, const Scratch& s, const Partial& out) {
+  const int n_rows = queries.n_rows(), begin = queries.begin();
+  const int end = std::min(queries.end(), (split + 1) * SPLIT), rows_end = rows.end(queries.end());
+  TileRows<Rows> places[2];
+  const auto find = [&](int at, TileRows<Rows>& to) {
+    to.find(rows, queries.shape, at, std::max(begin, at), std::min(rows_end, at + TILE));
+  };
+  std::fill_n(out.max, n_rows, NONE);
+  std::fill_n(s.sums, n_rows * LANES, 0.0f);
+  int at = std::max(split * SPLIT, begin / TILE * TILE);
+  find(at, places[0]);
+  for (bool odd = false, begun = false; at < end; at += TILE, odd = !odd, begun = true) {
+    const bool more = at + TILE < rows_end;  // the next split's first tile included
+    if (more) find(at + TILE, places[!odd]);
+    const Tile<Rows> tile{
+        places[odd], places[more ? !odd : odd], {queries, at}, std::max(begin - at, 0), std::min(end - at, TILE)};
+    rows.k_major() ? score_bundles(tile, s) : score_rows(tile, s);
+    softmax_tile(tile.mask, s, out);
+    add_values(tile, begun ? s.rescale : nullptr, s, out);
+  }
+  for (int row = 0; row < n_rows; row++) out.sum[row] = simd::sum(simd::load(s.sums + row * LANES));
+}
+
+// --- one split: scores -----------------------------------------------------------------------------------------------
+
+// Into the second cache: there are too few places for lines on their way to the first. Worth it a few at a time between
+// other work; many at once stall.
+inline void prefetch(const std::byte* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// The bundles of the tile at position `start`. Only those of tokens first .. last - 1 may be read: the entries around
+// them repeat the nearest.
+template <class Rows>
+struct TileRows {
+  static constexpr int BUNDLE = Rows::BUNDLE;
+  const std::byte *k_bundles[TILE / BUNDLE], *v_bundles[TILE / BUNDLE];
+  size_t k_stride, v_stride;
+  const std::byte* k(size_t i) const { return k_bundles[i / BUNDLE] + i % BUNDLE * k_stride; }  // of the tile's token i
+  const std::byte* v(size_t i) const { return v_bundles[i / BUNDLE] + i % BUNDLE * v_stride; }
+
+  void find(const Rows& rows, const AttentionShape& shape, int start, int first, int last) {
+    const int begin = (first - start) / BUNDLE, end = (last - start + BUNDLE - 1) / BUNDLE;
+    for (int i = begin; i < end; i++) {
+      k_bundles[i] = rows.k(start + i * BUNDLE);
+      v_bundles[i] = shape.v_is_k ? k_bundles[i] : rows.v(start + i * BUNDLE);
+    }
+    for (const std::byte** bundles : {k_bundles, v_bundles}) {
+      std::fill(bundles, bundles + begin, bundles[begin]);
+      std::fill(bundles + end, bundles + TILE / BUNDLE, bundles[end - 1]);
+    }
+    k_stride = rows.k_bytes();
+    v_stride = shape.v_is_k ? k_stride : rows.v_bytes();
+  }
+};
+
+// Columns of a product: the k-major bundles as they are; those of `next` are prefetched.
+template <class Rows>
+struct KeyColumns {
+  using Kv = typename Rows::KvType;
+  const TileRows<Rows>&now, &next;
+  int dim;
+  F32 operator()(size_t p, int j) const {
+    const int column = j * LANES, bundle = column / KEY_LANES, lane = column % KEY_LANES, d = static_cast<int>(p);
+    prefetch(next.k_bundles[bundle] + Kv::row_bytes(d * KEY_LANES + lane));
+    return Codec<Kv>::keys(now.k_bundles[bundle], dim, d, lane);
+  }
+};
+
+// k-major keys: a register holds a query row's scores of LANES tokens.
+template <class Rows>
+void score_bundles(const Tile<Rows>& tile, const Scratch& s) {
+  const Mask& mask = tile.mask;
+  const AttentionShape& shape = mask.queries.shape;
+  const KeyColumns<Rows> keys{tile.now, tile.next, shape.k_dim};
+  const auto registers = [&](int row) { return std::min(mask.registers(row), (tile.last + LANES - 1) / LANES); };
+  const auto depth = [&](int) { return shape.k_dim; };
+  gemm::product(s.q, Widths(shape).k_pad, mask.queries.n_rows(), keys, registers, depth, nullptr, s.scores, TILE);
+}
+
+// Elements first .. last - 1 of a row; those of the row `next` are prefetched, unless it is null.
+template <class Kv>
+void load_strip(const std::byte* row, const std::byte* next, int dim, int first, int last, float* x) {
+  for (size_t at = Kv::row_bytes(first); next && at < Kv::row_bytes(last); at += 64) prefetch(next + at);
+  load_row<Kv>(row, dim, first, last, x);
+}
+
+// Token-major keys: a register holds a token's scores of LANES query rows.
+template <class Rows>
+void score_rows(const Tile<Rows>& tile, const Scratch& s) {
+  const QueryTile& queries = tile.mask.queries;
+  const int k_dim = queries.shape.k_dim, n_rows = queries.n_rows(), first = tile.first, last = tile.last;
+  const size_t stride = Widths(queries.shape).rows;
+  const auto registers = [&](int) { return (n_rows + LANES - 1) / LANES; };
+  std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
+  for (int strip = 0; strip < k_dim; strip += STRIP) {
+    const int end = std::min(k_dim, strip + STRIP);
+    for (int i = first; i < last; i++)
+      load_strip<typename Rows::KvType>(tile.now.k(to_size(i)), tile.next.k(to_size(i)), k_dim, strip, end,
+                                        s.strip + (i - first) * STRIP);
+    const gemm::PlainColumns q{s.q + to_size(strip) * stride, stride};
+    const auto depth = [&](int) { return end - strip; };
+    gemm::product(s.strip, STRIP, last - first, q, registers, depth, strip > 0 ? s.rescale : nullptr,
+                  s.scores_t + to_size(first) * stride, stride);
+  }
+  for (int column = first / LANES * LANES; column < last; column += LANES) {
+    const float* from[LANES];
+    for (int i = 0; i < LANES; i++) from[i] = s.scores_t + to_size(column + i) * stride;
+    for (int row = 0; row < n_rows; row += 8) {
+      F32 scores[8];
+      simd::columns(from, row, scores);
+      for (int i = 0; i < 8; i++) simd::store(s.scores + (row + i) * TILE + column, scores[i]);
+    }
+  }
+}
+
+// --- one split: the softmax of a tile --------------------------------------------------------------------------------
+
+// s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
+void cap_scores(float* s, int n, float cap) {
+  const F32 factor = simd::set(2 / cap), most = simd::set(80);
+  for (int i = 0; i < n; i += LANES)
+    simd::store(s + i, simd::exp(simd::min(simd::mul(simd::load(s + i), factor), most)));
+  for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
+}
+
+// The rows' scores become e^(score - maximum), 0 in the columns that the row does not see; maxima and sums move on. A
+// row that sees nothing of the tile keeps its state: its rescale is 1.
+void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out) {
+  const float cap = mask.queries.shape.softcap;
+  const int n_rows = mask.queries.n_rows();
+  for (int row = 0; row < n_rows; row++) {
+    float* score = s.scores + row * TILE;
+    const int n = mask.registers(row) * LANES;
+    if (cap > 0) cap_scores(score, n, cap);
+    std::fill(score, score + mask.from(row), NONE);
+    std::fill(score + mask.to(row), score + n, NONE);
+    F32 m = simd::set(NONE);
+    for (int i = 0; i < n; i += LANES) m = simd::max(m, simd::load(score + i));
+    s.rescale[row] = out.max[row];
+    out.max[row] = std::max(out.max[row], simd::largest(m));
+  }
+  for (int row = 0; row < n_rows; row += LANES)
+    simd::store(s.rescale + row, simd::exp(simd::sub(simd::load(s.rescale + row), simd::load(out.max + row))));
+  for (int row = 0; row < n_rows; row++) {
+    float *score = s.scores + row * TILE, *sums = s.sums + row * LANES;
+    const int n = mask.registers(row) * LANES;
+    const F32 m = simd::set(out.max[row]);
+    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::sub(simd::load(score + i), m)));
+    std::fill(score, score + mask.from(row), 0.0f);
+    std::fill(score + mask.to(row), score + TILE, 0.0f);
+    F32 sum = simd::mul(simd::load(sums), simd::set(s.rescale[row]));
+    for (int i = 0; i < n; i += LANES) sum = simd::add(sum, simd::load(score + i));
+    simd::store(sums, sum);
+  }
+}
+
+// --- one split: values -----------------------------------------------------------------------------------------------
+
+// Columns of a product: V rows as they are, from the tile's row `first` on; those of `next` are prefetched.
+template <class Rows>
+struct ValueColumns {
+  using Kv = typename Rows::KvType;
+  const TileRows<Rows>&now, &next;
+  size_t first;
+  int dim;
+  F32 operator()(size_t p, int j) const {
+    prefetch(next.v(first + p) + Kv::row_bytes(j * LANES));
+    return Codec<Kv>::lanes(now.v(first + p), dim, j * LANES);
+  }
+};
+
+// acc = rescale * acc + weights V. V goes straight from the cache into the product, again for every panel of rows:
+// widening keeps other ports busy than fma does. Rows that are not whole registers are expanded first.
+template <class Rows>
+void add_values(const Tile<Rows>& tile, const float* rescale, const Scratch& s, const Partial& out) {
+  const Mask& mask = tile.mask;
+  const AttentionShape& shape = mask.queries.shape;
+  const size_t v_pad = Widths(shape).v_pad;
+  const int n_rows = mask.queries.n_rows(), first = tile.first, dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
+  const auto depth = [&](int row) { return std::max(0, mask.to(row) - first); };
+  const float* weights = s.scores + first;
+  if (shape.v_dim % LANES == 0) {
+    const ValueColumns<Rows> v{tile.now, tile.next, to_size(first), dim};
+    const auto registers = [&](int) { return shape.v_dim / LANES; };
+    return gemm::product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, v_pad);
+  }
+  for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
+    const int end = std::min(shape.v_dim, strip + STRIP);
+    for (int i = first; i < tile.last; i++)
+      load_strip<typename Rows::KvType>(tile.now.v(to_size(i)), shape.v_is_k ? nullptr : tile.next.v(to_size(i)), dim,
+                                        strip, end, s.strip + (i - first) * STRIP);
+    const auto registers = [&](int) { return (end - strip + LANES - 1) / LANES; };
+    gemm::product(weights, TILE, n_rows, gemm::PlainColumns{s.strip, STRIP}, registers, depth, rescale, out.acc + strip,
+                  v_pad);
+  }
+}
+
+// --- one split: what goes in: rows and queries -----------------------------------------------------------------------
+
+// A source of rows for one KV head of one sequence: KvType, BUNDLE, k_major, and addresses of tokens. k and v of a
+// multiple of BUNDLE are the first rows of a bundle; `end` is how far there are rows of a context of n tokens.
+
+// Out of the cache.
+template <class Kv, int Block>
+struct CacheRows : HeadRows<Kv, Block> {
+  using KvType = Kv;
+  using Head = HeadRows<Kv, Block>;
+  const int* blocks;  // the sequence's row of block_table
+
+  CacheRows(const CacheView<Kv, Block>& view, int layer, const QueryTile& queries)
+      : Head(view, layer, queries.kv_head),
+        blocks(queries.batch.block_table + to_size(queries.sequence) * to_size(queries.batch.max_blocks)) {}
+
+  static int end(int n) { return n; }
+  const std::byte* k(int token) const { return Head::k(block(token), slot(token)); }
+  const std::byte* v(int token) const { return Head::v(block(token), slot(token)); }
+
+ private:
+  static int slot(int token) { return Block ? token % std::max(Block, 1) : token; }
+  int block(int token) const { return blocks[Block ? token / std::max(Block, 1) : 0]; }
+};
+
+// One head of PlainRows, as bytes.
+struct PlainHead {
+  using KvType = KvF32;
+  static constexpr int BUNDLE = KEY_LANES;
+  const PlainRows& rows;
+  const AttentionShape& shape;
+  int kv_head;
+
+  int end(int n) const { return std::min(n, rows.first + rows.n); }
+  static constexpr bool k_major() { return false; }
+  const std::byte* k(int token) const { return at(rows.k, k_bytes(), shape.k_dim, token); }
+  const std::byte* v(int token) const { return at(rows.v, v_bytes(), shape.v_dim, token); }
+  size_t k_bytes() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.k_dim); }
+  size_t v_bytes() const { return sizeof(float) * to_size(shape.n_kv_heads) * to_size(shape.v_dim); }
+
+ private:
+  const std::byte* at(const float* x, size_t stride, int dim, int token) const {
+    return reinterpret_cast<const std::byte*>(x) + to_size(token - rows.first) * stride +
+           sizeof(float) * to_size(kv_head) * to_size(dim);
+  }
+};
+
+const float* query_row(const float* q, const QueryTile& queries, int row) {
+  return q + queries.index(row) * to_size(queries.shape.k_dim);
+}
+
+// The query rows times scale, one after the other.
+void load_query_rows(const float* q, const QueryTile& queries, const Scratch& s) {
+  const AttentionShape& shape = queries.shape;
+  const size_t k_pad = Widths(shape).k_pad;
+  for (int row = 0; row < queries.n_rows(); row++) {
+    const float* from = query_row(q, queries, row);
+    for (int i = 0; i < shape.k_dim; i++) s.q[to_size(row) * k_pad + to_size(i)] = from[i] * shape.scale;
+  }
+}
+
+// The same, transposed; the last row fills the last register.
+void load_query_columns(const float* q, const QueryTile& queries, const Scratch& s) {
+  const AttentionShape& shape = queries.shape;
+  const size_t rows = Widths(shape).rows;
+  const int last = queries.n_rows() - 1;
+  for (int first = 0; first <= last; first += LANES) {
+    const float* from[LANES];
+    for (int i = 0; i < LANES; i++) from[i] = query_row(q, queries, std::min(first + i, last));
+    float* to = s.q + first;
+    int d = 0;
+    for (; d + 8 <= shape.k_dim; d += 8) {
+      F32 column[8];
+      simd::columns(from, d, column);
+      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, simd::mul(column[i], simd::set(shape.scale)));
+    }
+    for (; d < shape.k_dim; d++)
+      for (int i = 0; i < LANES; i++) to[to_size(d) * rows + to_size(i)] = from[i][d] * shape.scale;
+  }
+}
+
+void load_queries(const float* q, const QueryTile& queries, bool k_major, const Scratch& s) {
+  k_major ? load_query_rows(q, queries, s) : load_query_columns(q, queries, s);
+}
+
+// --- merging ---------------------------------------------------------------------------------------------------------
+
+float exp_of(float x) {
+  float lanes[LANES];
+  simd::store(lanes, simd::exp(simd::set(x)));
+  return lanes[0];
+}
+
+// What a query row has gathered of its splits.
+struct RowState {
+  float &max, &sum;
+  float* out;  // [v_dim]
+  int v_dim;
+  const float* sink;  // its head's; null: none
+
+  void start() const {
+    max = NONE;
+    sum = 0;
+    std::fill_n(out, v_dim, 0.0f);
+  }
+
+  // A partial result of nothing, or the first after nothing, changes the other one in no bit.
+  void merge(const Partial& from, int row, size_t v_pad) const {
+    const float m = std::max(max, from.max[row]);
+    const float old_factor = exp_of(max - m), new_factor = exp_of(from.max[row] - m);
+    const float* acc = from.acc + to_size(row) * v_pad;
+    max = m;
+    sum = sum * old_factor + from.sum[row] * new_factor;
+    for (int i = 0; i < v_dim; i++) out[i] = out[i] * old_factor + acc[i] * new_factor;
+  }
+
+  // The sink joins as one more split, without a value. + 0: a sum of nothing but underflows may be -0 or +0, depending
+  // on how many masked tokens follow it.
+  void finish() const {
+    float old_factor = 1;
+    if (sink) {
+      const float m = std::max(max, *sink);
+      old_factor = exp_of(max - m);
+      sum = sum * old_factor + exp_of(*sink - m);
+    }
+    const float factor = sum > 0 ? old_factor / sum : 0;
+    for (int i = 0; i < v_dim; i++) out[i] = out[i] * factor + 0.0f;
+  }
+};
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+int tokens_per_query_tile(const AttentionShape& shape) {
+  return std::max(1, QUERY_TILE / (shape.n_heads / shape.n_kv_heads));
+}
+int rows_per_query_tile(const AttentionShape& shape) {
+  return tokens_per_query_tile(shape) * (shape.n_heads / shape.n_kv_heads);
+}
+
+Widths::Widths(const AttentionShape& shape)
+    : k_pad(to_size(round_up(shape.k_dim, LANES))),
+      v_pad(to_size(round_up(shape.v_dim, LANES))),
+      rows(to_size(round_up(rows_per_query_tile(shape), 16))) {}
+
+// Partial results [n].
+struct Partials {
+  Widths widths;
+  float *max, *sum;  // [n, rows]
+  float* acc;        // [n, rows, v_pad]
+
+  Partials(Arena& arena, const AttentionShape& shape, int n)
+      : widths(shape),
+        max(arena.take<float>(to_size(n) * widths.rows)),
+        sum(arena.take<float>(to_size(n) * widths.rows)),
+        acc(arena.take<float>(to_size(n) * widths.rows * widths.v_pad)) {}
+  Partial operator[](int i) const {
+    const size_t row = to_size(i) * widths.rows;
+    return {max + row, sum + row, acc + row * widths.v_pad};
+  }
+};
+
+Scratch::Scratch(Arena& arena, const AttentionShape& shape) {
+  const Widths w(shape);
+  q = arena.take<float>(w.rows * w.k_pad);
+  scores = arena.take<float>(w.rows * to_size(TILE));
+  scores_t = arena.take<float>(w.rows * to_size(TILE));
+  sums = arena.take<float>(w.rows * to_size(LANES));
+  rescale = arena.take<float>(std::max(w.rows, to_size(TILE)));
+  strip = arena.take<float>(to_size(TILE * STRIP));
+  partial = Partials(arena, shape, 1)[0];
+}
+
+constexpr int SLOTS_PER_THREAD = 16;  // splits that are worked on at a time, where threads share a query tile
+
+// The workspace of a call. Throws Error where less was planned.
+struct Memory {
+  float *max, *sum;  // [T, n_heads] of the rows' states; first, where begin, attend_rows and end find them again
+  size_t scratch_bytes;
+  std::byte* scratch;  // [n_threads, scratch_bytes]
+  Partials slots;      // [n_threads * SLOTS_PER_THREAD] in which threads leave results of single splits
+
+  Memory(Arena& arena, const AttentionShape& shape, int n_tokens, int n_threads)
+      : max(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
+        sum(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
+        scratch_bytes(bytes_of([&](Arena& piece) { Scratch(piece, shape); })),
+        scratch(arena.take<std::byte>(to_size(n_threads) * scratch_bytes)),
+        slots(arena, shape, n_threads * SLOTS_PER_THREAD) {}
+  Scratch scratch_of(int rank, const AttentionShape& shape) const {
+    Arena piece(scratch + to_size(rank) * scratch_bytes, scratch_bytes);
+    return Scratch(piece, shape);
+  }
+};
+
+// --- who works on what -----------------------------------------------------------------------------------------------
+
+// What a thread knows of the call that it is in.
+struct Call {
+  const Team& team;
+  const Batch& batch;
+  const AttentionShape& shape;
+  const float* q;  // [T, n_heads, k_dim]
+  float* out;      // [T, n_heads, v_dim]
+  Memory memory;
+  Scratch scratch;
+
+  Call(const Team& t, const Batch& b, const AttentionShape& s, const float* queries, float* result, Arena arena)
+      : team(t),
+        batch(b),
+        shape(s),
+        q(queries),
+        out(result),
+        memory(arena, s, b.n_tokens, t.size),
+        scratch(memory.scratch_of(t.rank, s)) {}
+
+  int n_query_tiles(int sequence) const {
+    const int n_tokens = batch.query_start[sequence + 1] - batch.query_start[sequence];
+    const int each = tokens_per_query_tile(shape);
+    return (n_tokens + each - 1) / each * shape.n_kv_heads;
+  }
+  // The KV heads of the sequence's first tokens, then those of the next.
+  QueryTile query_tile(int sequence, int index) const {
+    const int each = tokens_per_query_tile(shape);
+    const int first = batch.query_start[sequence] + index / shape.n_kv_heads * each;
+    const int n = std::min(each, batch.query_start[sequence + 1] - first);
+    return {batch, shape, sequence, index % shape.n_kv_heads, first, n};
+  }
+  QueryTile query_tile(int index) const {  // of the whole batch
+    int s = 0;
+    for (int n; index >= (n = n_query_tiles(s)); s++) index -= n;
+    return query_tile(s, index);
+  }
+
+  RowState state(const QueryTile& queries, int row) const {
+    const size_t i = queries.index(row);
+    return {memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
+            shape.sinks ? shape.sinks + queries.head(row) : nullptr};
+  }
+  template <class Rows>
+  void attend_and_merge(const Rows& rows, const QueryTile& queries, int split) const {
+    attend_split(rows, queries, split, scratch, scratch.partial);
+    for (int row = 0; row < queries.n_rows(); row++)
+      state(queries, row).merge(scratch.partial, row, memory.slots.widths.v_pad);
+  }
+};
+
+// Whether a thread takes a query tile with all its splits: where there are enough query tiles to keep all threads busy
+// till the end. If not, so many splits of each are worked on at a time, their results kept in slots. It changes no bit.
+struct Schedule {
+  int query_tiles = 0, splits_at_once = 0, rounds = 0;  // splits_at_once 0: all of a tile's by one thread
+
+  explicit Schedule(const Call& call) {
+    int total = 0, longest = 0;
+    for (int s = 0; s < call.batch.n_sequences; s++) {
+      const int n = call.n_query_tiles(s), G = call.shape.n_kv_heads;
+      query_tiles += n;
+      for (int i = 0; i < n; i += G) {
+        const QueryTile queries = call.query_tile(s, i);
+        const int splits = queries.last_split() - queries.first_split();
+        total += splits * G;
+        longest = std::max(longest, splits);
+      }
+    }
+    const int threads = call.team.size, slots = SLOTS_PER_THREAD * threads;
+    if (threads == 1 || longest * threads * 4 <= total || query_tiles * 2 > slots) return;
+    const int most = slots / query_tiles;
+    rounds = (longest + most - 1) / most;
+    splits_at_once = (longest + rounds - 1) / rounds;
+  }
+};
+
+// Each query tile with all its splits; the last ones, of the longest context, first.
+template <class Kv, int Block>
+void attend_query_tiles(const Call& call, const KVCache<Kv, Block>& cache, int layer, int n) {
+  call.team.for_each_dynamic(n, [&](int from_last) {
+    const QueryTile queries = call.query_tile(n - 1 - from_last);
+    const CacheRows rows(cache.view(), layer, queries);
+    load_queries(call.q, queries, rows.k_major(), call.scratch);
+    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
+    for (int split = queries.first_split(); split < queries.last_split(); split++)
+      call.attend_and_merge(rows, queries, split);
+    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
+  });
+}
+
+// The query tiles' splits in rounds: first each split on its own, then each row's merge.
+template <class Kv, int Block>
+void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
+  const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
+  const int n_slots = schedule.query_tiles * at_once;
+  // Neighbours go to the same thread, which prefetches from one into the next; half of a slow thread's share can still
+  // go to another.
+  const int half_a_share = std::max(1, n_slots / (2 * call.team.size));
+  for (int round = 0; round < schedule.rounds; round++) {
+    const auto fill_slot = [&](int slot) {
+      const QueryTile queries = call.query_tile(slot / at_once);
+      const int split = queries.first_split() + round * at_once + slot % at_once;
+      if (split >= queries.last_split()) return;
+      const CacheRows rows(cache.view(), layer, queries);
+      load_queries(call.q, queries, rows.k_major(), call.scratch);
+      attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
+    };
+    const auto merge_row = [&](int index) {
+      const QueryTile queries = call.query_tile(index / rows_each);
+      const int row = index % rows_each;
+      if (row >= queries.n_rows()) return;
+      const RowState state = call.state(queries, row);
+      const int left = queries.last_split() - queries.first_split() - round * at_once;
+      if (round == 0) state.start();
+      for (int i = 0; i < std::min(left, at_once); i++)
+        state.merge(call.memory.slots[index / rows_each * at_once + i], row, call.memory.slots.widths.v_pad);
+      if (round == schedule.rounds - 1) state.finish();
+    };
+    call.team.for_each_dynamic(n_slots, fill_slot, half_a_share);
+    call.team.for_each(schedule.query_tiles * rows_each, merge_row);
+  }
+}
+
+}  // namespace
+
+template <class Kv, int Block>
+void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
+                   const AttentionShape& shape, float* out, const Workspace& workspace) {
+  const Call call(team, batch, shape, q, out, workspace.begin());
+  const Schedule schedule(call);
+  if (schedule.splits_at_once == 0)
+    attend_query_tiles(call, cache, layer, schedule.query_tiles);
+  else
+    attend_splits(call, cache, layer, schedule);
+}
+
+void Flash::begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                  const Workspace& workspace) {
+  const Call call(team, batch, shape, nullptr, out, workspace.begin());
+  team.for_each(call.n_query_tiles(sequence), [&](int index) {
+    const QueryTile queries = call.query_tile(sequence, index);
+    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
+  });
+}
+
+void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
+                        const AttentionShape& shape, float* out, const Workspace& workspace) {
+  const Call call(team, batch, shape, q, out, workspace.begin());
+  const int split = rows.first / SPLIT, n = call.n_query_tiles(sequence);
+  team.for_each_dynamic(n, [&](int from_last) {
+    const QueryTile queries = call.query_tile(sequence, n - 1 - from_last);
+    if (split < queries.first_split() || split >= queries.last_split()) return;
+    load_queries(q, queries, false, call.scratch);
+    call.attend_and_merge(PlainHead{rows, shape, queries.kv_head}, queries, split);
+  });
+}
+
+void Flash::end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
+                const Workspace& workspace) {
+  const Call call(team, batch, shape, nullptr, out, workspace.begin());
+  team.for_each(call.n_query_tiles(sequence), [&](int index) {
+    const QueryTile queries = call.query_tile(sequence, index);
+    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
+  });
+}
+
+size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
+  return bytes_of([&](Arena& arena) { Memory(arena, shape, limits.max_tokens, limits.max_threads); });
+}
+
+#define INSTANTIATE(Kv, Block)                                                                                    \
+  template void Flash::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
+                                         const AttentionShape&, float*, const Workspace&);
+FOR_EACH_CACHE(INSTANTIATE)

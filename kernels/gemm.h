@@ -1,0 +1,81 @@
+// gemm.h: a small product of float32, c = rescale * c + a b, whose second factor is read where it lies and as it lies.
+//
+// a [M, k], b [k, N], c [M, N]. It is computed in panels of a few rows by a few registers of columns, which stay in
+// registers while k runs. An element is one chain of fma in order of k: how panels are cut does not show in any bit.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "kernels/simd.h"
+
+namespace gemm {
+
+using simd::F32;
+using simd::LANES;
+
+// A panel: what the register file holds, with a row of b.
+constexpr int MAX_ROWS = 6, MAX_REGISTERS = LANES == 16 ? 4 : 2;
+
+// A second factor: columns(p, j) is the j-th register of row p. This one is float32 rows, `stride` apart.
+struct PlainColumns {
+  const float* b;
+  size_t stride;
+  F32 operator()(size_t p, int j) const { return simd::load(b + p * stride + j * LANES); }
+};
+
+// One panel: M rows, N registers from register `first` of b on. rescale [M] is null for c = a b.
+template <class Columns, int M, int N>
+void panel(const float* a, size_t a_stride, const Columns& b, int first, int k, const float* rescale, float* c,
+           size_t c_stride) {
+  F32 sum[M][N];
+#pragma GCC unroll 8
+  for (size_t i = 0; i < M; i++) {
+    const F32 factor = rescale ? simd::set(rescale[i]) : simd::zero();
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++)
+      sum[i][j] = rescale ? simd::mul(simd::load(c + i * c_stride + j * LANES), factor) : simd::zero();
+  }
+  for (size_t p = 0; p < static_cast<size_t>(k); p++) {
+    F32 column[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) column[j] = simd::in_register(b(p, first + j));
+#pragma GCC unroll 8
+    for (size_t i = 0; i < M; i++) {
+      const F32 x = simd::set(a[i * a_stride + p]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) sum[i][j] = simd::fma(x, column[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (size_t i = 0; i < M; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j++) simd::store(c + i * c_stride + j * LANES, sum[i][j]);
+}
+
+template <class Columns, int... I>
+constexpr auto every_panel(std::integer_sequence<int, I...>) {
+  return std::array{&panel<Columns, I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
+}
+
+// Any number of rows. A panel that ends with row r needs registers(r) of columns and k(r) terms of the sum.
+template <class Columns, class Registers, class Depth>
+void product(const float* a, size_t a_stride, int rows, const Columns& b, Registers registers, Depth k,
+             const float* rescale, float* c, size_t c_stride) {
+  static constexpr auto PANELS = every_panel<Columns>(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
+  const int panels = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (int j = 0; j < registers(rows - 1); j += MAX_REGISTERS) {
+    for (int i = 0; i < panels; i++) {  // of nearly equal heights
+      const int first = rows * i / panels, end = rows * (i + 1) / panels;
+      const int n = std::min(MAX_REGISTERS, registers(end - 1) - j);
+      if (n <= 0) continue;
+      const size_t row = static_cast<size_t>(first);
+      const auto compute = PANELS[static_cast<size_t>((end - first - 1) * MAX_REGISTERS + n - 1)];
+      compute(a + row * a_stride, a_stride, b, j, k(end - 1), rescale ? rescale + row : nullptr,
+              c + row * c_stride + j * LANES, c_stride);
+    }
+  }
+}
+
+}  // namespace gemm

@@ -1,0 +1,158 @@
+// kv_cpu.h: how the CPU keeps the cache's rows: each KV type's numbers, and their order within a block.
+//
+// A block of a KV head is bundles [block_size / BUNDLE]: each the K rows, then the V rows of BUNDLE tokens. So a tile's
+// K and V lie together, wherever a sequence's blocks are; and blocks that follow each other are one stream of bytes.
+//
+// A score is a sum over a K row's elements, and a register holds many tokens' scores: it needs the same element of many
+// tokens. So where nothing else reads K and a block is whole bundles of KEY_LANES, their K rows are kept k-major (as in
+// vLLM, whose key blocks are [head_dim / x, block_size, x]). V is read by rows, and MLA's V is K: its cache stays
+// token-major.
+#pragma once
+
+#include <cstring>
+#include <numeric>
+
+#include "kernels/simd.h"
+#include "kvcache.h"
+
+// Tokens whose keys may lie side by side.
+constexpr int KEY_LANES = 16;
+static_assert(KEY_LANES % simd::LANES == 0);
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+// A KV type's row is scales (q8 alone) and elements; a k-major matrix is KEY_LANES rows, transposed: [scales of a row,
+// KEY_LANES], then [dim, KEY_LANES]; it takes the bytes of KEY_LANES rows.
+// Each codec: Element, the bytes of a row's scales, store a row, and ways to read floats. `element` is one of a row;
+// `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `key` is element i of one token of
+// a k-major matrix; `keys` that of tokens lane .. lane + LANES - 1.
+template <class Kv>
+struct Codec;
+
+// Elements without scales; Derived says how one is widened, and how a register of them.
+template <class Derived, class T>
+struct Unscaled {
+  using Element = T;
+  static constexpr size_t scale_bytes(int) { return 0; }
+  static float element(const std::byte* row, int, int i) { return Derived::widen(at(row)[i]); }
+  static simd::F32 lanes(const std::byte* row, int, int i) { return Derived::load(at(row) + i); }
+  static float key(const std::byte* matrix, int, int i, int lane) {
+    return Derived::widen(at(matrix)[i * KEY_LANES + lane]);
+  }
+  static simd::F32 keys(const std::byte* matrix, int, int i, int lane) {
+    return Derived::load(at(matrix) + i * KEY_LANES + lane);
+  }
+
+ private:
+  static const T* at(const std::byte* p) { return reinterpret_cast<const T*>(p); }
+};
+
+template <>
+struct Codec<KvF32> : Unscaled<Codec<KvF32>, float> {
+  static float widen(float x) { return x; }
+  static simd::F32 load(const float* p) { return simd::load(p); }
+  static void store(const float* x, int dim, std::byte* row) { std::memcpy(row, x, KvF32::row_bytes(dim)); }
+};
+
+template <>
+struct Codec<KvF16> : Unscaled<Codec<KvF16>, uint16_t> {
+  static float widen(uint16_t x) { return f16_to_float(x); }
+  static simd::F32 load(const uint16_t* p) { return simd::load_f16(p); }
+  static void store(const float* x, int dim, std::byte* row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    int i = 0;
+    for (; i + simd::LANES <= dim; i += simd::LANES) simd::store_f16(to + i, simd::load(x + i));
+    for (; i < dim; i++) to[i] = float_to_f16(x[i]);
+    for (i = 0; i < dim; i++)
+      if ((to[i] & 0x7fff) == 0x7c00) to[i] = 0x7e00;  // infinity: NaN
+  }
+};
+
+template <>
+struct Codec<KvBF16> : Unscaled<Codec<KvBF16>, uint16_t> {
+  static float widen(uint16_t x) { return bf16_to_float(x); }
+  static simd::F32 load(const uint16_t* p) { return simd::load_bf16(p); }
+  static void store(const float* x, int dim, std::byte* row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(row);
+    for (int i = 0; i < dim; i++) to[i] = float_to_bf16(x[i]);
+  }
+};
+
+template <>
+struct Codec<KvQ8> {
+  using Element = int8_t;
+  static constexpr size_t scale_bytes(int dim) { return KvQ8::scale_bytes(dim); }
+  static float element(const std::byte* row, int dim, int i) {
+    return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
+  }
+  static simd::F32 lanes(const std::byte* row, int dim, int i) {
+    return simd::mul(simd::load_i8(elements(row, dim, 1) + i), simd::set(f16_to_float(*scale(row, i, 1))));
+  }
+  static float key(const std::byte* matrix, int dim, int i, int lane) {
+    return static_cast<float>(elements(matrix, dim, KEY_LANES)[i * KEY_LANES + lane]) *
+           f16_to_float(scale(matrix, i, KEY_LANES)[lane]);
+  }
+  static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
+    return simd::mul(simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane),
+                     simd::load_f16(scale(matrix, i, KEY_LANES) + lane));
+  }
+  static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
+
+ private:
+  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
+    return reinterpret_cast<const uint16_t*>(rows) + i / KvQ8::QUANT_GROUP * n_rows;
+  }
+  static const int8_t* elements(const std::byte* rows, int dim, size_t n_rows) {
+    return reinterpret_cast<const int8_t*>(rows + n_rows * scale_bytes(dim));
+  }
+};
+
+// x [last - first]: elements first .. last - 1 of a row of dim; first is a multiple of LANES.
+template <class Kv>
+void load_row(const std::byte* row, int dim, int first, int last, float* x) {
+  int i = first;
+  for (; i + simd::LANES <= last; i += simd::LANES) simd::store(x + i - first, Codec<Kv>::lanes(row, dim, i));
+  for (; i < last; i++) x[i - first] = Codec<Kv>::element(row, dim, i);
+}
+
+// --- places ----------------------------------------------------------------------------------------------------------
+
+// The rows of one layer and KV head.
+template <class Kv, int Block>
+class HeadRows {
+ public:
+  static constexpr int BUNDLE = std::gcd(Block, KEY_LANES);  // Block 0: KEY_LANES; the context is rounded up to it
+
+  HeadRows(const CacheView<Kv, Block>& view, int layer, int kv_head)
+      : start_(view.block(layer, 0, kv_head)),
+        block_bytes_(view.block_bytes),
+        k_bytes_(Kv::row_bytes(view.shape.k_dim)),
+        v_bytes_(Kv::row_bytes(view.shape.v_dim)),
+        k_major_(BUNDLE == KEY_LANES && view.shape.v_dim > 0) {}
+
+  static size_t block_bytes(const CacheShape& shape) {
+    const int bundles = ((Block ? Block : shape.block_size) + BUNDLE - 1) / BUNDLE;
+    return static_cast<size_t>(bundles * BUNDLE) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  }
+
+  bool k_major() const { return k_major_; }
+  size_t k_bytes() const { return k_bytes_; }  // from a row to the next of its bundle
+  size_t v_bytes() const { return v_bytes_; }
+
+  // Of the token in `slot`; k-major: k is the matrix of the bundle that begins with slot, a multiple of BUNDLE.
+  std::byte* k(int block, int slot) const { return bundle(block, slot) + in_bundle(slot) * k_bytes_; }
+  std::byte* v(int block, int slot) const {
+    return bundle(block, slot) + BUNDLE * k_bytes_ + in_bundle(slot) * v_bytes_;
+  }
+
+ private:
+  static size_t in_bundle(int slot) { return static_cast<size_t>(slot % BUNDLE); }
+  std::byte* bundle(int block, int slot) const {
+    return start_ + static_cast<size_t>(block) * block_bytes_ +
+           static_cast<size_t>(slot / BUNDLE) * (BUNDLE * (k_bytes_ + v_bytes_));
+  }
+
+  std::byte* start_;
+  size_t block_bytes_, k_bytes_, v_bytes_;
+  bool k_major_;
+};

@@ -1,0 +1,28 @@
+# lab.mk: what the program is worth beside llama.cpp, and what the kernels are worth beside the machine.
+#
+## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
+##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
+
+MEASURE ?= kernels speed paging variants
+ROUNDS ?= 5
+
+# What none of the parts in MEASURE needs is not fetched. Gemma 3 is measured where its file lies in models/.
+SMOLLM2 := models/SmolLM2-135M-Instruct
+MEASURED := $(SMOLLM2).Q4_1.gguf \
+  $(if $(filter speed,$(MEASURE)),$(SMOLLM2).Q8_0.gguf $(wildcard models/gemma-3-270m-q4_k_m.gguf))
+PROGRAMS := $(addprefix $(TEST)/,$(if $(filter kernels,$(MEASURE)),matmul_bench attention_bench) \
+  $(if $(filter paging,$(MEASURE)),paging_bench))
+$(TEST)/%_bench: $(TEST)/lab/%_bench.o $(TEST_STAGES)
+	@$(COMPILE) -o $@ $^ $(LDLIBS)
+
+# Binaries are built by makes below Python, which does not pass on the pipe of this one's jobs.
+measure: .venv/exporter $(PROGRAMS) $(MEASURED) $(if $(filter speed paging,$(MEASURE)),.venv/lab)
+	@for m in $(MEASURED); do $(MAKE) weights MODEL=$$m || exit 1; done
+	@MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))' $(PYTHON) lab/measure.py $(MEASURE) --rounds $(ROUNDS) \
+	  --models $(MEASURED) $(if $(PROGRAMS),--programs $(PROGRAMS))
+weights: $(SOURCE_READY)
+	@$(WEIGHTS) >/dev/null
+$(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
+	@$(PYTHON) lab/llama_cpp_peer.py quantize $< $@
+
+.PHONY: measure weights

@@ -1,0 +1,61 @@
+# tests.mk: every stage in every combination, formatting, and damaged files for the exporter and the loader.
+#
+## make test             every test (SANITIZE=1: under AddressSanitizer and UndefinedBehaviorSanitizer)
+## make gtest            those of them that are C++, at ARCH alone; one: make build/test/native/NAME_test
+## make lint             formatting and style
+## make fuzz             export.py and the loader on mutated files, each for FUZZ_SECONDS=60
+## make lines            how long each stage is, from the model file and ids to logits
+
+FUZZ_SECONDS ?= 60
+PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
+PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
+
+TEST := build/test/$(LEVEL)
+TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
+TOOLS := tokenize render
+
+test: .venv/tests
+	@$(MAKE) gtest
+	@for level in $(LEVELS); do $(MAKE) gtest ARCH=$$level $(OF_KERNELS) || exit 1; done
+	@$(PYTHON) -m pytest tests
+
+# One after the other: each uses all cores.
+gtest: $(TESTS:%=$(TEST)/%) $(TOOLS:%=$(TEST)/%)
+	@for t in $(TESTS); do echo "$(LEVEL) $$t"; $(TEST)/$$t --gtest_brief=1 || failed=1; done; [ -z "$$failed" ]
+
+# The kernels again, at each lower level of vector instructions that this machine has.
+cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
+LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
+  $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
+OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
+  HOST=host/error CLI=
+
+TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
+$(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
+$(TEST)/%_test: $(TEST)/tests/%_test.o $(TEST_STAGES)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+$(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
+	@$(COMPILE) -o $@ $^ $(LDLIBS)
+
+lint: .venv/tests
+	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp */*.h */*.cpp)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+FUZZED := tests/fuzz_loader $(addprefix host/,loader safetensors json error) kernels/matmul kernels/layers kernels/team kernels/device
+build/fuzz/loader: $(FUZZED:%=%.cpp) $(wildcard *.h */*.h) | packages
+	@mkdir -p $(@D)
+	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+	  -o $@ $(filter %.cpp,$^) -ljansson
+fuzz: build/fuzz/loader .venv/tests
+	@$(PYTHON) tests/fuzz_export.py $(FUZZ_SECONDS)
+	@mkdir -p build/fuzz/corpus
+	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
+
+# From the model file and ids to logits on one device; a stage's header and source are one line.
+lines:
+	@wc -l $(wildcard model.h host/safetensors.* host/loader.* transformer.* variants.h attention.h attention.cpp kvcache.h \
+	  kvcache.cpp kernels/*.h kernels/*.cpp) | awk '{ sub(".*/", "", $$2); sub("[.].*", "", $$2); \
+	  if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i] }'
+
+.PHONY: test gtest lint fuzz lines
