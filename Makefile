@@ -16,11 +16,10 @@ ARGS ?= -n 128
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
-HOST := $(addprefix host/,loader safetensors json tokenizer chat $(JINJA) sampler engine thread_count scheduler blocks \
-  error cpus)
+HOST := $(addprefix host/,loader safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) sampler engine \
+  thread_count scheduler blocks error cpus)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
-
-# The compiler's time goes into templates here, and no loop runs per element: see OPTIMIZE.
+# Where the compiler's time goes into templates and no loop runs per element.
 LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
@@ -41,7 +40,6 @@ types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=K
 type = $(patsubst $1=%,%,$(filter $1=%,$(types)))
 DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call type,$(KERNEL)) \
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
-
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
 OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)

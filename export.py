@@ -56,6 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="the same model in another attention layout, exactly",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="where the source does not hold it (llama2.c)")
+    parser.add_argument("--pre", metavar="NAME", help="tokenizer.ggml.pre of a GGUF file that lacks it")
     options = parser.parse_args(argv)
     if options.output and options.output.suffix != ".safetensors":
         parser.error(f"argument -o/--output: {options.output}: the name must end in .safetensors")
@@ -66,9 +67,10 @@ def export_into(options: argparse.Namespace) -> Path:
     """The model file of a source in the folder --into, made now where it is missing or the source has changed."""
     if options.source.suffix == ".safetensors" and options.source.is_file() and metadata(options.source):
         return options.source
-    wanted = record(options.source, options.tokenizer, options.type, options.layout)
+    wanted = record(options.source, options.tokenizer, options.type, options.layout, options.pre)
     options.into.mkdir(parents=True, exist_ok=True)
-    chosen = (options.type, options.layout, options.tokenizer and os.path.realpath(options.tokenizer))
+    tokenizer = options.tokenizer and os.path.realpath(options.tokenizer)
+    chosen = (options.type, options.layout, tokenizer, options.pre)
     options.output = options.into / export_name(options.source, options.into, chosen)
     if not is_current(options.output, tokenizer_of(options.output), wanted):
         if options.output.exists() and not metadata(options.output):
@@ -83,8 +85,9 @@ def tokenizer_of(output: Path) -> Path:
 
 def export(options: argparse.Namespace) -> str:
     """Writes options.output and its tokenizer, both or neither; returns the summary."""
-    made_from = record(options.source, options.tokenizer, options.type, options.layout)
+    made_from = record(options.source, options.tokenizer, options.type, options.layout, options.pre)
     source = open_source(options.source, options.tokenizer)
+    source.pre = options.pre
     model = build(source)
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
@@ -98,13 +101,13 @@ def export(options: argparse.Namespace) -> str:
             unfinished[real] = real.with_name(f".{real.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
             os.close(os.open(unfinished[real], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # follows no planted link
         parts = list(unfinished.values())
-        chat = write_tokenizer(source, parts[0])
+        chat, ends = write_tokenizer(source, parts[0])
         counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
         finish(unfinished)
     finally:
         for part in unfinished.values():
             part.unlink(missing_ok=True)
-    return summary(source, model, counts, chat, output, tokenizer)
+    return summary(source, model, counts, chat, ends, output, tokenizer)
 
 
 def finish(unfinished: dict[Path, Path]) -> None:
@@ -135,7 +138,7 @@ def is_ours(path: Path) -> bool:
     return path.name.endswith(".tokenizer.bin") or metadata(path) is not None
 
 
-def summary(source, model: Model, counts, chat: str, output: Path, tokenizer: Path) -> str:
+def summary(source, model: Model, counts, chat: str, ends: list[str], output: Path, tokenizer: Path) -> str:
     c = model.config
     parameters = sum(size(tensor.shape) for name, tensor in model.tensors.items() if not name.startswith("rope."))
     if c["attention"] == "mla":
@@ -151,6 +154,7 @@ def summary(source, model: Model, counts, chat: str, output: Path, tokenizer: Pa
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
+        f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
         f"  chat        {chat}",
     ]
     notes = {tensor.note for tensor in model.tensors.values()}

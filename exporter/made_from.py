@@ -28,7 +28,9 @@ def inputs(source: Path, tokenizer: Path | None) -> list[Path]:
     return sorted({file for file in (*files, tokenizer) if file is not None and file.exists()})
 
 
-def record(source: Path, tokenizer: Path | None, type: str | None, layout: tuple[str, int] | None) -> str:
+def record(
+    source: Path, tokenizer: Path | None, type: str | None, layout: tuple[str, int] | None, pre: str | None = None
+) -> str:
     """JSON. It is taken before anything is read, so that a source that changes meanwhile is seen as changed."""
     folder = source if source.is_dir() else source.parent
     files = {}
@@ -39,7 +41,7 @@ def record(source: Path, tokenizer: Path | None, type: str | None, layout: tuple
             status.st_mtime_ns,
             status.st_ctime_ns,  # a time that no `touch` or `cp -p` sets back
         ]
-    options = {"type": type, "as": layout, "tokenizer": tokenizer and os.fsdecode(tokenizer.name)}
+    options = {"type": type, "as": layout, "tokenizer": tokenizer and os.fsdecode(tokenizer.name), "pre": pre}
     return json.dumps({"export.py": version(), "options": options, "files": files}, sort_keys=True)
 
 

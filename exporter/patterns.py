@@ -4,39 +4,56 @@ import re
 from typing import NamedTuple
 
 from exporter.errors import ExportError
+from exporter.unicode import CATEGORIES, in_class
 
 SPACES = r"\t-\r\x{85}\p{Z}"  # white space as Unicode has it; PCRE2's \s adds U+180E
-WORDS = r"\p{L}\p{M}\p{Nd}\p{Pc}"
+WORDS = (  # Oniguruma's \w
+    "".join(map(in_class, ("L", "M", "Nd", "Nl", "Pc")))
+    + r"\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE}\x{24B6}-\x{24E9}\x{1F130}-\x{1F149}\x{1F150}-\x{1F169}\x{1F170}-\x{1F189}"
+)
 
 
 def pcre(pattern: str, where: str) -> str:
     """A pattern of the tokenizers library (Oniguruma, Ruby's syntax) in PCRE2's, where the two differ."""
-    out, in_class, i = [], False, 0
+    out, inside, i = [], False, 0
     while i < len(pattern):
         c = pattern[i : i + 2] if pattern[i] == "\\" else pattern[i]
         i += len(c)
-        if c in (r"\s", r"\w"):
+        if c in (r"\p", r"\P"):
+            name, brace, _ = pattern[i:].removeprefix("{").partition("}")
+            newer = name in CATEGORIES and in_class(name)
+            if not newer or not brace or (c == r"\P" and inside):
+                raise ExportError(
+                    f"{where}: pre-tokenizer pattern {pattern!r}: {c}{{{name}}} is not supported: use another model"
+                )
+            i += len(name) + 2
+            c = newer if inside else f"[{'^' * (c[1] == 'P')}{newer}]"
+        elif c == r"\d":
+            c = in_class("Nd") if inside else f"[{in_class('Nd')}]"
+        elif c in (r"\s", r"\w"):
             c = SPACES if c == r"\s" else WORDS
-            c = c if in_class else f"[{c}]"
-        elif c in (r"\S", r"\W") and not in_class:
+            c = c if inside else f"[{c}]"
+        elif c in (r"\S", r"\W") and not inside:
             c = f"[^{SPACES if c == chr(92) + 'S' else WORDS}]"
-        elif c == "$" and not in_class:  # the end of a line
+        elif c == "$" and not inside:  # the end of a line
             c = r"(?=\n|\z)"
-        elif c in (r"\h", r"\S", r"\W", r"\b") or (in_class and (c == "[" or pattern[i - 1 : i + 1] == "&&")):
+        elif c in (r"\h", r"\S", r"\W", r"\b", r"\D", r"\C") or (
+            inside and (c == "[" or pattern[i - 1 : i + 1] == "&&")
+        ):
             raise ExportError(f"{where}: pre-tokenizer pattern {pattern!r}: {c} is not supported: use another model")
         elif c == "[":
-            in_class = True
+            inside = True
             if pattern[i : i + 1] == "^":
                 c, i = "[^", i + 1
         elif c == "]":
-            in_class = False
+            inside = False
         out.append(c)
     # A run of n spaces that does not end a line would be tried from each of its n places, in n steps each.
     return re.sub(r"^(\[[^]]*\])\+\(\?=\\n\|\\z\)$", r"(?<!\1)\g<0>", "".join(out))
 
 
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGIT = r"\p{N}"
+DIGIT = r"[\p{N}𑷠-𑷩]"  # of Rust, which knows the digits of Unicode 17
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + LINES
@@ -76,14 +93,30 @@ class PreTokenizer(NamedTuple):
 
 # tokenizer.ggml.pre -> what the model's tokenizer.json says
 GGUF_PRE = {
-    **dict.fromkeys(["gpt-2", "default", "phi-2", "olmo", "mpt"], PreTokenizer([GPT2])),
+    **dict.fromkeys(["gpt-2", "phi-2", "olmo", "mpt"], PreTokenizer([GPT2])),
     **dict.fromkeys(["smollm", "starcoder", "refact", "command-r", "codeshell"], PreTokenizer([DIGIT, GPT2])),
-    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3", "falcon3"], PreTokenizer([LLAMA3], ignore_merges=True)),
+    **dict.fromkeys(
+        ["llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "glm4"], PreTokenizer([LLAMA3], ignore_merges=True)
+    ),
+    **dict.fromkeys(["dbrx", "chatglm-bpe"], PreTokenizer([LLAMA3])),
     "qwen2": PreTokenizer([QWEN2], nfc=True),
+    "qwen35": PreTokenizer([QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")]),
     "deepseek-r1-qwen": PreTokenizer([QWEN2]),
     "deepseek-llm": PreTokenizer(DEEPSEEK_LLM),
     "deepseek-coder": PreTokenizer(DEEPSEEK_CODER),
     "deepseek-v3": PreTokenizer(DEEPSEEK_V3),
     "tekken": PreTokenizer([TEKKEN], ignore_merges=True),
-    "gpt-4o": PreTokenizer([GPT_4O]),
+    **dict.fromkeys(["gpt-4o", "llama4"], PreTokenizer([GPT_4O])),
+}
+
+# Files written before May 2024 lack tokenizer.ggml.pre. A vocabulary is known by its merges, which no fine-tune
+# changes: the start of the SHA-256 of their lines -> the name.
+GGUF_MERGES = {
+    "04e3597d7996f292": "gpt-2",
+    "0cd100e0ab7dbd83": "llama-bpe",
+    "bbeef245f0b03a96": "qwen2",
+    "cb5bed793622288a": "deepseek-llm",
+    "3c86e94c54c92cfe": "deepseek-coder",
+    "8715d8d6d92d1b0c": "starcoder",
+    "da302fc35c8c3284": "refact",
 }

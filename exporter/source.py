@@ -16,7 +16,7 @@ class Source:
 
     config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
     metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
-    folder: a Hugging Face folder, None elsewhere. tokenizer_file: --tokenizer, None where not given.
+    folder: a Hugging Face folder, None elsewhere. tokenizer_file, pre: --tokenizer and --pre, None where not given.
     notes: what a reader of the summary should know, such as files and keys that were passed over.
     """
 
@@ -26,6 +26,7 @@ class Source:
         self.where = where
         self.folder = path if kind == "hf" else None
         self.tokenizer_file = tokenizer_file
+        self.pre: str | None = None
         self.config: dict = {}
         self.metadata: dict = {}
         self.tensors: dict[str, Tensor] = {}

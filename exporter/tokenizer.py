@@ -14,7 +14,8 @@ multiple of 4; everything is aligned to 4 bytes, and the file ends where the las
     kinds[vocab_size]        one byte each, padded to 4: 0 text, 1 byte that others fall back to, 2 control, 3 unused
     string                   the tokens one after the other: the bytes that each stands for; a control token's name
     merges[n_merges][3]      left id, right id, merged id; the rank is the index
-    specials[n_specials]     id, flags (1 control, 2 takes the white space to its left, 4 to its right), string: text
+    specials[n_specials]     id, flags (1 control, 2 takes the white space to its left, 4 to its right,
+                             8 is looked for in normalized text), string: text
     before[n_before]         ids put before a text: BOS
     after[n_after]           and after it: EOS
     end_of_generation[n_end_of_generation]  ids
@@ -37,8 +38,9 @@ from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_toke
 MAGIC, VERSION, NONE = b"attn.tok", 2, 0xFFFFFFFF
 
 
-def write_tokenizer(source, path: Path) -> str:
-    """Writes the tokenizer of a sources.Source; returns what is to be said of the chat template."""
+def write_tokenizer(source, path: Path) -> tuple[str, list[str]]:
+    """Writes the tokenizer of a sources.Source; returns what is to be said of the chat template, and the tokens that
+    end a text."""
     tokenizer = read_tokenizer(source)
     for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
         if id is not None and not is_id(id):
@@ -48,7 +50,9 @@ def write_tokenizer(source, path: Path) -> str:
             )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
     path.write_bytes(serialize(tokenizer))
-    return tokenizer.chat.summary()
+    return tokenizer.chat.summary(), [
+        tokenizer.tokens[id].decode("utf-8", "replace") for id in tokenizer.end_of_generation
+    ]
 
 
 def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:

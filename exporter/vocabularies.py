@@ -1,5 +1,6 @@
 """Tokenizers from where models keep them: GGUF, tokenizer.json, SentencePiece, GPT-2's and llama2.c's files."""
 
+import hashlib
 import json
 import re
 import struct
@@ -7,31 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter.chat import ChatTemplate, chat_template, find_template
+from exporter.ends import ends_by_text
 from exporter.errors import ExportError
 from exporter.hf_source import read_json
-from exporter.patterns import DIGIT, GGUF_PRE, GPT2, pcre
+from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
 
-BYTE_LEVEL, IGNORE_MERGES, NFC = 1, 2, 4  # flags. IGNORE_MERGES: a piece that is a token is that token
+# Flags. IGNORE_MERGES: a piece that is a token is that token; BYTE_FALLBACK: a code point that is none is its bytes;
+# FUSE_UNK: neighbours that are unknown are one unknown; NORMALIZES_SPACES: spaces become U+2581 before tokens that are
+# `normalized` are looked for
+BYTE_LEVEL, IGNORE_MERGES, NFC, BYTE_FALLBACK, FUSE_UNK, NORMALIZES_SPACES = 1, 2, 4, 8, 16, 32
 PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
 # each that does not begin with one, the first likewise
 TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
 MAX_VOCAB = 1 << 24
-STRIP_LEFT, STRIP_RIGHT = 2, 4  # flags of special tokens
-
-
-END_OF_GENERATION = {
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|eot|>",
-    "</s>",
-    "<｜end▁of▁sentence｜>",
-    "<eos>",
-}
+STRIP_LEFT, STRIP_RIGHT, NORMALIZED = 2, 4, 8  # flags of special tokens
 
 
 @dataclass
@@ -147,17 +137,30 @@ def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int,
 
 
 def set_special_ids(t: Tokenizer, texts: list[str], template) -> None:
-    """End of generation by name, the chat template: once the tokens are known."""
-    t.end_of_generation += [
-        id for id, text in enumerate(texts) if text in END_OF_GENERATION and t.specials.get(id, (0,))[0] & 1
-    ]
-    if t.eos is not None:
-        t.end_of_generation.append(t.eos)
+    """What ends a text, the chat template: once the tokens are known."""
 
     def name(id):
         return None if id is None else texts[id]
 
+    # Whatever type its source gives it, a token that ends a text is a control token: no user may write one.
+    for id in ends_by_text(t.specials):
+        t.specials[id] = t.specials[id][0] | 1, texts[id]
+        t.tokens[id], t.kinds[id] = utf8(texts[id]), CONTROL
+        t.end_of_generation.append(id)
+    if t.eos is not None:
+        t.end_of_generation.append(t.eos)
     t.chat = chat_template(template, {"bos_token": name(t.bos), "eos_token": name(t.eos), "unk_token": name(t.unk)})
+
+
+def recognized(merges: list[str], where) -> str:
+    """tokenizer.ggml.pre of a file that does not say it."""
+    digest = hashlib.sha256("\n".join(merges).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    if digest not in GGUF_MERGES:
+        raise ExportError(
+            f"{where}: no tokenizer.ggml.pre, and the vocabulary is none of {', '.join(GGUF_MERGES.values())}: say "
+            f"with --pre how it splits a text: {', '.join(GGUF_PRE)}"
+        )
+    return GGUF_MERGES[digest]
 
 
 GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
@@ -179,11 +182,13 @@ def from_gguf(source) -> Tokenizer:
     control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
     added = {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
     if model == "gpt2":
-        pre = get("pre", "default")
+        pre = source.pre or get("pre")
+        if pre in (None, "default"):
+            pre = recognized(get("merges", []), where)
         if pre not in GGUF_PRE:
             raise ExportError(
                 f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
-                "export from the Hugging Face folder, whose tokenizer.json holds the pattern itself"
+                "say with --pre which of these it splits like, or export from the Hugging Face folder"
             )
         known = GGUF_PRE[pre]
         t = Tokenizer(BYTE_LEVEL | IGNORE_MERGES * known.ignore_merges | NFC * known.nfc)
@@ -191,7 +196,7 @@ def from_gguf(source) -> Tokenizer:
         t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
         set_tokens(t, texts, added)
         t.merges = merges_from_pairs(get("merges", []), {text: id for id, text in enumerate(texts)}, where)
-        add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "tekken")
+        add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
     else:
         # GGUF writes user-defined tokens of spaces as such.
         texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
@@ -222,23 +227,22 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         t, added = Tokenizer(), data.get("added_tokens") or []
         read_normalizer(t, data.get("normalizer"), path)
         read_pre_tokenizer(t, data.get("pre_tokenizer"), path)
-        if model.get("ignore_merges"):
-            t.flags |= IGNORE_MERGES
+        for key, flag in ("ignore_merges", IGNORE_MERGES), ("byte_fallback", BYTE_FALLBACK), ("fuse_unk", FUSE_UNK):
+            t.flags |= flag * bool(model.get(key))
         ids = vocab | {token["content"]: token["id"] for token in added}
         if not all(map(is_id, ids.values())):
             raise ValueError("an id that is no index")
         texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
         for text, id in ids.items():
             texts[id] = text
-        for token in added:
-            if token.get("single_word"):
-                raise ExportError(
-                    f"{path}: added token {token['content']!r} is single_word, not supported here: set it to false"
-                )
-            flags = token["special"] | STRIP_LEFT * token["lstrip"] | STRIP_RIGHT * token["rstrip"]
-            t.specials[token["id"]] = int(flags), token["content"]
-        set_tokens(t, texts, {token["id"] for token in added})
+        t.specials = {token["id"]: (added_flags(token), token["content"]) for token in added}
         used = set(ids.values())
+        for id, (flags, text) in read_side_files(path.parent)[1].items():
+            if ids.get(text, None if id in used else id) == id:  # what tokenizer.json says of an id or a text holds
+                place_tokens(texts, {id: (flags, text)})
+                t.specials[id] = flags, text
+                used.add(id)
+        set_tokens(t, texts, set(t.specials))
         t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
         t.merges = merges_from_pairs(model["merges"], vocab, path)
         t.unk = ids.get(model.get("unk_token"))
@@ -272,7 +276,7 @@ def read_normalizer(t: Tokenizer, node: dict | None, where) -> None:
         case "Prepend" if node["prepend"] == "▁":
             t.prefix = PREFIX_EVERY
         case "Replace" if node["pattern"] == {"String": " "} and node["content"] == "▁":
-            pass
+            t.flags |= NORMALIZES_SPACES
         case kind:
             raise ExportError(f"{where}: normalizer {kind} ({json.dumps(node)[:80]}) is not known: use another model")
 
@@ -284,11 +288,12 @@ def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
         case "Sequence":
             for part in node["pretokenizers"]:
                 read_pre_tokenizer(t, part, where)
-        case "ByteLevel" if not node["add_prefix_space"]:
+        case "ByteLevel" if not (node["add_prefix_space"] and t.patterns):
             t.flags |= BYTE_LEVEL
+            t.prefix = PREFIX_MISSING if node["add_prefix_space"] else PREFIX_NONE
             t.patterns += [pcre(GPT2, where)] if node.get("use_regex", True) else []
         case "Digits":
-            t.patterns.append(DIGIT if node["individual_digits"] else DIGIT + "+")
+            t.patterns.append(pcre(DIGIT if node["individual_digits"] else DIGIT + "+", where))
         case "Metaspace" if node["replacement"] == "▁":
             always = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
             t.prefix = {"always": PREFIX_MISSING, "first": PREFIX_FIRST, "never": PREFIX_NONE}[always]
@@ -323,6 +328,58 @@ def read_post_processor(t: Tokenizer, node: dict | None, where) -> None:
             raise ExportError(f"{where}: post_processor {kind} is not known: use another model")
 
 
+NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def special_text(value) -> str | None:
+    """Of a token in the settings: its text, or a dictionary that holds it."""
+    return value["content"] if isinstance(value, dict) else value
+
+
+def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
+    """The settings and the tokens (id -> flags, text) that transformers finds beside a vocabulary. It reads
+    special_tokens_map.json and added_tokens.json only where tokenizer_config.json has no added_tokens_decoder."""
+    try:
+        config, names, tokens = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        )
+        if "added_tokens_decoder" in config:
+            decoder = config["added_tokens_decoder"].items()
+            return names | config, {int(id): (added_flags(token), str(token["content"])) for id, token in decoder}
+        settings = config | names
+        lists = (settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens"))
+        special = {special_text(settings.get(key)) for key in NAMED_TOKENS} | {
+            special_text(v) for one in lists for v in one
+        }
+        if not all(map(is_id, tokens.values())):
+            raise ValueError("an id that is no index")
+        return settings, {id: (1 if text in special else NORMALIZED, text) for text, id in tokens.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ExportError(
+            f"{folder}: tokenizer_config.json, special_tokens_map.json or added_tokens.json holds something else than "
+            f"the tokenizer's settings ({error!r}): fetch them again"
+        ) from error
+
+
+def added_flags(token: dict) -> int:
+    """Of a token as the tokenizers library writes it."""
+    if token.get("single_word"):
+        raise ExportError(f"added token {token['content']!r} is single_word, not supported here: set it to false")
+    special = bool(token.get("special"))
+    flags = special | STRIP_LEFT * bool(token.get("lstrip")) | STRIP_RIGHT * bool(token.get("rstrip"))
+    return int(flags) | NORMALIZED * bool(token.get("normalized", not special))
+
+
+def place_tokens(texts: list[str], tokens: dict[int, tuple[int, str]]) -> None:
+    """Puts added tokens where their ids say; a gap before one is padding."""
+    if not all(is_id(id) for id in tokens):
+        raise ExportError(f"an added token's id is not between 0 and {MAX_VOCAB}: fetch the tokenizer again")
+    texts += [f"[PAD{id}]" for id in range(len(texts), max(tokens, default=-1) + 1)]
+    for id, (_, text) in tokens.items():
+        texts[id] = text
+
+
 def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
     try:
         apply_settings(t, texts, folder, source)
@@ -335,25 +392,30 @@ def read_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
 
 def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None:
     """What Hugging Face keeps beside the vocabulary: BOS and EOS, whether they are added, the chat template."""
-    settings = {}
-    for name in "special_tokens_map.json", "tokenizer_config.json":
-        if (folder / name).is_file():
-            settings |= read_json(folder / name)
+    settings, _ = read_side_files(folder)
     ids = {text: id for id, text in enumerate(texts)}
 
     def special(key: str) -> int | None:
-        value = settings.get(key)
-        return ids.get(value["content"] if isinstance(value, dict) else value)
+        return ids.get(special_text(settings.get(key)))
 
     t.bos, t.eos = special("bos_token"), special("eos_token")
     if t.bos is not None and settings.get("add_bos_token") is not None:
         t.before = [t.bos] * bool(settings["add_bos_token"]) + [id for id in t.before if id != t.bos]
     if t.eos is not None and settings.get("add_eos_token") is not None:
         t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
+    if settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast") and "add_prefix_space" in settings:
+        t.prefix = PREFIX_MISSING if settings["add_prefix_space"] else PREFIX_NONE
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
     set_special_ids(t, texts, find_template(folder, settings))
+
+
+# model_type -> how its tokenizer splits, where only vocab.json and merges.txt are there
+GPT2_FILES = {
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], GGUF_PRE["gpt-2"]),
+    **dict.fromkeys(["qwen2", "qwen3", "qwen3_moe"], GGUF_PRE["qwen2"]),
+}
 
 
 def from_gpt2_files(source) -> Tokenizer:
@@ -362,19 +424,34 @@ def from_gpt2_files(source) -> Tokenizer:
     lines = (source.folder / "merges.txt").read_text("utf-8").split("\n")
     pairs = [line for line in lines if line and not line.startswith("#version")]
     texts = sorted(vocab, key=vocab.get)
-    t = Tokenizer(
-        flags=BYTE_LEVEL, patterns=[pcre(GPT2, source.folder)], merges=merges_from_pairs(pairs, vocab, source.folder)
-    )
-    end = vocab.get("<|endoftext|>")
-    if source.config.get("model_type") != "gpt2" or end is None or sorted(vocab.values()) != list(range(len(vocab))):
+    settings, beside = read_side_files(source.folder)
+    known = GPT2_FILES.get(source.config.get("model_type"))
+    if known is None or sorted(vocab.values()) != list(range(len(vocab))):
         raise ExportError(
-            f"{source.folder}: vocab.json without tokenizer.json is only understood for GPT-2: save the tokenizer "
-            "with save_pretrained, which writes tokenizer.json"
+            f"{source.folder}: vocab.json without tokenizer.json is only understood for {', '.join(GPT2_FILES)}: save "
+            "the tokenizer with save_pretrained, which writes tokenizer.json"
         )
-    t.specials = {end: (1, texts[end])}
-    set_tokens(t, texts, set())
+    if settings.get("add_prefix_space") and known != GPT2_FILES["gpt2"]:
+        raise ExportError(
+            f"{source.folder}: add_prefix_space is true: only GPT-2's tokenizer takes it: set it to false"
+        )
+    t = Tokenizer(
+        flags=BYTE_LEVEL | NFC * known.nfc,
+        prefix=PREFIX_MISSING if settings.get("add_prefix_space") else PREFIX_NONE,
+        patterns=[pcre(pattern, source.folder) for pattern in known.patterns],
+        merges=merges_from_pairs(pairs, vocab, source.folder),
+    )
+    place_tokens(texts, beside)
+    names = {special_text(settings.get(key)) for key in NAMED_TOKENS} | {"<|endoftext|>"}
+    t.specials = {id: (1, text) for id, text in enumerate(texts) if text in names}
+    t.specials |= {id: (flags | int(text in names), text) for id, (flags, text) in beside.items()}
+    set_tokens(t, texts, set(beside))
     read_settings(t, texts, source.folder, source)
-    t.bos = t.eos = end
+    end = vocab.get("<|endoftext|>")
+    t.bos = end if t.bos is None and known == GPT2_FILES["gpt2"] else t.bos
+    if t.eos is None and end is not None:
+        t.eos = end
+        t.end_of_generation.append(end)
     return t
 
 
@@ -434,25 +511,44 @@ def from_sentencepiece(path: Path, source) -> Tokenizer:
             "identity is known: export from a folder that has tokenizer.json"
         )
     control = {id for id, type in enumerate(types) if type in (PIECE_CONTROL, PIECE_UNKNOWN)}
-    t = sentencepiece(texts, scores, control, {id for id, type in enumerate(types) if type == PIECE_USER_DEFINED})
+    added = {id for id, type in enumerate(types) if type == PIECE_USER_DEFINED}
+    settings, beside = read_side_files(path.parent)
+    names = {special_text(settings.get(key)) for key in NAMED_TOKENS}
+    place_tokens(texts, beside)
+    scores += [0.0] * (len(texts) - len(scores))
+    control |= {id for id, text in enumerate(texts) if text in names}
+    control |= {id for id, (flags, _) in beside.items() if flags & 1}
+    t = sentencepiece(texts, scores, control, added - set(beside), set(beside))
+    t.specials |= {id: (flags & ~NORMALIZED | int(id in control), text) for id, (flags, text) in beside.items()}
     t.prefix = PREFIX_EVERY if normalizer.get(3, [1])[0] else PREFIX_NONE
+    if settings:  # transformers' LlamaTokenizer has its own ways; without its settings, they are SentencePiece's
+        prefixed = settings.get("add_prefix_space")
+        t.prefix = t.prefix and (PREFIX_MISSING if settings.get("legacy") else PREFIX_FIRST)
+        t.prefix = PREFIX_NONE if prefixed is False else t.prefix
     t.unk = next((id for id, type in enumerate(types) if type == PIECE_UNKNOWN), None)
     read_settings(t, texts, path.parent, source)
     bos, eos = trainer.get(41, [1])[0], trainer.get(42, [2])[0]
     t.bos = bos if t.bos is None and bos in control else t.bos
     t.eos = eos if t.eos is None and eos in control else t.eos
     t.end_of_generation += [] if t.eos is None else [t.eos]
-    t.before = t.before or [t.bos] * (t.bos is not None)
+    if settings.get("add_bos_token") is not False:
+        t.before = t.before or [t.bos] * (t.bos is not None)
     return t
 
 
-def sentencepiece(texts: list[str], scores: list[float], control: set[int], added: set[int]) -> Tokenizer:
-    """The vocabulary of a SentencePiece model. Its user-defined tokens (`added`) come before any other merge."""
+def sentencepiece(
+    texts: list[str], scores: list[float], control: set[int], added: set[int], beside: frozenset | set = frozenset()
+) -> Tokenizer:
+    """The vocabulary of a SentencePiece model. Its user-defined tokens (`added`) come before any other merge; no merge
+    makes those that were added `beside` it."""
     scores = [0.0 if id in added else score for id, score in enumerate(scores)]
     bytes_ = {id for id, text in enumerate(texts) if re.fullmatch("<0x[0-9A-F]{2}>", text)}
-    t = Tokenizer(specials={id: (int(id in control), texts[id]) for id in sorted(control | added)})
+    t = Tokenizer(
+        BYTE_FALLBACK | FUSE_UNK | NORMALIZES_SPACES,
+        specials={id: (int(id in control), texts[id]) for id in sorted(control | added)},
+    )
     set_tokens(t, texts, added)
-    t.merges = merges_from_scores(texts, scores, bytes_ | control)
+    t.merges = merges_from_scores(texts, scores, bytes_ | control | beside)
     return t
 
 

@@ -1,10 +1,7 @@
 // tokenizer.cpp: text <-> ids. The file's format, and what the parts mean, is at the top of exporter/tokenizer.py.
 #include "host/tokenizer.h"
 
-#define PCRE2_CODE_UNIT_WIDTH 8
 #include <nettle/sha2.h>
-#include <pcre2.h>
-#include <utf8proc.h>
 
 #include <algorithm>
 #include <array>
@@ -17,7 +14,10 @@
 #include <functional>
 #include <span>
 
+#include "host/added_tokens.h"
 #include "host/error.h"
+#include "host/pretokenize.h"
+#include "host/unicode.h"
 #include "host/utf8.h"
 
 namespace {
@@ -27,27 +27,25 @@ constexpr uint32_t VERSION = 2;
 constexpr uint32_t NONE = 0xFFFFFFFF;
 constexpr uint32_t MAX_VOCAB = 1 << 24;
 
-enum Flags : uint32_t { BYTE_LEVEL = 1, IGNORE_MERGES = 2, NFC = 4 };
+enum Flags : uint32_t {
+  BYTE_LEVEL = 1,
+  IGNORE_MERGES = 2,
+  NFC = 4,
+  BYTE_FALLBACK = 8,      // a code point that is no token is its bytes
+  FUSE_UNK = 16,          // neighbours that are unknown are one unknown
+  NORMALIZES_SPACES = 32  // writing U+2581 for spaces is the normalizer's work, else the pre-tokenizer's
+};
+constexpr uint32_t ALL_FLAGS = 63;
+// PREFIX_EVERY is the normalizer's, the others are the pre-tokenizer's.
 enum Prefix : uint32_t { PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST };
 enum class Kind : uint8_t { text, byte, control, unused };
-enum SpecialFlags : uint32_t { CONTROL = 1, STRIP_LEFT = 2, STRIP_RIGHT = 4 };
 
 struct Merge {
   uint32_t left, right, result;
 };
-struct Special {
-  uint32_t id, flags;
-  std::string_view text;
-};
-
-struct FreeCode {
-  void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-};
-using Pattern = std::unique_ptr<pcre2_code, FreeCode>;
 
 constexpr std::string_view SPACE_MARK = "\u2581";  // SentencePiece's spelling of a space
 constexpr std::string_view REPLACEMENT = "\uFFFD";
-constexpr std::string_view WHITE_SPACE = " \t\n\v\f\r";
 
 size_t hash_pair(uint32_t left, uint32_t right) {
   const uint64_t mixed = (uint64_t{left} << 32 | right) * 0x9E3779B97F4A7C15u;
@@ -59,20 +57,26 @@ std::vector<uint32_t> make_slots(size_t n) {
   return std::vector<uint32_t>(std::bit_ceil(2 * n + 1), NONE);
 }
 
-void insert_slot(std::vector<uint32_t>& slots, size_t hash, uint32_t index) {
+// The slot of the index inserted under this hash that `is` accepts, or the free one where it would be.
+template <class Slots, class Is>
+auto& find_slot(Slots& slots, size_t hash, Is is) {
   const size_t mask = slots.size() - 1;
-  while (slots[hash & mask] != NONE) ++hash;
-  slots[hash & mask] = index;
+  while (slots[hash & mask] != NONE && !is(slots[hash & mask])) ++hash;
+  return slots[hash & mask];
 }
 
-// The first index inserted under this hash that `is` accepts, or NONE.
+// Half of a table is free, so that hundreds of neighbours that are not can only be meant.
+constexpr size_t MAX_PROBES = 1024;
+
+// Of equal keys the first stays.
 template <class Is>
-uint32_t find_slot(const std::vector<uint32_t>& slots, size_t hash, Is is) {
-  const size_t mask = slots.size() - 1;
-  for (;; ++hash) {
-    const uint32_t index = slots[hash & mask];
-    if (index == NONE || is(index)) return index;
-  }
+void insert_slot(std::vector<uint32_t>& slots, size_t hash, uint32_t index, const std::string& path, Is is) {
+  size_t probes = 0;
+  uint32_t& slot = find_slot(slots, hash, [&](uint32_t other) {
+    if (++probes > MAX_PROBES) fail("%s: its texts or merges are made to be slow: fetch the model again", path.c_str());
+    return is(other);
+  });
+  if (slot == NONE) slot = index;
 }
 
 // A cursor over the file: nothing is read past its end.
@@ -119,44 +123,6 @@ class Reader {
   size_t at_ = 0;
 };
 
-Pattern compile(std::string_view source, const std::string& path) {
-  int error = 0;
-  PCRE2_SIZE at = 0;
-  Pattern pattern(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(source.data()), source.size(), PCRE2_UTF | PCRE2_UCP,
-                                &error, &at, nullptr));
-  if (!pattern) {
-    PCRE2_UCHAR message[128];
-    pcre2_get_error_message(error, message, sizeof message);
-    fail("%s: pre-tokenizer pattern: %s at byte %zu of %.*s: export it again", path.c_str(),
-         reinterpret_cast<char*>(message), size_t{at}, static_cast<int>(std::min<size_t>(source.size(), 200)),
-         source.data());
-  }
-  pcre2_jit_compile(pattern.get(), PCRE2_JIT_COMPLETE);  // where it cannot, pcre2_match interprets
-  return pattern;
-}
-
-// Well-formed UTF-8 in normal form C. utf8proc_map would do it all, but it sorts marks neighbour by neighbour: a
-// megabyte of nothing but marks would take it an hour.
-std::string composed(std::string_view text) {
-  constexpr auto OPTIONS = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  std::vector<utf8proc_int32_t> points;
-  while (!text.empty()) {
-    utf8proc_int32_t point = 0, parts[4];  // no canonical decomposition is longer
-    text.remove_prefix(static_cast<size_t>(
-        utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), std::ssize(text), &point)));
-    points.insert(points.end(), parts, parts + utf8proc_decompose_char(point, parts, 4, OPTIONS, nullptr));
-  }
-  const auto order = [](utf8proc_int32_t point) { return utf8proc_get_property(point)->combining_class; };
-  for (auto marks = points.begin(); marks != points.end();) {
-    const auto starter = std::find_if(marks, points.end(), [&](utf8proc_int32_t point) { return order(point) == 0; });
-    std::ranges::stable_sort(marks, starter, {}, order);
-    marks = starter == points.end() ? starter : starter + 1;
-  }
-  points.push_back(0);  // utf8proc ends the string
-  const auto size = utf8proc_reencode(points.data(), std::ssize(points) - 1, OPTIONS);
-  return {reinterpret_cast<const char*>(points.data()), static_cast<size_t>(size)};
-}
-
 std::string sha256_hex(std::string_view data) {
   sha256_ctx context;
   uint8_t digest[SHA256_DIGEST_SIZE];
@@ -171,6 +137,36 @@ std::string sha256_hex(std::string_view data) {
   return hex;
 }
 
+// Spaces where SentencePiece writes U+2581.
+std::string spaces_for_marks(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  for (size_t at = 0;;) {
+    const size_t mark = text.find(SPACE_MARK, at);
+    out += text.substr(at, mark - at);
+    if (mark == text.npos) return out;
+    out += ' ';
+    at = mark + SPACE_MARK.size();
+  }
+}
+
+// Patterns and normalizers see well-formed text, in stretches as long as can be, and no other byte.
+template <class Valid, class Invalid>
+void for_each_valid(std::string_view text, Valid valid, Invalid invalid) {
+  size_t begin = 0, at = 0;
+  while (at < text.size()) {
+    const int length = sequence_length(text.substr(at));
+    if (length > 0) {
+      at += static_cast<size_t>(length);
+      continue;
+    }
+    if (at > begin) valid(text.substr(begin, at - begin));
+    invalid(text.substr(at, 1));
+    begin = ++at;
+  }
+  if (at > begin) valid(text.substr(begin));
+}
+
 }  // namespace
 
 struct Tokenizer::Impl {
@@ -181,21 +177,26 @@ struct Tokenizer::Impl {
   std::span<const Kind> kinds;        // [vocab_size]
   std::string_view texts;
   std::span<const Merge> merges;  // in order of rank
-  std::vector<Special> specials;  // in order of their texts
-  std::array<uint32_t, 257>
-      first_special{};  // those that begin with byte b: specials[first_special[b] .. first_special[b + 1])
+  AddedTokens added;              // looked for in a text as it is
+  AddedTokens normalized;         // looked for in what the normalizer makes of it
+  AddedTokens control;            // all control tokens, of both
   std::span<const uint32_t> before, after, end_of_generation;
-  std::vector<Pattern> patterns;
+  PreTokenizer patterns;
   ChatTemplate chat;
+  uint32_t end_of_turn = NONE;
   std::vector<uint32_t> text_slots, merge_slots;  // open-addressing tables: id by text (where needed), rank by pair
   std::array<uint32_t, 256> byte_ids{};           // the token that stands for one byte, or NONE
 
   void read_file(const std::string& path);
   void parse(const std::string& path);
-  void parse_specials(Reader& in, size_t n);
+  void parse_added(Reader& in, size_t n);
   void parse_chat(Reader& in, const std::string& path);
-  void index();
+  void index(const std::string& path);
+  void add_end_of_turn();
 
+  bool normalizes() const { return flags & (NFC | NORMALIZES_SPACES) || prefix == PREFIX_EVERY || !normalized.empty(); }
+  std::string normalizer_prefix() const { return prefix == PREFIX_EVERY ? " " : ""; }  // put before every text
+  std::string normalize(std::string_view text) const;
   std::string_view token(uint32_t id) const { return texts.substr(offsets[id], offsets[id + 1] - offsets[id]); }
   uint32_t find_text(std::string_view text) const {
     return find_slot(text_slots, std::hash<std::string_view>()(text), [&](uint32_t id) { return token(id) == text; });
@@ -232,7 +233,7 @@ void Tokenizer::Impl::parse(const std::string& path) {
   }
   flags = in.integer("flags");
   prefix = in.integer("prefix");
-  if (flags > 7 || prefix > PREFIX_FIRST)
+  if (flags > ALL_FLAGS || prefix > PREFIX_FIRST)
     fail("%s: flags %u, prefix %u: unknown here, export it again", path.c_str(), flags, prefix);
   bos = in.integer("bos");
   unk = in.integer("unk");
@@ -258,25 +259,28 @@ void Tokenizer::Impl::parse(const std::string& path) {
   uint32_t largest = 0;
   for (const Merge& merge : merges) largest = std::max({largest, merge.left, merge.right, merge.result});
   in.id(largest, vocab_size, "the largest id of a merge");
-  parse_specials(in, counts[1]);
+  parse_added(in, counts[1]);
   before = in.ids(counts[3], vocab_size, "before");
   after = in.ids(counts[4], vocab_size, "after");
   end_of_generation = in.ids(counts[5], vocab_size, "end_of_generation");
-  for (uint32_t i = 0; i < counts[2]; ++i) patterns.push_back(compile(in.string("pattern"), path));
+  for (uint32_t i = 0; i < counts[2]; ++i) patterns.add(in.string("pattern"), path);
   parse_chat(in, path);
   if (in.left() != 0) fail("%s: %zu bytes too long: the file is damaged, export it again", path.c_str(), in.left());
 }
 
-void Tokenizer::Impl::parse_specials(Reader& in, size_t n) {
+void Tokenizer::Impl::parse_added(Reader& in, size_t n) {
+  std::vector<AddedToken> as_written, in_normalized, controls;
   for (size_t i = 0; i < n; ++i) {
-    const uint32_t id = in.id(in.integer("specials"), vocab_size, "the id of a special token");
-    const uint32_t special_flags = in.integer("specials");
-    const std::string_view text = in.string("specials");
-    if (!text.empty()) specials.push_back({id, special_flags, text});
+    const uint32_t id = in.id(in.integer("added tokens"), vocab_size, "the id of an added token");
+    const uint32_t token_flags = in.integer("added tokens");
+    AddedToken token{id, token_flags, std::string(in.string("added tokens"))};
+    if (token_flags & AddedToken::CONTROL) controls.push_back(token);
+    if (token_flags & AddedToken::NORMALIZED) token.text = normalizer_prefix() + normalize(token.text);
+    (token_flags & AddedToken::NORMALIZED ? in_normalized : as_written).push_back(std::move(token));
   }
-  std::ranges::stable_sort(specials, {}, &Special::text);
-  for (const Special& special : specials) ++first_special[static_cast<uint8_t>(special.text[0]) + size_t{1}];
-  for (size_t byte = 1; byte < first_special.size(); ++byte) first_special[byte] += first_special[byte - 1];
+  added = AddedTokens(std::move(as_written));
+  normalized = AddedTokens(std::move(in_normalized));
+  control = AddedTokens(std::move(controls));
 }
 
 void Tokenizer::Impl::parse_chat(Reader& in, const std::string& path) {
@@ -289,7 +293,7 @@ void Tokenizer::Impl::parse_chat(Reader& in, const std::string& path) {
   chat = ChatTemplate(path + ": chat template", source, std::move(variables), refusal);
 }
 
-void Tokenizer::Impl::index() {
+void Tokenizer::Impl::index(const std::string& path) {
   byte_ids.fill(NONE);
   // Whole pieces are looked up where they need no merges, and code points where merging starts from them: a vocabulary
   // of 262144 tokens has 19000 of those.
@@ -297,8 +301,7 @@ void Tokenizer::Impl::index() {
   const Kind byte_kind = flags & BYTE_LEVEL ? Kind::text : Kind::byte;
   for (uint32_t id = 0; id < vocab_size; ++id) {
     const std::string_view text = token(id);
-    const bool code_point =
-        !(flags & BYTE_LEVEL) && !text.empty() && sequence_length(text) == static_cast<int>(text.size());
+    const bool code_point = !(flags & BYTE_LEVEL) && !text.empty() && sequence_length(text) == std::ssize(text);
     if (kinds[id] == Kind::text && (flags & IGNORE_MERGES || code_point)) found_by_text.push_back(id);
     if (kinds[id] == byte_kind && text.size() == 1) {
       uint32_t& byte_id = byte_ids[static_cast<uint8_t>(text[0])];
@@ -306,10 +309,48 @@ void Tokenizer::Impl::index() {
     }
   }
   text_slots = make_slots(found_by_text.size());
-  for (const uint32_t id : found_by_text) insert_slot(text_slots, std::hash<std::string_view>()(token(id)), id);
+  for (const uint32_t id : found_by_text) {
+    insert_slot(text_slots, std::hash<std::string_view>()(token(id)), id, path,
+                [&](uint32_t other) { return token(other) == token(id); });
+  }
   merge_slots = make_slots(merges.size());
   for (uint32_t rank = 0; rank < merges.size(); ++rank) {
-    insert_slot(merge_slots, hash_pair(merges[rank].left, merges[rank].right), rank);
+    const auto& [left, right, result] = merges[rank];
+    insert_slot(merge_slots, hash_pair(left, right), rank, path,
+                [&](uint32_t other) { return merges[other].left == left && merges[other].right == right; });
+  }
+}
+
+// The normalizer, on bytes that need not be UTF-8: those that are not stay as they are.
+std::string Tokenizer::Impl::normalize(std::string_view text) const {
+  std::string out;
+  if (flags & NFC) {
+    for_each_valid(
+        text, [&](std::string_view valid) { out += composed(valid); }, [&](std::string_view byte) { out += byte; });
+  } else {
+    out = text;
+  }
+  return flags & NORMALIZES_SPACES ? spaces_for_marks(out) : out;
+}
+
+// The token that the chat template writes after an answer ends a text. gpt-oss ends each of an answer's messages with
+// <|end|>, and the answer with <|return|>.
+void Tokenizer::Impl::add_end_of_turn() {
+  constexpr std::string_view ANSWER = "Qanswerq", MESSAGE_END = "<|end|>", ANSWER_END = "<|return|>";
+  if (!chat.refusal().empty()) return;
+  std::string text;
+  try {
+    text =
+        chat.render({{Message::user, "Q"}, {Message::assistant, std::string(ANSWER)}, {Message::user, "Q"}}, {}).text;
+  } catch (const Error&) {
+    return;  // said where the template is used
+  }
+  const size_t answer = text.find(ANSWER);
+  if (answer == text.npos) return;
+  const std::string_view next = trim_left(std::string_view(text).substr(answer + ANSWER.size()), true);
+  const AddedToken* token = next.empty() ? nullptr : added.find(next, 0, next.size());
+  if (token && !(token->text == MESSAGE_END && control.find(ANSWER_END, 0, ANSWER_END.size()))) {
+    end_of_turn = token->id;
   }
 }
 
@@ -318,18 +359,8 @@ namespace {
 // One call of encode: its scratch memory and what it has made so far.
 class Encoder {
  public:
-  explicit Encoder(const Tokenizer::Impl& tokenizer) : t_(tokenizer) {
-    if (t_.patterns.empty()) return;
-    // A pattern takes a bounded number of steps for a character, and no limit of PCRE2 ends a match early on a long
-    // text.
-    context_.reset(pcre2_match_context_create(nullptr));
-    match_.reset(pcre2_match_data_create(1, nullptr));
-    jit_stack_.reset(pcre2_jit_stack_create(32 << 10, 32 << 20, nullptr));
-    if (!context_ || !match_ || !jit_stack_) throw std::bad_alloc();
-    pcre2_set_match_limit(context_.get(), 0xFFFFFFFF);
-    pcre2_set_depth_limit(context_.get(), 0xFFFFFFFF);
-    pcre2_jit_stack_assign(context_.get(), nullptr, jit_stack_.get());
-  }
+  explicit Encoder(const Tokenizer::Impl& tokenizer)
+      : t_(tokenizer), splitter_(t_.patterns, [this](std::string_view piece) { encode_piece(piece); }) {}
 
   using Range = ChatText::Range;
   // Control tokens are found only within `control_ranges`, which are in order.
@@ -340,17 +371,11 @@ class Encoder {
   struct Symbol {
     uint32_t id, previous, next;  // NONE: no symbol; a merged one keeps its left part's place
   };
-  struct FreeMatch {
-    void operator()(pcre2_match_context* p) const { pcre2_match_context_free(p); }
-    void operator()(pcre2_match_data* p) const { pcre2_match_data_free(p); }
-    void operator()(pcre2_jit_stack* p) const { pcre2_jit_stack_free(p); }
-  };
 
-  const Special* find_special(std::string_view text, size_t at, size_t control_end) const;
+  template <class Between>
+  void extract(const AddedTokens& added, std::string_view text, std::span<const Range> control_ranges, Between between);
+  void encode_raw(std::string_view text, std::span<const Range> control_ranges, size_t offset);
   void encode_plain(std::string_view text, bool first);
-  std::string spaced(std::string_view text, bool first) const;
-  void encode_valid(std::string_view text);
-  void split(std::string_view text, size_t level);
   void encode_piece(std::string_view piece);
   void add_symbols(std::string_view piece);
   void add_symbol(uint32_t id);
@@ -358,121 +383,80 @@ class Encoder {
   void merge_symbols();
 
   const Tokenizer::Impl& t_;
-  std::unique_ptr<pcre2_match_context, FreeMatch> context_;
-  std::unique_ptr<pcre2_match_data, FreeMatch> match_;
-  std::unique_ptr<pcre2_jit_stack, FreeMatch> jit_stack_;
+  Splitter splitter_;
   std::vector<Symbol> symbols_;
   std::vector<uint64_t> heap_;  // rank << 32 | place of the left symbol, the least first: ties go to the left
 };
 
 void Encoder::encode(std::string_view text, std::span<const Range> control_ranges) {
   if (text.size() > 1u << 30) fail("a text of %zu bytes: give at most %u", text.size(), 1u << 30);
+  extract(t_.added, text, control_ranges,
+          [&](size_t begin, size_t end) { encode_raw(text.substr(begin, end - begin), control_ranges, begin); });
+}
+
+// The ids of the added tokens in `text`; `between(begin, end)` gets what lies between two.
+template <class Between>
+void Encoder::extract(const AddedTokens& added, std::string_view text, std::span<const Range> control_ranges,
+                      Between between) {
   size_t begin = 0, at = 0, range = 0;
   while (at < text.size()) {
     while (range < control_ranges.size() && control_ranges[range].end <= at) ++range;
     const bool control = range < control_ranges.size() && control_ranges[range].begin <= at;
-    const Special* special = find_special(text, at, control ? control_ranges[range].end : at);
-    if (!special) {
+    const AddedToken* token = added.find(text, at, control ? control_ranges[range].end : at);
+    if (!token) {
       ++at;
       continue;
     }
-    std::string_view plain = text.substr(begin, at - begin);
-    if (special->flags & STRIP_LEFT) plain = plain.substr(0, plain.find_last_not_of(WHITE_SPACE) + 1);
-    encode_plain(plain, begin == 0);
-    ids.push_back(static_cast<int>(special->id));
-    at += special->text.size();
-    if (special->flags & STRIP_RIGHT) at = std::min(text.find_first_not_of(WHITE_SPACE, at), text.size());
-    begin = at;
+    // Where the normalizer writes U+2581 for spaces, none of those is white space.
+    const bool blank = !(token->flags & AddedToken::NORMALIZED && t_.flags & NORMALIZES_SPACES);
+    std::string_view before = text.substr(begin, at - begin), after = text.substr(at + token->text.size());
+    if (token->flags & AddedToken::STRIP_LEFT) before = trim_right(before, blank);
+    if (token->flags & AddedToken::STRIP_RIGHT) after = trim_left(after, blank);
+    if (!before.empty()) between(begin, begin + before.size());
+    ids.push_back(static_cast<int>(token->id));
+    begin = at = text.size() - after.size();
   }
-  encode_plain(text.substr(begin), begin == 0);
+  if (begin < text.size()) between(begin, text.size());
 }
 
-// The longest special token at text[at], null where there is none. A control token must end at `control_end` or before.
-const Special* Encoder::find_special(std::string_view text, size_t at, size_t control_end) const {
-  const uint8_t lead = static_cast<uint8_t>(text[at]);
-  const Special* low = t_.specials.data() + t_.first_special[lead];
-  const Special* high = t_.specials.data() + t_.first_special[lead + size_t{1}];
-  const Special* longest = nullptr;
-  // Those in [low, high) share the text's next k bytes; they are sorted, so the one that ends there comes first.
-  for (size_t k = 1; low < high; ++k) {
-    for (; low < high && low->text.size() == k; ++low) {
-      if (!(low->flags & CONTROL) || at + k <= control_end) longest = low;
-    }
-    if (at + k == text.size()) break;
-    const uint8_t next = static_cast<uint8_t>(text[at + k]);
-    const auto byte = [&](const Special& special) { return static_cast<uint8_t>(special.text[k]); };
-    low = std::partition_point(low, high, [&](const Special& special) { return byte(special) < next; });
-    high = std::partition_point(low, high, [&](const Special& special) { return byte(special) == next; });
+// A text between added tokens that are found as they are written; it begins at `offset` of the whole, which the ranges
+// are of.
+void Encoder::encode_raw(std::string_view text, std::span<const Range> control_ranges, size_t offset) {
+  if (!t_.normalizes()) return encode_plain(text, offset == 0);
+  // Stretch by stretch, so that what lay in a control range does so afterwards.
+  std::string changed = t_.normalizer_prefix();
+  std::vector<Range> ranges;
+  size_t at = 0;
+  const auto normalize_up_to = [&](size_t end) {
+    if (end > at) changed += t_.normalize(text.substr(at, end - at));
+    at = std::max(at, end);
+  };
+  for (const auto& [range_begin, range_end] : control_ranges) {
+    if (range_end <= offset || range_begin >= offset + text.size()) continue;
+    normalize_up_to(std::max(range_begin, offset) - offset);
+    const size_t begin = ranges.empty() && at == 0 ? 0 : changed.size();  // the prefix goes with what it is put before
+    normalize_up_to(std::min(range_end - offset, text.size()));
+    ranges.push_back({begin, changed.size()});
   }
-  return longest;
+  normalize_up_to(text.size());
+  extract(t_.normalized, changed, ranges, [&](size_t begin, size_t end) {
+    encode_plain(std::string_view(changed).substr(begin, end - begin), offset == 0 && begin == 0);
+  });
 }
 
-// A text between special tokens; first: at the start of it all.
+// A normalized text without added tokens; first: at the start of it all.
 void Encoder::encode_plain(std::string_view text, bool first) {
-  if (text.empty()) return;
   std::string changed;
-  if (!(t_.flags & BYTE_LEVEL)) text = changed = spaced(text, first);
-  if (t_.patterns.empty() && !(t_.flags & NFC)) return encode_piece(text);
-  // Patterns see well-formed text; every other byte is a piece of its own.
-  size_t begin = 0, at = 0;
-  while (at < text.size()) {
-    const int length = sequence_length(text.substr(at));
-    if (length > 0) {
-      at += static_cast<size_t>(length);
-      continue;
-    }
-    encode_valid(text.substr(begin, at - begin));
-    encode_piece(text.substr(at, 1));
-    begin = ++at;
+  const bool missing = t_.prefix == PREFIX_MISSING || (t_.prefix == PREFIX_FIRST && first);
+  if (!(t_.flags & BYTE_LEVEL)) text = changed = spaces_for_marks(text);
+  if (missing && !text.starts_with(' ')) {
+    changed = std::string(text);
+    text = changed.insert(0, 1, ' ');
   }
-  encode_valid(text.substr(begin));
-}
-
-// SentencePiece's normalisation, with spaces where it writes U+2581.
-std::string Encoder::spaced(std::string_view text, bool first) const {
-  std::string out;
-  out.reserve(text.size() + 1);
-  for (size_t at = 0;;) {
-    const size_t mark = text.find(SPACE_MARK, at);
-    out += text.substr(at, mark - at);
-    if (mark == text.npos) break;
-    out += ' ';
-    at = mark + SPACE_MARK.size();
-  }
-  const bool missing = out[0] != ' ' && (t_.prefix == PREFIX_MISSING || (t_.prefix == PREFIX_FIRST && first));
-  if (t_.prefix == PREFIX_EVERY || missing) out.insert(0, 1, ' ');
-  return out;
-}
-
-void Encoder::encode_valid(std::string_view text) {
-  if (text.empty()) return;
-  if (!(t_.flags & NFC) || std::ranges::all_of(text, [](char c) { return static_cast<uint8_t>(c) < 0x80; }))
-    return split(text, 0);
-  split(composed(text), 0);
-}
-
-// Splits by the patterns from `level` on: matches are pieces, and so is what lies between two.
-void Encoder::split(std::string_view text, size_t level) {
-  if (level == t_.patterns.size()) return encode_piece(text);
-  size_t begin = 0, from = 0;
-  while (from < text.size()) {
-    const int found = pcre2_match(t_.patterns[level].get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
-                                  from, PCRE2_NO_UTF_CHECK, match_.get(), context_.get());
-    if (found == PCRE2_ERROR_NOMATCH) break;
-    if (found < 0)
-      fail("tokenizer: pre-tokenizer pattern %zu fails on this text (PCRE2 error %d): shorten it", level, found);
-    const PCRE2_SIZE* match = pcre2_get_ovector_pointer(match_.get());
-    const size_t match_begin = match[0], match_end = match[1];
-    if (match_end <= match_begin) {  // an empty match splits nothing
-      from = std::max(from, match_end);
-      if (from < text.size()) from += static_cast<size_t>(sequence_length(text.substr(from)));
-      continue;
-    }
-    if (match_begin > begin) split(text.substr(begin, match_begin - begin), level + 1);
-    split(text.substr(match_begin, match_end - match_begin), level + 1);
-    begin = from = match_end;
-  }
-  if (begin < text.size()) split(text.substr(begin), level + 1);
+  if (!(t_.flags & BYTE_LEVEL) && t_.patterns.empty()) return encode_piece(text);  // takes any byte as it comes
+  for_each_valid(
+      text, [&](std::string_view valid) { splitter_.split(valid); },
+      [&](std::string_view byte) { encode_piece(byte); });
 }
 
 void Encoder::encode_piece(std::string_view piece) {
@@ -487,28 +471,32 @@ void Encoder::encode_piece(std::string_view piece) {
   }
 }
 
-// What merging starts from: bytes; or code points, and the bytes of those that the vocabulary lacks.
+// What merging starts from: bytes; or code points, and the bytes of those that the vocabulary lacks. What it lacks
+// altogether is unknown, or nothing where it has no token for that.
 void Encoder::add_symbols(std::string_view piece) {
+  const auto byte_id = [&](char c) { return t_.byte_ids[static_cast<uint8_t>(c)]; };
+  bool unknown = false;  // one that is still to be added: the tokenizers library lets the bytes of others go before it
   for (size_t at = 0, length = 1; at < piece.size(); at += length) {
-    length = 1;
-    if (!(t_.flags & BYTE_LEVEL)) {
-      length = static_cast<size_t>(std::max(1, sequence_length(piece.substr(at))));
-      if (const uint32_t id = t_.find_text(piece.substr(at, length)); id != NONE) {
-        add_symbol(id);
-        continue;
-      }
-    }
+    const int sequence = sequence_length(piece.substr(at));
+    length = t_.flags & BYTE_LEVEL ? 1 : static_cast<size_t>(std::max(1, sequence));
     const std::string_view bytes = piece.substr(at, length);
-    const auto byte_id = [&](char c) { return t_.byte_ids[static_cast<uint8_t>(c)]; };
-    if (std::ranges::all_of(bytes, [&](char c) { return byte_id(c) != NONE; })) {
+    const uint32_t id = t_.flags & BYTE_LEVEL ? byte_id(bytes[0]) : t_.find_text(bytes);
+    const bool invalid = sequence <= 0 && (!(t_.flags & BYTE_LEVEL) || piece.size() == 1);
+    if (id != NONE) {
+      if (unknown) add_symbol(t_.unk);
+      unknown = false;
+      add_symbol(id);
+    } else if (t_.flags & BYTE_FALLBACK && std::ranges::all_of(bytes, [&](char c) { return byte_id(c) != NONE; })) {
       for (const char c : bytes) add_symbol(byte_id(c));
-    } else if (t_.unk == NONE && sequence_length(bytes) <= 0) {
+    } else if (t_.unk != NONE) {
+      if (unknown && !(t_.flags & FUSE_UNK)) add_symbol(t_.unk);
+      unknown = true;
+    } else if (invalid) {
       fail("the text is not UTF-8, and the vocabulary has no token for its byte 0x%02X: give UTF-8",
            static_cast<uint8_t>(bytes[0]));
-    } else if (t_.unk != NONE && (symbols_.empty() || symbols_.back().id != t_.unk)) {
-      add_symbol(t_.unk);  // neighbours that are unknown are one unknown
     }
   }
+  if (unknown) add_symbol(t_.unk);
 }
 
 void Encoder::add_symbol(uint32_t id) {
@@ -559,7 +547,8 @@ Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
          path.c_str(), sha256.c_str());
   }
   impl->parse(path);
-  impl->index();
+  impl->index(path);
+  impl->add_end_of_turn();
   Tokenizer tokenizer;
   tokenizer.impl_ = std::move(impl);
   return tokenizer;
@@ -583,7 +572,15 @@ Tokenizer Tokenizer::with_template(const std::string& name, const std::string& s
 }
 
 bool Tokenizer::is_end_of_generation(int id) const {
-  return std::ranges::find(impl_->end_of_generation, static_cast<uint32_t>(id)) != impl_->end_of_generation.end();
+  const uint32_t i = static_cast<uint32_t>(id);
+  return i == impl_->end_of_turn || std::ranges::find(impl_->end_of_generation, i) != impl_->end_of_generation.end();
+}
+
+int Tokenizer::find_control(std::string_view text) const {
+  for (size_t at = 0; at < text.size(); ++at) {
+    if (const AddedToken* token = impl_->control.find(text, at, text.size())) return static_cast<int>(token->id);
+  }
+  return -1;
 }
 
 std::string_view Tokenizer::bytes(int id) const {

@@ -17,6 +17,8 @@ class Tokenizer {
   // Ids of the text. Control tokens' texts become their ids only where parse_special; elsewhere they are plain text.
   // Invalid UTF-8 is taken byte by byte. add_special: BOS and EOS where the model's own tokenizer adds them by default.
   std::vector<int> encode(std::string_view text, bool parse_special, bool add_special) const;
+  // The first control token whose text is in this one, -1: none. encode makes plain text of it unless parse_special.
+  int find_control(std::string_view text) const;
   // Ids of a conversation up to where the model is to speak, as ChatTemplate::render writes it. Only the template's own
   // text can become control tokens (BOS is in it). arguments: further variables of the template.
   std::vector<int> encode_chat(const std::vector<Message>& messages, const Json& arguments = {}) const;

@@ -36,7 +36,7 @@ from exporter.weights import Tensor, Weight, quantize
 @pytest.fixture(autouse=True)
 def plain_tokenizer(monkeypatch):
     """Tokenizers have their own tests."""
-    monkeypatch.setattr(export, "write_tokenizer", lambda source, path: path.write_bytes(b"a tokenizer"))
+    monkeypatch.setattr(export, "write_tokenizer", lambda source, path: path.write_bytes(b"a tokenizer") and ("", []))
 
 
 def run(source, output, *flags):

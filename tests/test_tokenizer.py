@@ -5,6 +5,7 @@ here with the pre-tokenizers of the models, and on the models' own vocabularies 
 """
 
 import json
+import os
 import random
 import struct
 import subprocess
@@ -18,6 +19,8 @@ from conftest import ROOT, tool
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from exporter.errors import ExportError
+from exporter.gguf_source import GgufHeader
+from exporter.source import map_file
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
 
@@ -134,6 +137,7 @@ def export(tmp_path: Path, **source) -> Ours:
         "path": tmp_path,
         "folder": tmp_path,
         "tokenizer_file": None,
+        "pre": None,
         "config": {},
         "metadata": {},
     } | source
@@ -474,6 +478,241 @@ def test_sentencepiece_kinds_of_tokenizer_json(scheme, tmp_path):
     assert ours.encode("", add_special=True) == witness.encode("").ids
 
 
+# Added tokens, unknown text, Unicode --------------------------------------------------------------------------------
+
+ADDED = ["<m>", "hello wo", "café"]
+
+
+def grown(kind: str) -> Tokenizer:
+    """A trained vocabulary around a normalizer and a pre-tokenizer of this kind."""
+    if kind.startswith("byte"):
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = byte_level(use_regex=True)
+        made.normalizer = normalizers.NFC() if kind == "byte-nfc" else None
+        trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=byte_level().alphabet(), show_progress=False)
+        made.train_from_iterator(TRAINING, trainer)
+        return made
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    if kind == "prepend":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+    elif kind == "gemma":
+        made.normalizer, made.pre_tokenizer = replace, pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    control = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=control, limit_alphabet=60, show_progress=False)
+    made.train_from_iterator([text[:80] for text in TRAINING], trainer)
+    data = json.loads(made.to_str())
+    data["added_tokens"] = data["added_tokens"][:3]
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def mixed(marks: list[str], count=400) -> list[str]:
+    rng = random.Random(7)
+    parts = [
+        *marks,
+        "user",
+        " ",
+        "  ",
+        "\n",
+        "▁",
+        " the ",
+        "é",
+        "e\u0301",
+        "\u00a0",
+        "\u3000",
+        "<s>",
+        "x",
+        "\t",
+        "\u200b",
+        "m",
+        ">",
+    ]
+    return ["".join(rng.choice(parts) for _ in range(rng.randint(1, 6))) for _ in range(count)]
+
+
+def assert_as_tokenizers(made: Tokenizer, tmp_path: Path, marks: list[str]) -> None:
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert_same(export(tmp_path), lambda text: made.encode(text, add_special_tokens=False).ids, mixed(marks))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("kind", ["prepend", "always", "first", "never", "gemma", "byte", "byte-nfc"])
+def test_added_tokens_are_found_as_tokenizers_finds_them(kind, normalized, tmp_path):
+    for special in True, False:
+        for strip in "", "l", "r":
+            made = grown(kind)
+            tokens = [
+                AddedToken(mark, special=special, normalized=normalized, lstrip=strip == "l", rstrip=strip == "r")
+                for mark in ADDED
+            ]
+            (made.add_special_tokens if special else made.add_tokens)(tokens)
+            assert_as_tokenizers(made, tmp_path, [*ADDED, "cafe\u0301"])
+
+
+@pytest.mark.parametrize("lacks_bytes", [False, True])
+@pytest.mark.parametrize("unk", ["<unk>", None])
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_a_vocabulary_lacks(fallback, fuse, unk, lacks_bytes, tmp_path):
+    data = json.loads(grown("prepend").to_str())
+    data["model"] |= {"byte_fallback": fallback, "fuse_unk": fuse, "unk_token": unk}
+    if lacks_bytes:  # a part of them
+        data["model"]["vocab"] = {
+            text: id for text, id in data["model"]["vocab"].items() if not text.startswith("<0xE")
+        }
+    assert_as_tokenizers(Tokenizer.from_str(json.dumps(data)), tmp_path, ["汉", "汉字", "\u0f00"])
+
+
+@pytest.mark.parametrize("unk", ["<unk>", None])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_byte_level_vocabulary_that_lacks_bytes(unk, fuse, tmp_path):
+    data = json.loads(grown("byte").to_str())
+    gone = {gpt2_alphabet()[byte] for byte in (0x80, 0x81, 0xA0, 0x7F)}
+    vocab = {text: id for text, id in data["model"]["vocab"].items() if not gone & set(text)}
+    merges = [merge for merge in data["model"]["merges"] if not gone & set("".join(merge))]
+    data["model"] |= {"vocab": vocab | {"<unk>": 600}, "merges": merges, "unk_token": unk, "fuse_unk": fuse}
+    assert_as_tokenizers(Tokenizer.from_str(json.dumps(data)), tmp_path, ["\x7f", "\u0080"])
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_every_code_point_splits_as_in_tokenizers(name, tmp_path):
+    """Those of Unicode 15 and 16 too, whatever the system's PCRE2 knows."""
+    trained = train(*PRE_TOKENIZERS[name])
+    trained.normalizer = None
+    trained.save(str(tmp_path / "tokenizer.json"))
+    points = [
+        chr(c)
+        for c in [*range(0x80, 0xD800), *range(0xE000, 0x20000), *range(0x2B700, 0x2B800), *range(0x2EB00, 0x32400)]
+    ]
+    texts = ["".join(f"a{c}{c} {c}1" for c in points[i : i + 512]) for i in range(0, len(points), 512)]
+    assert_same(export(tmp_path), lambda text: trained.encode(text, add_special_tokens=False).ids, texts)
+
+
+def test_byte_level_with_a_space_before(tmp_path):
+    made = grown("byte")
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.add_special_tokens(ADDED)
+    assert_as_tokenizers(made, tmp_path, ADDED)
+
+
+# Tokens beside a vocabulary -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder"])
+def test_added_tokens_beside_tokenizer_model(where, pieces, tmp_path):
+    """As transformers' LlamaTokenizer: one id each; a space before every text (legacy) or before the first."""
+    witness = sentencepiece.SentencePieceProcessor(model_file=str(pieces["llama"]))
+    n = witness.vocab_size()
+    (tmp_path / "tokenizer.model").write_bytes(pieces["llama"].read_bytes())
+    ids = {"<|im_end|>": n, "<|im_start|>": n + 1}
+    for legacy in True, False:
+        settings = {"eos_token": "<|im_end|>", "bos_token": "<s>", "legacy": legacy, "add_bos_token": False}
+        if where == "added_tokens.json":
+            (tmp_path / where).write_text(json.dumps(ids))
+            (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_start|>"]}')
+        else:
+            settings[where] = {id: {"content": text, "special": True} for text, id in ids.items()}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours = export(tmp_path)
+        spaced = witness.encode("user")
+        bare = [id for id in ours.encode("<|im_start|>user")][1:]
+        assert ours.encode("<|im_start|>user")[0] == n + 1
+        assert (bare == spaced) == legacy
+        assert "".join(witness.id_to_piece(id) for id in bare) == "▁" * legacy + "user"
+        assert ours.encode("user<|im_end|>", add_special=True) == [*spaced, n]
+        assert not {n, n + 1} & set(ours.encode("<|im_start|>user<|im_end|>", parse_special=False))
+        ends = [id for id, (end, _, _) in enumerate(ours.tokens(n + 2)) if end]
+        assert ends == [2, n]  # </s> by its well-known text
+
+
+def test_tokens_and_settings_beside_tokenizer_json(tmp_path):
+    """A free row takes the token that a side file gives it; a row or a text that tokenizer.json has stays."""
+    trained = train(*PRE_TOKENIZERS["GPT-2"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    n = trained.get_vocab_size()
+    decoder = {n: {"content": "<|new|>", "special": True}, 1: {"content": "<|other|>"}}
+    settings = {"added_tokens_decoder": decoder, "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = export(tmp_path)
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trained.add_special_tokens([AddedToken("<|new|>", normalized=False)])
+    for text in "a<|new|>b", "<|im_start|>", "<|other|>", "the":
+        assert ours.encode(text) == trained.encode(text, add_special_tokens=False).ids
+
+
+def test_vocab_and_merges_with_tokens_beside(tmp_path):
+    trained = train([byte_level(use_regex=True)], "gpt-2")
+    data = json.loads(trained.to_str())["model"]
+    vocab = {text: id for text, id in data["vocab"].items() if text not in SPECIAL[1:]}
+    order = {text: id for id, text in enumerate(sorted(vocab, key=vocab.get))}
+    (tmp_path / "vocab.json").write_text(json.dumps(order))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, data["merges"])))
+    n = len(order)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": n}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "add_prefix_space": True}))
+    ours = export(tmp_path, config={"model_type": "gpt2"})
+    witness = Tokenizer(models.BPE(vocab=order, merges=[tuple(merge) for merge in data["merges"]]))
+    witness.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert ours.encode("user<|im_end|>") == [*witness.encode("user").ids, n]
+    assert ours.tokens(n + 1)[n][0]
+    with pytest.raises(ExportError, match="add_prefix_space"):
+        export(tmp_path, config={"model_type": "qwen2"})
+
+
+# Which tokens end a text --------------------------------------------------------------------------------------------
+
+
+def ends(tmp_path, template: str | None = None, **types: int) -> set[str]:
+    """Of a GGUF file whose vocabulary has these tokens (text -> type) beside bytes."""
+    tokens = [*gpt2_alphabet().values(), *types]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [*types.values()],
+        "tokenizer.chat_template": template,
+    }
+    ours = export(tmp_path, kind="gguf", metadata=metadata)
+    return {text for end, _, text in ours.tokens(len(tokens)) if end}
+
+
+def test_ends_by_well_known_texts_of_any_type(tmp_path):
+    for type in 3, 4:
+        assert ends(tmp_path, **{"<|im_end|>": type, "<end_of_turn>": type, "<x>": type}) == {
+            "<|im_end|>",
+            "<end_of_turn>",
+        }
+    assert ends(tmp_path, **{"</s>": 3, "<eos>": 4}) == {"</s>"}  # markup where it is no control token
+    assert ends(tmp_path, **{"<|end|>": 3}) == {"<|end|>"}
+    assert ends(tmp_path, **{"<|end|>": 3, "<|return|>": 3, "<|call|>": 3}) == {"<|return|>", "<|call|>"}
+
+
+def test_ends_by_the_template(tmp_path):
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    assert ends(tmp_path, template, **{"<|user|>": 3, "<|assistant|>": 3}) == {"<|user|>"}
+    assert ends(tmp_path, "{{ broken", **{"<|user|>": 3}) == set()
+
+
+def test_what_ends_a_text_is_never_read_in_one(tmp_path):
+    tokens = [*gpt2_alphabet().values(), "<end_of_turn>"]
+    types = [1] * 256 + [4]
+    metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "token_type": types}
+    ours = export(tmp_path, kind="gguf", metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    assert 256 not in ours.encode("<end_of_turn>", parse_special=False)
+
+
+def test_gguf_without_pre_is_refused_or_told(tmp_path):
+    trained = train(*PRE_TOKENIZERS["Llama 3"])
+    for pre in None, "default":
+        metadata = gguf_metadata(trained, "llama-bpe") | {"tokenizer.ggml.pre": pre}
+        with pytest.raises(ExportError, match="say with --pre how it splits"):
+            export(tmp_path, kind="gguf", metadata=metadata)
+        told = export(tmp_path, kind="gguf", metadata=metadata, pre="llama-bpe")
+        assert_same(told, lambda text: trained.encode(text, add_special_tokens=False).ids)
+
+
 # Real vocabularies --------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +729,32 @@ def test_real_models(name, tmp_path):
     expected = dict(zip(reference["texts"], reference["ids"], strict=True))
     assert_same(ours, expected.__getitem__, reference["texts"])
     assert ours.encode("a", add_special=True) == reference["around_a"]
+
+
+VOCABULARIES = sorted(Path(os.environ.get("LLAMA_CPP_MODELS", "nowhere")).glob("ggml-vocab-*.gguf"))
+NOT_CLAIMED = {"bert-bge", "falcon", "gemma-4"}
+
+
+@pytest.mark.parametrize("path", VOCABULARIES, ids=lambda path: path.stem)
+def test_vocabularies_of_llama_cpp(path, tmp_path):
+    """LLAMA_CPP_MODELS is the folder models/ of llama.cpp. Its .out files hold the ids that transformers gives."""
+    inputs = Path(f"{path}.inp")
+    name = path.stem.removeprefix("ggml-vocab-")
+    if not inputs.is_file() or name in NOT_CLAIMED:
+        pytest.skip("no reference, or of an architecture that is not claimed")
+    texts = inputs.read_text("utf-8").split("\n__ggml_vocab_test__\n")
+    expected = [list(map(int, line.split())) for line in Path(f"{path}.out").read_text("utf-8").split("\n")]
+    header = GgufHeader(map_file(path))
+    header.at = 16
+    metadata = {}
+    for _ in range(header.scalar("Q")):
+        key = header.string()
+        metadata[key] = header.value(header.scalar("I"))
+    known = dict(zip(texts, expected, strict=False))
+    assert_same(export(tmp_path, kind="gguf", metadata=metadata), known.__getitem__, texts)
+    if name in ("gpt-2", "llama-bpe", "qwen2", "deepseek-llm", "deepseek-coder", "starcoder", "refact"):
+        del metadata["tokenizer.ggml.pre"]  # recognised by its merges
+        assert_same(export(tmp_path, kind="gguf", metadata=metadata), known.__getitem__, texts)
 
 
 # Chat templates -----------------------------------------------------------------------------------------------------

@@ -18,10 +18,17 @@ namespace {
 using Ids = std::vector<int>;
 
 constexpr uint32_t NONE = 0xFFFFFFFF;
-enum : uint32_t { BYTE_LEVEL = 1, IGNORE_MERGES = 2, NFC = 4 };
+enum : uint32_t {
+  BYTE_LEVEL = 1,
+  IGNORE_MERGES = 2,
+  NFC = 4,
+  BYTE_FALLBACK = 8,
+  FUSE_UNK = 16,
+  NORMALIZES_SPACES = 32
+};
 enum : uint32_t { PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST };
 enum : char { TEXT, BYTE, CONTROL, UNUSED };
-enum : uint32_t { FLAG_CONTROL = 1, STRIP_LEFT = 2, STRIP_RIGHT = 4 };
+enum : uint32_t { FLAG_CONTROL = 1, STRIP_LEFT = 2, STRIP_RIGHT = 4, NORMALIZED = 8 };
 
 struct TokenizerFile {
   struct Special {
@@ -150,6 +157,7 @@ TokenizerFile byte_level() {
 // unk, BOS, EOS, all bytes as fallback (ids 3 to 258), then code points.
 TokenizerFile sentencepiece() {
   TokenizerFile file;
+  file.flags = BYTE_FALLBACK | FUSE_UNK | NORMALIZES_SPACES;
   file.unk = file.add_special("<unk>", FLAG_CONTROL);
   file.bos = file.add_special("<s>", FLAG_CONTROL);
   file.end_of_generation = {file.add_special("</s>", FLAG_CONTROL)};
@@ -324,11 +332,14 @@ TEST(Tokenizer, SentencePieceKnowsSpacesAndFallsBackToBytes) {
   EXPECT_EQ(t.bytes(3 + 10), "\n");
 }
 
-TEST(Tokenizer, NeighboursThatAreUnknownAreOneUnknown) {
+TEST(Tokenizer, NeighboursThatAreUnknownAreOneUnknownWhereFused) {
   TokenizerFile file;
+  file.flags = FUSE_UNK;
   file.unk = file.add_special("<unk>", FLAG_CONTROL);
   const int a = static_cast<int>(file.add("a"));
   EXPECT_EQ(load(file).encode("xéa\xFF", false, false), (Ids{0, a, 0}));
+  file.flags = 0;
+  EXPECT_EQ(load(file).encode("xéa\xFF", false, false), (Ids{0, 0, a, 0}));
 }
 
 TEST(Tokenizer, InvalidBytesStandAlone) {
@@ -437,6 +448,35 @@ TEST(Tokenizer, RefusesWhatIsNoTokenizer) {
   EXPECT_NE(error_of([] { Tokenizer::load("/nowhere/x.tokenizer.bin", ""); }).find("/nowhere/x.tokenizer.bin"),
             std::string::npos);
   EXPECT_NE(error_of([] { Tokenizer::load("/tmp", ""); }).find("/tmp"), std::string::npos);
+}
+
+// Exponential in PCRE2, where nothing bounds it.
+TEST(Tokenizer, APatternHasALimitOfSteps) {
+  TokenizerFile file = byte_level();
+  file.patterns = {"(a+)+$|(a|aa)+b"};
+  std::string text(60, 'a');
+  text += '!';
+  EXPECT_NE(error_of([&] { load(file).encode(text, false, false); }).find("too many steps"), std::string::npos);
+  file.patterns = {"\\C"};
+  EXPECT_NE(error_of([&] { load(file); }).find("pattern"), std::string::npos);
+}
+
+// In quadratic time each would take minutes.
+TEST(Tokenizer, EqualMergesAndTextsLoadInLinearTime) {
+  TokenizerFile file = byte_level();
+  file.flags |= IGNORE_MERGES;
+  file.merge("a", "b");
+  file.merges.resize(1 << 20, file.merges[0]);
+  for (int i = 0; i < 1 << 19; ++i) file.add("same");
+  EXPECT_EQ(load(file).encode("ab", false, false), ids_of(file, {"ab"}));
+}
+
+TEST(Tokenizer, FindsWhatLooksLikeAControlToken) {
+  TokenizerFile file = byte_level();
+  file.add_special("<s>", FLAG_CONTROL);
+  file.add_special("<t>", 0);
+  EXPECT_EQ(load(file).find_control("a <t>"), -1);
+  EXPECT_EQ(load(file).find_control("a <t><s>"), static_cast<int>(file.id("<s>")));
 }
 
 TEST(Tokenizer, BelongsToItsModel) {
