@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from conftest import tool
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -54,9 +55,7 @@ compiled = functools.lru_cache(maxsize=4)(ENVIRONMENT.from_string)  # Jinja comp
 
 class Engine:
     def __init__(self):
-        program = ROOT / "build/test/native/render"
-        subprocess.run(["make", "-s", str(program.relative_to(ROOT))], cwd=ROOT, check=True)
-        self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([tool("render")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def render(self, template: str, variables: dict) -> dict:
         self.process.stdin.write(json.dumps({"template": template, "variables": variables}) + "\n")
