@@ -31,7 +31,9 @@ def folder():
 
 
 def exported(source, weights, type=None, tokenizer=None):
-    export.export(argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=tokenizer))
+    export.export(
+        argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=tokenizer, pre=None)
+    )
     return weights
 
 

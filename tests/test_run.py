@@ -34,7 +34,7 @@ def export_tiny(name, folder, chat_template=None):
         settings["chat_template"] = chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     weights = folder.with_suffix(".safetensors")
-    export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None))
+    export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None))
     return weights
 
 
@@ -1013,7 +1013,9 @@ def scaled(tmp_path_factory):
         tensors = load_file(folder / "model.safetensors")
         save_file({n: change(n, t.copy()) for n, t in tensors.items()}, folder / "model.safetensors")
         weights = folder.with_suffix(".safetensors")
-        export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None))
+        export.export(
+            argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None)
+        )
         return weights
 
     return make
