@@ -106,7 +106,7 @@ template <class Attention, class Kernel, class Kv, int Block>
 Machine make(const Model& model, const Limits& limits) {
   const auto transformer = std::make_shared<Transformer<Attention, Kernel, Kv, Block>>(model, limits);
   auto& cache = transformer->cache();
-  std::memset(cache.memory(), 0xff, transformer->taken().kv);
+  std::memset(cache.memory(), 0xff, cache.size());
   return {cache.block_size(), [transformer, &cache](const Batch& b, int n_threads) {
             poison_written(cache, b);
             // What is -1 in the tables leads far out of the cache.

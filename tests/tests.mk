@@ -21,7 +21,8 @@ test: .venv/tests
 
 # One after the other: each uses all cores.
 gtest: $(TESTS:%=$(TEST)/%) $(TOOLS:%=$(TEST)/%)
-	@for t in $(TESTS); do echo "$(LEVEL) $$t"; $(TEST)/$$t --gtest_brief=1 || failed=1; done; [ -z "$$failed" ]
+	@for t in $(TESTS); do echo "$(LEVEL) $$t"; $(TEST)/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
+	  [ -z "$$failed" ] || { echo "failed at $(LEVEL):$$failed"; exit 1; }
 
 # The kernels again, at each lower level of vector instructions that this machine has.
 cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
