@@ -97,7 +97,7 @@ def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
             weight = tensor.read(rows)
             weight = weight if weight.type == kind else quantize(weight.float32(), kind)
         except ExportError as error:
-            raise ExportError(f"{source}: tensor {name} {error}") from error
+            raise ExportError(f"{source}: tensor {name}: {error}") from error
         for field, (offset, row_bytes) in places.items():
             data = np.ascontiguousarray(getattr(weight, field)).data.cast("B")
             write_at(file.fileno(), data, start + offset + first * row_bytes)
