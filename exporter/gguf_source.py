@@ -35,10 +35,12 @@ GGUF_KEYS = {
     "rope.dimension_count": "rope_dim",
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.attn_factor": "attn_factor",
     "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor": "yarn_ext_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
     "attention.scale": "attention_multiplier",
@@ -65,6 +67,25 @@ GGUF_KEYS = {
     "use_parallel_residual": "use_parallel_residual",
 }
 GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
+ZERO_IS_NONE = {  # of which 0 says that the model has no such thing
+    "attention.sliding_window",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.temperature_length",
+    "attention.temperature_scale",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scale_linear",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "pooling_type",
+    "interleave_moe_layer_step",
+}
 
 
 class GgufHeader:
@@ -286,13 +307,16 @@ def gguf_config(source: Source) -> dict:
         prefix, _, name = key.partition(".")
         if prefix != architecture or name in GGUF_NO_EFFECT:
             continue
+        if name == "attention.sliding_window_pattern" and isinstance(value, list):
+            config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in value]
+            continue
         if isinstance(value, list) and len(set(map(repr, value))) == 1:
             value = value[0]  # one value a layer, all the same
         if not isinstance(value, str if name == "rope.scaling.type" else int | float) and name in GGUF_KEYS:
             raise ExportError(
                 f"{source.path}: {key} is {shown(value)}: must be one number for all layers: use another model"
             )
-        config[GGUF_KEYS.get(name, key)] = value
+        config[GGUF_KEYS.get(name, key)] = None if name in ZERO_IS_NONE and value == 0 else value
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
     if "token_embd.weight" in source.tensors:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
@@ -304,8 +328,8 @@ def gguf_config(source: Source) -> dict:
         if wide and config.get("num_attention_heads"):
             scalar = config.get("hidden_size", 0) // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = scalar
-    if architecture == "phi3":
-        config["sliding_window"] = config.get("sliding_window") or None  # the converter's 0 is none
+    if architecture == "olmo2" and config.get("sliding_window"):
+        config["model_type"] = "olmo3"
     if architecture == "deepseek2":
         gguf_latent(config)
     gguf_rope(source, config)
@@ -313,7 +337,10 @@ def gguf_config(source: Source) -> dict:
 
 
 def gguf_experts(config: dict) -> None:
-    sigmoid = config.pop("expert_gating_func", 1) == 2
+    gating, known = config.pop("expert_gating_func", 0), {"deepseek_v2": (0, 1, 2), "gpt_oss": (0, 3)}
+    if gating not in known.get(config["model_type"], (0, 1)):
+        config["expert_gating_func"] = gating  # which is refused by name
+    sigmoid = gating == 2
     if config["model_type"] == "llama":
         config["model_type"] = "mixtral"
     elif config["model_type"] == "qwen3_moe":
@@ -344,19 +371,23 @@ def gguf_rope(source: Source, config: dict) -> None:
     """
     names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
-    kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
+    kind, extra, multiplier = (config.pop(name, None) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
+    if kind is None and (scaling.get("factor") or 1) != 1:
+        kind = "linear"  # files from before the key, and llama.cpp's default
     factors = {name: source.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
     if None not in factors.values():
         kind = "longrope"
         scaling |= {f"{name}_factor": tensor.float32().reshape(-1).tolist() for name, tensor in factors.items()}
         if extra:
             scaling["attention_factor"] = extra
-    elif not kind or kind == "none":
+    elif kind in (None, "none"):
+        if extra not in (None, 1):
+            config["attn_factor"] = extra  # which is refused by name
         return
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    if kind != "longrope" and extra not in (0, 1):
-        own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
+    if kind != "longrope" and extra not in (None, 1):
+        own = 1 if multiplier else yarn_mscale(scaling.get("factor") or 1)
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
     if config["model_type"] == "gpt_oss":
         scaling["truncate"] = False  # GGUF has no key for it

@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from exporter.errors import ExportError
 from exporter.model import Model
-from exporter.weights import GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
+from exporter.weights import CHUNK, GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
 
-CHUNK = 1 << 20  # elements converted at a time
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
