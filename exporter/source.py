@@ -49,10 +49,10 @@ def open_file(path: Path):
 def whole_file(path: Path, most: int = 1 << 28) -> bytes:
     """A side file: a setting, a vocabulary, a template."""
     with open_file(path) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ExportError(f"{path}: more than {most} bytes, which no file of its kind has: fetch it again")
-    return data
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ExportError(f"{path}: {size} bytes, and no file of its kind has more than {most}: fetch it again")
+        return file.read(size)
 
 
 class File:

@@ -21,7 +21,7 @@ BYTE_LEVEL, IGNORE_MERGES, NFC, BYTE_FALLBACK, FUSE_UNK, NORMALIZES_SPACES = 1, 
 PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
 # each that does not begin with one, the first likewise
 TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
-MAX_VOCAB, LONGEST_TOKEN = 1 << 24, 1 << 10
+MAX_VOCAB, MOST_PADDING, LONGEST_TOKEN = 1 << 24, 1 << 16, 1 << 10
 STRIP_LEFT, STRIP_RIGHT, NORMALIZED = 2, 4, 8  # flags of special tokens
 
 
@@ -197,18 +197,20 @@ def gguf_id(source, key: str, tokens: list) -> int | None:
 
 def from_gguf(source) -> Tokenizer:
     model, texts = gguf_value(source, "ggml.model", str), gguf_value(source, "ggml.tokens", [str])
-    if model not in ("gpt2", "llama") or not texts:
+    if model not in ("gpt2", "llama"):
         raise ExportError(
-            f"{source.path}: tokenizer.ggml.model is {shown(model)}, with {len(texts or [])} tokens: only gpt2 "
-            "(byte-level BPE) and llama (SentencePiece BPE) are known: use another model"
+            f"{source.path}: tokenizer.ggml.model is {shown(model)}, only gpt2 (byte-level BPE) and llama "
+            "(SentencePiece BPE) are known: use another model"
         )
+    if not texts:
+        raise ExportError(f"{source.path}: tokenizer.ggml.tokens has none: convert the file again")
     types = gguf_value(source, "ggml.token_type", [int]) or [GGUF_NORMAL] * len(texts)
     scores = gguf_value(source, "ggml.scores", [float]) or [0.0] * len(texts)
     for key, values in ("token_type", types), ("scores", scores):
         if len(values) != len(texts):
             raise ExportError(
-                f"{source.path}: tokenizer.ggml.{key} has {len(values)} entries for {len(texts)} tokens: convert the "
-                "file again"
+                f"{source.path}: tokenizer.ggml.{key} has {len(values)} entries, tokenizer.ggml.tokens {len(texts)}: "
+                "convert the file again"
             )
     read = from_gguf_bpe if model == "gpt2" else from_gguf_sentencepiece
     t, add_bos = read(source, texts, types, scores)
@@ -276,24 +278,25 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         for key, flag in ("ignore_merges", IGNORE_MERGES), ("byte_fallback", BYTE_FALLBACK), ("fuse_unk", FUSE_UNK):
             t.flags |= flag * bool(model.get(key))
         ids = vocab | {token["content"]: token["id"] for token in added}
-        if not all(map(is_id, ids.values())):
-            raise ValueError("an id that is no index")
-        texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
-        for text, id in ids.items():
-            texts[id] = text
+        if not all(isinstance(text, str) for text in ids):
+            raise ValueError("a token that is no text")
+        texts, used = [], set(ids.values())
+        place_tokens(texts, {id: (0, text) for text, id in ids.items()}, path)
         t.specials = {token["id"]: (added_flags(token, path), token["content"]) for token in added}
-        used = set(ids.values())
-        for id, (flags, text) in read_side_files(path.parent)[1].items():
-            if ids.get(text, None if id in used else id) == id:  # what tokenizer.json says of an id or a text holds
-                place_tokens(texts, {id: (flags, text)}, path.parent)
-                t.specials[id] = flags, text
-                used.add(id)
+        beside = {  # what tokenizer.json says of an id or a text holds
+            id: (flags, text)
+            for id, (flags, text) in read_side_files(path.parent)[1].items()
+            if ids.get(text, None if id in used else id) == id
+        }
+        place_tokens(texts, beside, path.parent)
+        t.specials |= beside
+        used |= beside.keys()
         set_tokens(t, texts, set(t.specials))
         t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
         t.merges = merges_from_pairs(model["merges"], vocab, path)
         t.unk = ids.get(model.get("unk_token"))
         read_post_processor(t, data.get("post_processor"), path)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise ExportError(
             f"{path}: not a tokenizer.json of the tokenizers library ({error!r}): fetch it again"
         ) from error
@@ -423,8 +426,16 @@ def added_flags(token: dict, where) -> int:
 
 def place_tokens(texts: list[str], tokens: dict[int, tuple[int, str]], where) -> None:
     """Puts added tokens where their ids say; a gap before one is padding."""
-    if not all(is_id(id) for id in tokens):
-        raise ExportError(f"{where}: an added token's id is not between 0 and {MAX_VOCAB}: fetch the tokenizer again")
+    odd = [id for id in tokens if not is_id(id)]
+    if odd:
+        raise ExportError(
+            f"{where}: token id {shown(odd[0])} is not between 0 and {MAX_VOCAB}: fetch the tokenizer again"
+        )
+    gap = max(tokens, default=-1) + 1 - len(texts) - len(tokens)
+    if gap > MOST_PADDING:
+        raise ExportError(
+            f"{where}: token id {max(tokens)} is {gap} beyond the other tokens: fetch the tokenizer again"
+        )
     texts += [f"[PAD{id}]" for id in range(len(texts), max(tokens, default=-1) + 1)]
     for id, (_, text) in tokens.items():
         texts[id] = text

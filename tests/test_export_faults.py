@@ -2,11 +2,16 @@
 metadata that is not what it should be. One line each, and nothing is left behind."""
 
 import errno
+import itertools
+import json
+import math
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import checkpoints
 import gguf_models
@@ -16,6 +21,10 @@ from test_export import llama2c_file, refused
 
 import export
 from exporter import writer
+from exporter.errors import ExportError
+from exporter.source import Source
+from exporter.sources import open_source
+from exporter.tokenizer import write_tokenizer
 
 EXPORT = str(ROOT / "export.py")
 
@@ -223,3 +232,115 @@ def test_a_summary_that_nobody_takes(tmp_path):
         got = subprocess.run([sys.executable, EXPORT, source, "-o", output], stdout=full, stderr=-1, text=True)
     assert got.returncode == 1 and got.stderr.count("\n") == 1 and "standard output: No space" in got.stderr
     assert output.is_file()
+
+
+# ---- Tokenizers
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SENTENCEPIECE = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *BYTES, "▁", "a", "▁a"],
+    "tokenizer.ggml.scores": [0.0] * 259 + [-1.0, -2.0, -0.5],
+    "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 3,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+}
+BPE = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.scores": None,
+    "tokenizer.ggml.token_type": None,
+    "tokenizer.ggml.unknown_token_id": None,
+}
+
+
+def gguf_tokenizer(changes, path):
+    source = Source("gguf", path / "m.gguf", path / "m.gguf", None)
+    source.metadata = {key: value for key, value in (SENTENCEPIECE | changes).items() if value is not None}
+    return write_tokenizer(source, path / "m.tokenizer.bin")
+
+
+@pytest.mark.parametrize("base", [{}, BPE])
+def test_any_value_of_any_tokenizer_key_is_taken_or_refused(base, tmp_path):
+    """Refused: by its name, its value and what to do. The values that are taken are few."""
+    gguf_tokenizer(base, tmp_path)
+    keys = {*SENTENCEPIECE, *(f"tokenizer.ggml.{key}" for key in ("add_bos_token", "add_eos_token", "eot_token_id"))}
+    keys |= {"tokenizer.ggml.add_space_prefix", "tokenizer.ggml.merges", "tokenizer.chat_template"}
+    values = ["x", "", -1, 0, 3, 1.5, True, [], [1], ["a"], [1.5], [[]], 2**32 - 1, math.nan, "\udcff"]
+    taken = 0
+    for key, value in itertools.product(sorted(keys), values):
+        try:
+            gguf_tokenizer(base | {key: value}, tmp_path)
+            taken += 1
+        except ExportError as error:
+            assert str(tmp_path / "m.gguf: ") in str(error) and re.search(r": (convert|use|say|fetch) ", str(error))
+            assert key.removeprefix("tokenizer.") in str(error) or "merge" in str(error), (key, value, error)
+    assert taken < len(keys) * len(values) / 3
+
+
+def test_merges_of_what_is_no_token(tmp_path):
+    for merge, words in (("ab", "merge 'ab' is not of two tokens"), ("a x", "merge 'a' 'x': 'x' is not in")):
+        with pytest.raises(ExportError, match=words):
+            gguf_tokenizer(BPE | {"tokenizer.ggml.merges": [merge]}, tmp_path)
+
+
+def test_a_very_long_token(tmp_path):
+    """It would be cut in each of its places, and both parts looked up."""
+    tokens = [*SENTENCEPIECE["tokenizer.ggml.tokens"][:-1], "a" * 10_000_000]
+    with pytest.raises(ExportError, match=r"token 261, .*, has 10000000 characters"):
+        gguf_tokenizer({"tokenizer.ggml.tokens": tokens}, tmp_path)
+
+
+def test_an_id_far_beyond_the_others(tmp_path):
+    """No memory is taken for the sixteen million between them."""
+    source = tiny(tmp_path / "source")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["id"] = (1 << 24) - 1
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExportError, match="token id 16777215 is 16776957 beyond the other tokens"):
+            write_tokenizer(open_source(source), tmp_path / "m.tokenizer.bin")
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_half_a_character(tmp_path):
+    source = tiny(tmp_path / "source")
+    (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": "\ud800"}))
+    with pytest.raises(ExportError, match="half of a character"):
+        write_tokenizer(open_source(source), tmp_path / "m.tokenizer.bin")
+
+
+@pytest.mark.parametrize("text", [b"a b\xff\n", b"ab\n", b"a\n"])
+def test_damaged_merges(text, tmp_path, capsys):
+    source = tiny(tmp_path / "source", "gpt2")
+    vocabulary = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.json").write_text(json.dumps(vocabulary))
+    (source / "merges.txt").write_bytes(text)
+    assert "merge" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x08\x01",  # pieces, and nothing else
+        b"\x0a\x02\x08\x01\x12\x00\x1a\x00",  # a piece whose text is a number
+        b"\x0a\x03\x0a\x01\xff\x12\x00\x1a\x00",  # or no UTF-8
+        b"\x0a\x05\x0a\x01a\x10\x05\x12\x02\x18\x02\x1a\x00",  # whose score is an integer
+        b"\x0a\x03\x0a\x01a\x12\x02\x18\x02\x1a\x02\x08\x01",  # a normalizer's name that is a number
+        b"\x80" * 1_000_000,  # a number without end
+    ],
+)
+def test_damaged_sentencepiece(data, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(data)
+    source = Source("hf", tmp_path, tmp_path / "config.json", path)
+    with pytest.raises(ExportError, match=f"{path}: not a SentencePiece model"):
+        write_tokenizer(source, tmp_path / "m.tokenizer.bin")
