@@ -505,4 +505,70 @@ inline F32 in_register(F32 x) {
   return x;
 }
 
+// --- small numbers in the bytes of a register ------------------------------------------------------------------------
+
+// Of each byte the bits of `mask` after a shift to the right, or to the left by -right.
+inline uint32_t bits(uint32_t x, int right, uint32_t mask) {
+  return (right < 0 ? x << -right : x >> right) & mask;
+}
+#if defined(SIMD_AVX512) || defined(SIMD_AVX2)
+using U32 [[gnu::vector_size(4 * LANES)]] = uint32_t;
+inline I32 bits(I32 x, int right, uint32_t mask) {
+  const U32 word = reinterpret_cast<U32>(x);
+  return reinterpret_cast<I32>((right < 0 ? word << -right : word >> right) & mask);
+}
+inline I32 either(I32 a, I32 b) {
+  return a | b;
+}
+#else
+inline I32 bits(I32 x, int right, uint32_t mask) {
+  return each_i32([&](int i) { return static_cast<int32_t>(bits(static_cast<uint32_t>(x.lane[i]), right, mask)); });
+}
+inline I32 either(I32 a, I32 b) {
+  return each_i32([&](int i) { return a.lane[i] | b.lane[i]; });
+}
+#endif
+inline uint32_t either(uint32_t a, uint32_t b) {
+  return a | b;
+}
+
+// Byte by byte table[index], table [16].
+#if defined(SIMD_AVX512)
+inline I32 lookup(const uint8_t* table, I32 index) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
+}
+#elif defined(SIMD_AVX2)
+inline I32 lookup(const uint8_t* table, I32 index) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))),
+                             index);
+}
+#else
+inline I32 lookup(const uint8_t* table, I32 index) {
+  uint8_t bytes[4 * LANES];
+  store_i32(bytes, index);
+  for (uint8_t& byte : bytes) byte = table[byte];
+  return load_i32(bytes);
+}
+#endif
+
+// 2^(p[i] - 128), a subnormal number too.
+inline F32 load_power_of_2(const uint8_t* p) {
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) {
+    // Half of 2^(p[i] - 127): there the exponent is the byte itself, but for 0.
+    const uint32_t bits = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000u;
+    std::memcpy(&x[i], &bits, 4);
+  }
+  return mul(load(x), set(0.5f));
+}
+
+// How many dot4_halves in a row are exact for u <= most; 0 where dot4 takes as few instructions.
+constexpr int halves_that_fit([[maybe_unused]] int most) {
+#if defined(SIMD_PORTABLE) || defined(__AVX512VNNI__) || (defined(SIMD_AVX2) && defined(__AVXVNNI__))
+  return 0;
+#else
+  return 0x7fff / (2 * 127 * most);
+#endif
+}
+
 }  // namespace simd
