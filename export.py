@@ -18,7 +18,7 @@ from exporter.made_from import export_name, inputs, is_current, metadata, record
 from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
-from exporter.weights import TYPES, size
+from exporter.weights import CHOICES, size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -47,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="choose the name, export only if the source has changed since, and print the model file's path alone",
     )
-    parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
+    parser.add_argument("--type", choices=CHOICES, help="weights' type (default: the source's own, tensor by tensor)")
     parser.add_argument(
         "--as",
         dest="layout",
@@ -157,10 +157,7 @@ def summary(source, model: Model, counts, chat: str, ends: list[str], output: Pa
         f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
         f"  chat        {chat}",
     ]
-    notes = {tensor.note for tensor in model.tensors.values()}
-    lost = sorted(notes - {"", "MXFP4"})
-    if "MXFP4" in notes:
-        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
+    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
     lines += [f"  note        {note}" for note in source.notes]

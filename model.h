@@ -1,7 +1,7 @@
 // model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and
 // shape.
 //
-// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 2"), "config" (one JSON object, whose keys are
+// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 3"), "config" (one JSON object, whose keys are
 // the fields of Config below, to the letter), "types" (the weight type of each matrix that is not plain floats),
 // "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that differs between GPT-2, Llama, Gemma or
 // DeepSeek is in there or in which tensors are present; the runtime has no per-architecture code. docs/model-file.md
@@ -117,7 +117,7 @@ struct Model {
   // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
   // classifier, and of the experts only num_experts_per_tok.
   size_t weight_bytes_per_token = 0;
-  std::string types;  // "q8 134.5M, f32 0.04M"
+  std::string types;  // "f32 0.04M, q8_0 134.5M"
 
   Buffer<std::byte> packed;  // all matrices
   Buffer<float> vectors;     // all norms, biases and tables

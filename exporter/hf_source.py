@@ -12,7 +12,7 @@ import numpy as np
 from exporter.errors import ExportError, shown
 from exporter.names import IGNORED
 from exporter.source import Source, array_tensor, map_file, open_file
-from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
+from exporter.weights import GROUP, Tensor, Weight, size, unreadable
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -167,11 +167,14 @@ def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
     groups = scales.k
 
     def read(index: np.ndarray) -> Weight:
+        """ggml's blocks: the scale, then bytes of code i and, in the high half, code i + 16."""
         bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
-        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
-        return mxfp4(codes, scales.read(index).data)
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(-1, 2, GROUP // 2)
+        exponents = scales.read(index).data.reshape(-1, 1)
+        block = np.concatenate([exponents, codes[:, 0] | codes[:, 1] << 4], axis=1)
+        return Weight("mxfp4", block.reshape(len(index), -1))
 
-    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+    return Tensor((*scales.shape[:-1], groups * GROUP), "mxfp4", read)
 
 
 def dequantize_fp8(source: Source, settings: dict | None) -> None:

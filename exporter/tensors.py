@@ -150,7 +150,7 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
 def split_experts(where: Path, architecture: Architecture, tensors: dict[str, Tensor]) -> None:
     """experts.gate_up_proj [experts, 2 hidden, dim] and its bias [experts, 2 hidden] -> gate_proj, up_proj."""
     for name in [name for name in tensors if ".experts." in name] if architecture.turned_experts else ():
-        if len(tensors[name].shape) == 3 and tensors[name].note != "MXFP4":  # which lies [expert, outputs, inputs]
+        if len(tensors[name].shape) == 3 and tensors[name].type != "mxfp4":  # which lies [expert, outputs, inputs]
             tensors[name] = turn_each(tensors[name])
     for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
         both = tensors.pop(name)

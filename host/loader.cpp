@@ -3,6 +3,7 @@
 #include "model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr const char* FORMAT = "attn.cu 2";
+constexpr const char* FORMAT = "attn.cu 3";
 constexpr int MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27, MAX_PRODUCT = 1 << 26;
 
 // What __metadata__ may hold.
@@ -286,15 +287,16 @@ class NamedTypes {
 // The float type that is stored as this dtype: what a matrix is whose type is not named.
 std::optional<WeightType> float_type(const std::string& dtype) {
   for (size_t i = 0; i < weight_formats().size(); i++)
-    if (const WeightFormat& f = weight_formats()[i]; f.quant_group == 1 && f.parts[0].dtype == dtype)
+    if (const WeightFormat& f = weight_formats()[i]; f.block == 1 && f.dtype == dtype)
       return static_cast<WeightType>(i);
   return {};
 }
 
 // A matrix to pack and where its description goes.
 struct PackJob {
+  std::string tensor;
   TensorView source;
-  size_t row_bytes[MAX_PARTS];  // of each part
+  size_t bytes;  // of the source
   bool transposed;
   Matrix* out;
 };
@@ -368,21 +370,14 @@ class Collector {
   void group(const std::string& name, int groups, int n, int k, bool floats_only, bool transposed, Matrix& out) {
     const WeightType type = type_of(name, groups, n, k, floats_only);
     const WeightFormat& format = weight_format(type);
-    PackJob job{{type, n, k}, {}, transposed, &out};
-    size_t group_bytes[MAX_PARTS] = {};
-    for (size_t i = 0; i < format.parts.size(); i++) {
-      const WeightPart& part = format.parts[i];
-      const Entry& e = typed(name + "." + part.name, part.dtype, {groups, n, k / format.quant_group * part.elements});
-      job.source.parts[i] = e.data;
-      group_bytes[i] = e.bytes / static_cast<size_t>(groups);
-      job.row_bytes[i] = group_bytes[i] / static_cast<size_t>(n);
-    }
+    const std::string weight = name + ".weight";
+    const Entry& e = typed(weight, format.dtype, {groups, n, k / format.block * format.block_elements});
+    PackJob job{weight, {type, n, k, e.data}, e.bytes / static_cast<size_t>(groups), transposed, &out};
     if (transposed) std::swap(job.source.n, job.source.k);
     out.groups = groups;
     for (int g = 0; g < groups; g++) {
       jobs.push_back(job);
-      for (size_t i = 0; i < format.parts.size(); i++)
-        job.source.parts[i] = static_cast<const std::byte*>(job.source.parts[i]) + group_bytes[i];
+      job.source.data = static_cast<const std::byte*>(job.source.data) + job.bytes;
     }
   }
 
@@ -395,10 +390,10 @@ class Collector {
     const std::optional<WeightType> type = named ? named : float_type(e.dtype);
     if (!type) refuse(weight, e, "F32, BF16 or F16, or a type that __metadata__ \"types\" names,", {groups, n, k});
     const WeightFormat& format = weight_format(*type);
-    if (format.quant_group != 1 && floats_only) refuse(weight, e, "F32, BF16 or F16", {groups, n, k});
-    if (k % format.quant_group != 0)
+    if (format.block != 1 && floats_only) refuse(weight, e, "F32, BF16 or F16", {groups, n, k});
+    if (k % format.block != 0)
       fail("%s: __metadata__ \"types\": %s is %s, whose rows are multiples of %d inputs; it has %d", path_.c_str(),
-           name.c_str(), std::string(format.name).c_str(), format.quant_group, k);
+           name.c_str(), std::string(format.name).c_str(), format.block, k);
     seen_.emplace(name, *type);
     return *type;
   }
@@ -499,26 +494,25 @@ size_t packed_bytes(const PackJob& j) {
   return packed_bytes(j.source.type, j.source.n, j.source.k);
 }
 
-void pack_matrix(const MappedFile& file, const PackJob& j, std::byte* out, Threads& threads) {
+void pack_matrix(const MappedFile& file, const PackJob& j, const Model& m, std::byte* out, Threads& threads) {
   const TensorView& s = j.source;
   const int all = panels(s.n);
-  const size_t panel_rows = static_cast<size_t>(s.n + all - 1) / static_cast<size_t>(all);
-  size_t row_bytes = 0;
-  for (const size_t bytes : j.row_bytes) row_bytes += bytes;
+  const auto* data = static_cast<const std::byte*>(s.data);
+  const size_t panel_bytes = (j.bytes + static_cast<size_t>(all) - 1) / static_cast<size_t>(all);
   // A transposed source is read by columns: all of it at once.
-  const int step = j.transposed ? all : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / (row_bytes * panel_rows)));
-  const int source_rows = j.transposed ? s.k : s.n;
+  const int step = j.transposed ? all : static_cast<int>(std::max<size_t>(1, RELEASE_EVERY / panel_bytes));
   for (int first = 0; first < all; first += step) {
     const int last = std::min(all, first + step);
+    std::atomic<bool> finite = true;
     threads.run(threads.most(), [&](const Team& team) {
-      team.for_each(last - first, [&](int p) { pack(s, j.transposed, first + p, out); });
+      team.for_each(last - first, [&](int p) {
+        if (!pack(s, j.transposed, first + p, out)) finite = false;
+      });
     });
-    const size_t done = j.transposed ? static_cast<size_t>(source_rows)
-                                     : std::min(static_cast<size_t>(s.n), static_cast<size_t>(last) * panel_rows);
-    for (size_t i = 0; i < MAX_PARTS; i++) {
-      const auto* data = static_cast<const std::byte*>(s.parts[i]);
-      file.release(data, data + j.row_bytes[i] * done);
-    }
+    if (!finite)
+      fail("%s: tensor %s has a scale that is infinite or no number: it is damaged: export or fetch it again",
+           m.path.c_str(), j.tensor.c_str());
+    file.release(data, data + std::min(j.bytes, static_cast<size_t>(last) * panel_bytes));
   }
 }
 
@@ -528,7 +522,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
-    pack_matrix(file, j, at, threads);
+    pack_matrix(file, j, m, at, threads);
     if (!j.out->data) *j.out = {j.source.type, j.source.n, j.source.k, j.out->groups, at};  // the first of its groups
     at += packed_bytes(j);
   }

@@ -28,6 +28,13 @@ inline const GgmlType* ggml_type(const std::string& name) {
   return nullptr;
 }
 
+// Every weight type that there is.
+inline const std::vector<std::string> TYPES = [] {
+  std::vector<std::string> all = {"f32", "bf16", "f16"};
+  for (const GgmlType& type : GGML_TYPES) all.push_back(type.name);
+  return all;
+}();
+
 struct GgmlWeight {
   double value, min = 0;  // the min is in the value
 };

@@ -1,5 +1,5 @@
 // matmul_test.cpp: every weight type against float64 references written from the formulas in matmul.h, over odd shapes;
-// and bit equality over rows, threads and grouping.
+// and bit equality over rows, threads and grouping. What a type means is written a second time in ggml_types.h.
 #include "kernels/matmul.h"
 
 #include <gtest/gtest.h>
@@ -17,13 +17,6 @@
 
 namespace {
 
-// Each type by its name alone: what it means is written a second time, in ggml_types.h.
-std::vector<std::string> all_types() {
-  std::vector<std::string> all = {"f32", "bf16", "f16"};
-  for (const GgmlType& type : GGML_TYPES) all.push_back(type.name);
-  return all;
-}
-const std::vector<std::string> TYPES = all_types();
 constexpr int GROUP = 32;  // activations that share a scale
 
 WeightType weight_type(const std::string& type) {

@@ -1076,7 +1076,7 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, 
     config |= {"attention_scale": 1, "window": [0], "rope": [-1], "rope_scale": []}
     shapes = {"embed_tokens": [vocab, dim], layer + "o_proj": [dim, 1], layer + "down_proj": [dim, 1]}
     shapes |= {layer + name: [1, dim] for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
-    header = {"__metadata__": {"format": "attn.cu 2", "config": json.dumps(config), "types": "{}"}}
+    header = {"__metadata__": {"format": "attn.cu 3", "config": json.dumps(config), "types": "{}"}}
     header["__metadata__"]["tokenizer_sha256"] = tokenizer_sha256
     end = 0
     for name, shape in shapes.items():

@@ -12,7 +12,7 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
-TOOLS := tokenize render
+TOOLS := tokenize render dequantize
 
 test: .venv/tests
 	@$(MAKE) gtest

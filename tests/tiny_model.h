@@ -63,7 +63,7 @@ struct TinyModel {
 
   // The bytes of a safetensors file; all tensors float32.
   std::string bytes() const {
-    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 2"},
+    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 3"},
                                                          {"config", json(config).text()},
                                                          {"types", json(types).text()},
                                                          {"tokenizer_sha256", ""}}}};
