@@ -16,11 +16,11 @@ ARGS ?= -n 128
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
-HOST := $(addprefix host/,loader safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) sampler engine \
-  thread_count scheduler blocks error cpus)
+HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
+  sampler engine thread_count scheduler blocks error machine)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 # Where the compiler's time goes into templates and no loop runs per element.
-LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus) \
+LIGHT := $(addprefix host/,loader config safetensors json chat $(JINJA) scheduler machine) \
   $(addprefix cli/,session talk chat editor requests lines report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
@@ -50,7 +50,7 @@ OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o): private OPTIMIZE := -O1
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
-  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-unknown-warning-option
+  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-unknown-warning-option
 ifeq ($(SANITIZE),1)
 CXXFLAGS += -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 endif

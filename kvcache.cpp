@@ -122,21 +122,19 @@ static uint16_t store_quant_group(const float* x, int8_t* q) {
   simd::F32 largest = simd::zero(), not_finite = simd::zero();
   for (int i = 0; i < N; i += simd::LANES) {
     const simd::F32 a = simd::load(x + i);
-    largest = simd::max(largest, simd::max(a, simd::sub(simd::zero(), a)));
-    not_finite = simd::fma(a, simd::zero(), not_finite);  // NaN for an infinity or NaN
+    largest = simd::max(largest, simd::max(a, -a));
+    not_finite += a * 0.0f;  // NaN for an infinity or NaN
   }
   const float amax = simd::largest(largest);
   uint16_t scale = float_to_f16(amax / 127 + simd::sum(not_finite));
   if (f16_to_float(scale) * 127 < amax) scale++;
   if (scale == 0x7c00) scale = 0x7e00;  // infinity: NaN
-  const simd::F32 inverse = simd::set(scale == 0 ? 0 : 1 / f16_to_float(scale));
-  float rounded[N];
+  const float inverse = scale == 0 ? 0 : 1 / f16_to_float(scale);
   for (int i = 0; i < N; i += simd::LANES) {
-    // min gives its second operand for a NaN, whose conversion to an integer would be undefined
-    const simd::F32 y = simd::min(simd::mul(simd::load(x + i), inverse), simd::set(127));
-    simd::store(rounded + i, simd::round(simd::max(y, simd::set(-127))));
+    // min gives its second operand for a NaN
+    const simd::F32 bounded = simd::max(simd::min(simd::load(x + i) * inverse, simd::set(127)), simd::set(-127));
+    simd::store_i8(q + i, simd::to_i32(bounded));
   }
-  for (int i = 0; i < N; i++) q[i] = static_cast<int8_t>(rounded[i]);
   return scale;
 }
 

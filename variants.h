@@ -17,7 +17,7 @@ class Gqa {
  public:
   static constexpr const char* name = "gqa";
 
-  // What the model file's config must say (Fields: host/loader.cpp).
+  // What the model file's config must say (Fields: host/config.cpp).
   template <class Fields>
   static void read(Fields& f, Config& c) {
     f.integer("n_kv_heads", c.n_kv_heads, 1, c.n_heads);
@@ -173,9 +173,9 @@ class Mla {
     t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
     t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
-    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk);
-    t.heads_transposed(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk_t);
-    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, l.w_uv);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, false, l.w_uk);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, true, l.w_uk_t);
+    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, false, l.w_uv);
   }
 
   static int rotated(const Config& c) { return c.qk_rope_head_dim; }
@@ -359,3 +359,12 @@ class Mla {
 };
 
 using Variants = std::tuple<Mha, Mqa, Gqa, Mla>;
+
+// f(std::type_identity<V>()) for the variant V of this name; false: there is none.
+template <class F>
+bool with_variant(const std::string& name, F f) {
+  const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {
+    return ((name == V::name && (f(std::type_identity<V>()), true)) || ...);
+  };
+  return try_each(std::type_identity<Variants>());
+}

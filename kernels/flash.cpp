@@ -235,9 +235,8 @@ void score_rows(const Tile<Rows>& tile, const Scratch& s) {
 
 // s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
 void cap_scores(float* s, int n, float cap) {
-  const F32 factor = simd::set(2 / cap), most = simd::set(80);
   for (int i = 0; i < n; i += LANES)
-    simd::store(s + i, simd::exp(simd::min(simd::mul(simd::load(s + i), factor), most)));
+    simd::store(s + i, simd::exp(simd::min(simd::load(s + i) * (2 / cap), simd::set(80))));
   for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
 }
 
@@ -258,16 +257,15 @@ void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out) {
     out.max[row] = std::max(out.max[row], simd::largest(m));
   }
   for (int row = 0; row < n_rows; row += LANES)
-    simd::store(s.rescale + row, simd::exp(simd::sub(simd::load(s.rescale + row), simd::load(out.max + row))));
+    simd::store(s.rescale + row, simd::exp(simd::load(s.rescale + row) - simd::load(out.max + row)));
   for (int row = 0; row < n_rows; row++) {
     float *score = s.scores + row * TILE, *sums = s.sums + row * LANES;
     const int n = mask.registers(row) * LANES;
-    const F32 m = simd::set(out.max[row]);
-    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::sub(simd::load(score + i), m)));
+    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::load(score + i) - out.max[row]));
     std::fill(score, score + mask.from(row), 0.0f);
     std::fill(score + mask.to(row), score + TILE, 0.0f);
-    F32 sum = simd::mul(simd::load(sums), simd::set(s.rescale[row]));
-    for (int i = 0; i < n; i += LANES) sum = simd::add(sum, simd::load(score + i));
+    F32 sum = simd::load(sums) * s.rescale[row];
+    for (int i = 0; i < n; i += LANES) sum += simd::load(score + i);
     simd::store(sums, sum);
   }
 }
@@ -387,7 +385,7 @@ void load_query_columns(const float* q, const QueryTile& queries, const Scratch&
     for (; d + 8 <= shape.k_dim; d += 8) {
       F32 column[8];
       simd::columns(from, d, column);
-      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, simd::mul(column[i], simd::set(shape.scale)));
+      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, column[i] * shape.scale);
     }
     for (; d < shape.k_dim; d++)
       for (int i = 0; i < LANES; i++) to[to_size(d) * rows + to_size(i)] = from[i][d] * shape.scale;
@@ -401,9 +399,7 @@ void load_queries(const float* q, const QueryTile& queries, bool k_major, const 
 // --- merging ---------------------------------------------------------------------------------------------------------
 
 float exp_of(float x) {
-  float lanes[LANES];
-  simd::store(lanes, simd::exp(simd::set(x)));
-  return lanes[0];
+  return simd::exp(simd::set(x))[0];
 }
 
 // What a query row has gathered of its splits.

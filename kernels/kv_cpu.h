@@ -86,15 +86,15 @@ struct Codec<KvQ8> {
     return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
   }
   static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    return simd::mul(simd::load_i8(elements(row, dim, 1) + i), simd::set(f16_to_float(*scale(row, i, 1))));
+    return simd::load_i8(elements(row, dim, 1) + i) * f16_to_float(*scale(row, i, 1));
   }
   static float key(const std::byte* matrix, int dim, int i, int lane) {
     return static_cast<float>(elements(matrix, dim, KEY_LANES)[i * KEY_LANES + lane]) *
            f16_to_float(scale(matrix, i, KEY_LANES)[lane]);
   }
   static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
-    return simd::mul(simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane),
-                     simd::load_f16(scale(matrix, i, KEY_LANES) + lane));
+    return simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane) *
+           simd::load_f16(scale(matrix, i, KEY_LANES) + lane);
   }
   static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
 

@@ -20,13 +20,12 @@ void embed(const Team& team, const Matrix& embed_tokens, const float* position_e
   });
 }
 
-// Sum of (x - shift)^2 over n elements, lane by lane and then across: a fixed order.
-static float sum_of_squares(const float* x, int n, float shift) {
-  const F32 s = set(shift);
+// Sums over n elements, lane by lane and then across: a fixed order.
+static float sum_of_squares(const float* x, int n, float shift) {  // of (x - shift)^2
   F32 total = zero();
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const F32 d = sub(load(x + i), s);
+    const F32 d = load(x + i) - shift;
     total = fma(d, d, total);
   }
   float rest = 0;
@@ -37,7 +36,7 @@ static float sum_of_squares(const float* x, int n, float shift) {
 static float mean(const float* x, int n) {
   F32 total = zero();
   int i = 0;
-  for (; i + LANES <= n; i += LANES) total = add(total, load(x + i));
+  for (; i + LANES <= n; i += LANES) total += load(x + i);
   float rest = 0;
   for (; i < n; i++) rest += x[i];
   return (sum(total) + rest) / static_cast<float>(n);
@@ -90,36 +89,22 @@ void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head
 // tanh x = 1 - 2 / (e^2x + 1), clamped where it is 1 to float32's last bit.
 static F32 tanh(F32 x) {
   const F32 bounded = simd::min(simd::max(x, set(-10)), set(10));
-  const F32 e = simd::exp(add(bounded, bounded));
-  alignas(64) float up[LANES], down[LANES];
-  store(up, sub(e, set(1)));
-  store(down, add(e, set(1)));
-  for (int i = 0; i < LANES; i++) up[i] /= down[i];
-  return load(up);
+  const F32 e = simd::exp(bounded + bounded);
+  return (e - 1.0f) / (e + 1.0f);
 }
 
-// x / (1 + e^-x)
 static F32 silu(F32 x) {
-  const F32 e = simd::exp(simd::min(sub(zero(), x), set(87)));
-  alignas(64) float up[LANES], down[LANES];
-  store(up, x);
-  store(down, add(e, set(1)));
-  for (int i = 0; i < LANES; i++) up[i] /= down[i];
-  return load(up);
+  return x / (simd::exp(simd::min(-x, set(87))) + 1.0f);
 }
 
 // GELU's tanh form (arXiv 1606.08415, section 2)
 static F32 gelu_tanh(F32 x) {
-  const F32 cube = mul(mul(x, x), x);
-  const F32 t = tanh(mul(set(0.7978845608f), fma(set(0.044715f), cube, x)));
-  return mul(mul(set(0.5f), x), add(set(1), t));
+  return 0.5f * x * (1.0f + tanh(0.7978845608f * fma(set(0.044715f), x * x * x, x)));
 }
 
 static F32 gelu(F32 x) {
-  alignas(64) float lane[LANES];
-  store(lane, x);
-  for (int i = 0; i < LANES; i++) lane[i] = 0.5f * lane[i] * (1 + std::erf(lane[i] * 0.70710678f));
-  return load(lane);
+  for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1 + std::erf(x[i] * 0.70710678f));
+  return x;
 }
 
 static void swiglu_oai_row(const float* gate, const float* up, int n, float limit, float* out) {
@@ -128,8 +113,8 @@ static void swiglu_oai_row(const float* gate, const float* up, int n, float limi
     const int lanes = n - i < LANES ? n - i : LANES;
     const F32 g = simd::min(set(limit), load_first(gate + i, lanes));  // in this order a NaN passes
     const F32 u = simd::max(set(-limit), simd::min(set(limit), load_first(up + i, lanes)));
-    const F32 swish = mul(silu(mul(g, set(STEEPNESS))), set(1 / STEEPNESS));
-    store_first(out + i, mul(add(u, set(1)), swish), lanes);
+    const F32 swish = silu(g * STEEPNESS) * (1 / STEEPNESS);
+    store_first(out + i, (u + 1.0f) * swish, lanes);
   }
 }
 
@@ -138,7 +123,7 @@ static void activate_row(const float* gate, const float* up, int n, float /*limi
   for (int i = 0; i < n; i += LANES) {
     const int lanes = n - i < LANES ? n - i : LANES;
     const F32 u = load_first(up + i, lanes);
-    store_first(out + i, gate ? mul(act(load_first(gate + i, lanes)), u) : act(u), lanes);
+    store_first(out + i, gate ? act(load_first(gate + i, lanes)) * u : act(u), lanes);
   }
 }
 

@@ -29,7 +29,7 @@ cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
 OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
-  HOST=host/error CLI=
+  HOST="host/error host/machine" CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
@@ -43,7 +43,8 @@ lint: .venv/tests
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZED := tests/fuzz_loader $(addprefix host/,loader safetensors json error) kernels/matmul kernels/layers kernels/team kernels/device
+FUZZED := tests/fuzz_loader $(addprefix host/,loader config safetensors json error machine) \
+  $(addprefix kernels/,matmul layers team device)
 build/fuzz/loader: $(FUZZED:%=%.cpp) $(wildcard *.h */*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -55,7 +56,7 @@ fuzz: build/fuzz/loader .venv/tests
 
 # From the model file and ids to logits on one device; a stage's header and source are one line.
 lines:
-	@wc -l $(wildcard model.h host/safetensors.* host/loader.* transformer.* variants.h attention.h attention.cpp kvcache.h \
+	@wc -l $(wildcard model.h host/safetensors.* host/loader.* host/config.* transformer.* variants.h attention.h attention.cpp kvcache.h \
 	  kvcache.cpp kernels/*.h kernels/*.cpp) | awk '{ sub(".*/", "", $$2); sub("[.].*", "", $$2); \
 	  if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i] }'
 
