@@ -61,19 +61,9 @@ struct Flash {
                      const AttentionShape& shape, float* out, const Workspace& workspace);
   static size_t workspace_bytes(const AttentionShape& shape, const Limits& limits);
 
-  // The same over PlainRows, for one sequence of the batch: out holds the running sum and the workspace the running
-  // maximum and denominator, merged by the same arithmetic.
-  //
-  //     begin(...)                                                          once
-  //     for first = 0, ATTENTION_SPLIT, ... : make rows; attend_rows(...)   in order of position
-  //     end(...)                                                            once
-  //
-  // Batch, shape, out and workspace stay the same from begin to end; several sequences of the batch may be under way
-  // together.
-  static void begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                    const Workspace& workspace);
+  // The same over PlainRows, for one sequence of the batch: called for each split of its context that a query sees, in
+  // order of position, with all else the same. Between the calls out holds the running sum and the workspace the
+  // running maximum and denominator; several sequences of the batch may be under way together.
   static void attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                           const AttentionShape& shape, float* out, const Workspace& workspace);
-  static void end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  const Workspace& workspace);
 };

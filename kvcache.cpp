@@ -14,14 +14,13 @@ KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
 
 template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  return area(shape.n_layers, shape.n_kv_heads) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
 }
 
 template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         static_cast<size_t>(shape.n_blocks) * HeadRows<Kv, Block>::block_bytes(shape);
+  return area(shape.n_layers, shape.n_kv_heads) * static_cast<size_t>(shape.n_blocks) *
+         HeadRows<Kv, Block>::block_bytes(shape);
 }
 
 // --- writing ---------------------------------------------------------------------------------------------------------
@@ -60,8 +59,7 @@ void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch,
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const HeadRows<Kv, Block> rows(view_, layer, g);
-      const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
-      const float *k_row = k + from * static_cast<size_t>(k_dim), *v_row = v + from * static_cast<size_t>(v_dim);
+      const float *k_row = k + area(t * G + g, k_dim), *v_row = v + area(t * G + g, v_dim);
       const int lane = slot % KEY_LANES;
       if (rows.k_major())
         store_column<Kv>(k_row, k_dim, rows.k(block, slot - lane), lane);
@@ -107,10 +105,10 @@ void KVCache<Kv, Block>::load_v(int layer, int block, int kv_head, int slot, int
 template <class Kv, int Block>
 void KVCache<Kv, Block>::read_k(const Team& team, int layer, const Batch& batch, int s, int first, int n,
                                 float* out) const {
-  const int* table = batch.block_table + static_cast<size_t>(s) * static_cast<size_t>(batch.max_blocks);
+  const int* table = batch.block_table + area(s, batch.max_blocks);
   team.for_each(n, [&](int i) {
     const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
-    load_k(layer, block, 0, slot, out + static_cast<size_t>(i) * static_cast<size_t>(shape().k_dim));
+    load_k(layer, block, 0, slot, out + area(i, shape().k_dim));
   });
 }
 

@@ -319,7 +319,6 @@ class Mla {
     const int first_query = step.host.positions[step.host.query_start[s]];
     const int seen = shape.window > 0 ? std::max(0, first_query - shape.window + 1) : 0;
     const int context = step.host.context_len[s];
-    Kernel::begin(team, step.batch, s, shape, out_, workspace);
     for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
       const int rows = std::min(ATTENTION_SPLIT, context - split), unseen = std::max(0, seen - split);
       const int n = rows - unseen;
@@ -331,7 +330,6 @@ class Mla {
       copy_rows(team, rows_ + r, r + p, n, p, H, k + nope, nope + p);
       Kernel::attend_rows(team, q_, {k_, v_, split, rows}, step.batch, s, shape, out_, workspace);
     }
-    Kernel::end(team, step.batch, s, shape, out_, workspace);
   }
 
   // Head h of y [rows, n_heads, y_width] = group h of the weight times x, whose rows are x_stride apart and whose heads

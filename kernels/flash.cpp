@@ -485,7 +485,7 @@ constexpr int SLOTS_PER_THREAD = 16;  // splits that are worked on at a time, wh
 
 // The workspace of a call. Throws Error where less was planned.
 struct Memory {
-  float *max, *sum;  // [T, n_heads] of the rows' states; first, where begin, attend_rows and end find them again
+  float *max, *sum;  // [T, n_heads] of the rows' states; first, where the next attend_rows finds them again
   size_t scratch_bytes;
   std::byte* scratch;  // [n_threads, scratch_bytes]
   Partials slots;      // [n_threads * SLOTS_PER_THREAD] in which threads leave results of single splits
@@ -541,16 +541,26 @@ struct Call {
     return query_tile(s, index);
   }
 
-  RowState state(const QueryTile& queries, int row) const {
+  // A split's result joins the row's: the first of those that the query tile sees starts it, the last finishes it.
+  void merge(const QueryTile& queries, int row, int split, const Partial& partial) const {
     const size_t i = queries.index(row);
-    return {memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
-            shape.sinks ? shape.sinks + queries.head(row) : nullptr};
+    const RowState state{memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
+                         shape.sinks ? shape.sinks + queries.head(row) : nullptr};
+    if (split == queries.first_split()) state.start();
+    state.merge(partial, row, memory.slots.widths.v_pad);
+    if (split == queries.last_split() - 1) state.finish();
   }
+
+  // Those of splits first .. last - 1 that the query tile sees, by one thread.
   template <class Rows>
-  void attend_and_merge(const Rows& rows, const QueryTile& queries, int split) const {
-    attend_split(rows, queries, split, scratch, scratch.partial);
-    for (int row = 0; row < queries.n_rows(); row++)
-      state(queries, row).merge(scratch.partial, row, memory.slots.widths.v_pad);
+  void attend(const Rows& rows, const QueryTile& queries, int first, int last) const {
+    first = std::max(first, queries.first_split());
+    last = std::min(last, queries.last_split());
+    if (first < last) load_queries(q, queries, rows.k_major(), scratch);
+    for (int split = first; split < last; split++) {
+      attend_split(rows, queries, split, scratch, scratch.partial);
+      for (int row = 0; row < queries.n_rows(); row++) merge(queries, row, split, scratch.partial);
+    }
   }
 };
 
@@ -579,23 +589,9 @@ struct Schedule {
   }
 };
 
-// Each query tile with all its splits; the last ones, of the longest context, first.
-template <class Kv, int Block>
-void attend_query_tiles(const Call& call, const KVCache<Kv, Block>& cache, int layer, int n) {
-  call.team.for_each_dynamic(n, [&](int from_last) {
-    const QueryTile queries = call.query_tile(n - 1 - from_last);
-    const CacheRows rows(cache.view(), layer, queries);
-    load_queries(call.q, queries, rows.k_major(), call.scratch);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
-    for (int split = queries.first_split(); split < queries.last_split(); split++)
-      call.attend_and_merge(rows, queries, split);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
-  });
-}
-
 // The query tiles' splits in rounds: first each split on its own, then each row's merge.
 template <class Kv, int Block>
-void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
+void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
   const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
   const int n_slots = schedule.query_tiles * at_once;
   // Neighbours go to the same thread, which prefetches from one into the next; half of a slow thread's share can still
@@ -611,15 +607,12 @@ void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer,
       attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
     };
     const auto merge_row = [&](int index) {
-      const QueryTile queries = call.query_tile(index / rows_each);
-      const int row = index % rows_each;
+      const int tile = index / rows_each, row = index % rows_each;
+      const QueryTile queries = call.query_tile(tile);
       if (row >= queries.n_rows()) return;
-      const RowState state = call.state(queries, row);
-      const int left = queries.last_split() - queries.first_split() - round * at_once;
-      if (round == 0) state.start();
-      for (int i = 0; i < std::min(left, at_once); i++)
-        state.merge(call.memory.slots[index / rows_each * at_once + i], row, call.memory.slots.widths.v_pad);
-      if (round == schedule.rounds - 1) state.finish();
+      const int first = queries.first_split() + round * at_once;
+      for (int i = 0; i < at_once && first + i < queries.last_split(); i++)
+        call.merge(queries, row, first + i, call.memory.slots[tile * at_once + i]);
     };
     call.team.for_each_dynamic(n_slots, fill_slot, half_a_share);
     call.team.for_each(schedule.query_tiles * rows_each, merge_row);
@@ -633,18 +626,10 @@ void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& c
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
   const Call call(team, batch, shape, q, out, workspace.begin());
   const Schedule schedule(call);
-  if (schedule.splits_at_once == 0)
-    attend_query_tiles(call, cache, layer, schedule.query_tiles);
-  else
-    attend_splits(call, cache, layer, schedule);
-}
-
-void Flash::begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  const Workspace& workspace) {
-  const Call call(team, batch, shape, nullptr, out, workspace.begin());
-  team.for_each(call.n_query_tiles(sequence), [&](int index) {
-    const QueryTile queries = call.query_tile(sequence, index);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
+  if (schedule.splits_at_once > 0) return attend_in_rounds(call, cache, layer, schedule);
+  team.for_each_dynamic(schedule.query_tiles, [&](int i) {  // the last ones, of the longest context, first
+    const QueryTile queries = call.query_tile(schedule.query_tiles - 1 - i);
+    call.attend(CacheRows(cache.view(), layer, queries), queries, 0, queries.last_split());
   });
 }
 
@@ -652,20 +637,9 @@ void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows,
                         const AttentionShape& shape, float* out, const Workspace& workspace) {
   const Call call(team, batch, shape, q, out, workspace.begin());
   const int split = rows.first / SPLIT, n = call.n_query_tiles(sequence);
-  team.for_each_dynamic(n, [&](int from_last) {
-    const QueryTile queries = call.query_tile(sequence, n - 1 - from_last);
-    if (split < queries.first_split() || split >= queries.last_split()) return;
-    load_queries(q, queries, false, call.scratch);
-    call.attend_and_merge(PlainHead{rows, shape, queries.kv_head}, queries, split);
-  });
-}
-
-void Flash::end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                const Workspace& workspace) {
-  const Call call(team, batch, shape, nullptr, out, workspace.begin());
-  team.for_each(call.n_query_tiles(sequence), [&](int index) {
-    const QueryTile queries = call.query_tile(sequence, index);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
+  team.for_each_dynamic(n, [&](int i) {
+    const QueryTile queries = call.query_tile(sequence, n - 1 - i);
+    call.attend(PlainHead{rows, shape, queries.kv_head}, queries, split, split + 1);
   });
 }
 

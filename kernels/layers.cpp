@@ -11,11 +11,11 @@ void embed(const Team& team, const Matrix& embed_tokens, const float* position_e
            float scale, float* x) {
   const int dim = embed_tokens.k;
   team.for_each(batch.n_tokens, [&](int t) {
-    float* row = x + static_cast<size_t>(t) * static_cast<size_t>(dim);
+    float* row = x + area(t, dim);
     unpack_row(embed_tokens, batch.tokens[t], row);
     for (int i = 0; i < dim; i++) row[i] *= scale;
     if (!position_embedding) return;
-    const float* position = position_embedding + static_cast<size_t>(batch.positions[t]) * static_cast<size_t>(dim);
+    const float* position = position_embedding + area(batch.positions[t], dim);
     for (int i = 0; i < dim; i++) row[i] += position[i];
   });
 }
@@ -45,8 +45,8 @@ static float mean(const float* x, int n) {
 void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows,
           int dim, float* out, int out_stride) {
   team.for_each(rows, [&](int r) {
-    const float* in = x + static_cast<size_t>(r) * static_cast<size_t>(x_stride);
-    float* to = out + static_cast<size_t>(r) * static_cast<size_t>(out_stride);
+    const float* in = x + area(r, x_stride);
+    float* to = out + area(r, out_stride);
     const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
     const float factor = 1 / std::sqrt(sum_of_squares(in, dim, shift) / static_cast<float>(dim) + eps);
     if (weights.bias)
@@ -59,12 +59,13 @@ void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const
 void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, int n, float scale, float* cos,
                  float* sin) {
   team.for_each(batch.n_tokens, [&](int t) {
+    float *c = cos + area(t, n), *s = sin + area(t, n);
     for (int i = 0; i < n; i++) {
       // The product is rounded to float32 as every framework does: at position 100,000 that is what a model
       // was trained on.
       const float angle = static_cast<float>(batch.positions[t]) * inv_freq[i];
-      cos[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::cos(angle);
-      sin[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::sin(angle);
+      c[i] = scale * std::cos(angle);
+      s[i] = scale * std::sin(angle);
     }
   });
 }
@@ -72,10 +73,9 @@ void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, in
 void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
           const float* sin) {
   team.for_each(T, [&](int t) {
-    const float* c = cos + static_cast<size_t>(t) * static_cast<size_t>(n);
-    const float* s = sin + static_cast<size_t>(t) * static_cast<size_t>(n);
+    const float *c = cos + area(t, n), *s = sin + area(t, n);
     for (int h = 0; h < n_heads; h++) {
-      float* a = x + static_cast<size_t>(t) * static_cast<size_t>(x_stride) + static_cast<size_t>(h * head_stride);
+      float* a = x + area(t, x_stride) + h * head_stride;
       float* b = a + n;
       for (int i = 0; i < n; i++) {
         const float rotated = a[i] * c[i] - b[i] * s[i];
@@ -110,7 +110,7 @@ static F32 gelu(F32 x) {
 static void swiglu_oai_row(const float* gate, const float* up, int n, float limit, float* out) {
   constexpr float STEEPNESS = 1.702f;
   for (int i = 0; i < n; i += LANES) {
-    const int lanes = n - i < LANES ? n - i : LANES;
+    const int lanes = std::min(n - i, LANES);
     const F32 g = simd::min(set(limit), load_first(gate + i, lanes));  // in this order a NaN passes
     const F32 u = simd::max(set(-limit), simd::min(set(limit), load_first(up + i, lanes)));
     const F32 swish = silu(g * STEEPNESS) * (1 / STEEPNESS);
@@ -121,7 +121,7 @@ static void swiglu_oai_row(const float* gate, const float* up, int n, float limi
 template <F32 (*act)(F32)>
 static void activate_row(const float* gate, const float* up, int n, float /*limit*/, float* out) {
   for (int i = 0; i < n; i += LANES) {
-    const int lanes = n - i < LANES ? n - i : LANES;
+    const int lanes = std::min(n - i, LANES);
     const F32 u = load_first(up + i, lanes);
     store_first(out + i, gate ? act(load_first(gate + i, lanes)) * u : act(u), lanes);
   }
@@ -137,9 +137,9 @@ void activate(const Team& team, Activation activation, float limit, const float*
   constexpr int CUT = 256;
   const int cuts = (n + CUT - 1) / CUT;
   team.for_each(T * cuts, [&](int i) {
-    const int first = i % cuts * CUT, count = n - first < CUT ? n - first : CUT;
-    const size_t at = static_cast<size_t>(i / cuts) * static_cast<size_t>(n) + static_cast<size_t>(first);
-    row(gate ? gate + at : nullptr, up + at, count, limit, out + at);
+    const int first = i % cuts * CUT;
+    const size_t at = area(i / cuts, n) + static_cast<size_t>(first);
+    row(gate ? gate + at : nullptr, up + at, std::min(n - first, CUT), limit, out + at);
   });
 }
 
@@ -160,8 +160,6 @@ void scale_and_cap(const Team& team, float* x, size_t n, float scale, float cap)
 
 void copy_rows(const Team& team, const float* x, int x_stride, int rows, int n, int copies, float* out,
                int out_stride) {
-  team.for_each(rows * copies, [&](int r) {
-    std::copy_n(x + static_cast<size_t>(r / copies) * static_cast<size_t>(x_stride), n,
-                out + static_cast<size_t>(r) * static_cast<size_t>(out_stride));
-  });
+  team.for_each(rows * copies,
+                [&](int r) { std::copy_n(x + area(r / copies, x_stride), n, out + area(r, out_stride)); });
 }

@@ -87,37 +87,26 @@ using Half = uint16_t __attribute__((vector_size(2 * LANES)));  // LANES of them
 
 // --- the same at every level -----------------------------------------------------------------------------------------
 
+// One line an operation:
+// clang-format off
 template <class Vector>
 Vector load_as(const void* p) {
   Vector x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-inline F32 load(const float* p) {
-  return load_as<F32>(p);
-}
-inline I32 load_i32(const void* p) {
-  return load_as<I32>(p);
-}
+inline F32 load(const float* p) { return load_as<F32>(p); }
+inline I32 load_i32(const void* p) { return load_as<I32>(p); }
 inline F32 load_bf16(const uint16_t* p) {
-  return std::bit_cast<F32>(__builtin_convertvector(load_as<Half>(p), I32) << 16);
+  const I32 wide = __builtin_convertvector(load_as<Half>(p), I32);
+  return std::bit_cast<F32>(wide << 16);
 }
-inline void store(float* p, F32 x) {
-  std::memcpy(p, &x, sizeof x);
-}
-inline void store_i32(void* p, I32 x) {
-  std::memcpy(p, &x, sizeof x);
-}
+inline void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
+inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, sizeof x); }
 
-inline F32 set(float x) {
-  return x - F32{};  // and not +, which would lose the sign of -0
-}
-inline F32 zero() {
-  return F32{};
-}
-inline I32 set_i32(int32_t x) {
-  return x - I32{};
-}
+inline F32 set(float x) { return x - F32{}; }  // and not +, which would lose the sign of -0
+inline F32 zero() { return F32{}; }
+inline I32 set_i32(int32_t x) { return x - I32{}; }
 // The same 4 bytes in every lane.
 inline I32 set_bytes(const void* p) {
   int32_t x;
@@ -125,37 +114,17 @@ inline I32 set_bytes(const void* p) {
   return set_i32(x);
 }
 
-template <class Vector>
-Vector add(Vector a, Vector b) {
-  return a + b;
-}
-inline F32 mul(F32 a, F32 b) {
-  return a * b;
-}
-inline F32 min(F32 a, F32 b) {  // of a NaN and a number: b
-  return a < b ? a : b;
-}
-inline F32 max(F32 a, F32 b) {
-  return a > b ? a : b;
-}
-inline I32 max(I32 a, I32 b) {
-  return a > b ? a : b;
-}
-inline F32 to_float(I32 x) {
-  return __builtin_convertvector(x, F32);
-}
-inline I32 magnitude_bits(F32 x) {
-  return std::bit_cast<I32>(x) & 0x7fffffff;
-}
-inline I32 low_halves(I32 bytes) {
-  return bytes & 0x0f0f0f0f;
-}
-inline F32 low_bf16(I32 pairs) {
-  return std::bit_cast<F32>(pairs << 16);
-}
-inline F32 high_bf16(I32 pairs) {
-  return std::bit_cast<F32>(pairs & -0x10000);
-}
+inline F32 add(F32 a, F32 b) { return a + b; }
+inline I32 add(I32 a, I32 b) { return a + b; }
+inline F32 mul(F32 a, F32 b) { return a * b; }
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }  // of a NaN and a number: b
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
+inline I32 max(I32 a, I32 b) { return a > b ? a : b; }
+inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+inline I32 magnitude_bits(F32 x) { return std::bit_cast<I32>(x) & 0x7fffffff; }
+inline I32 low_halves(I32 bytes) { return bytes & 0x0f0f0f0f; }
+inline F32 low_bf16(I32 pairs) { return std::bit_cast<F32>(pairs << 16); }
+inline F32 high_bf16(I32 pairs) { return std::bit_cast<F32>(pairs & -0x10000); }
 
 // --- where a level has an instruction --------------------------------------------------------------------------------
 //
@@ -168,8 +137,6 @@ inline F32 high_bf16(I32 pairs) {
 // dot4_halves: the same for up to 8 calls with u <= 15, which sum to at most 8 * 2 * 15 * 128 and so fit vpmaddubsw's
 // 16 bits (half the instructions); the sum starts from zero and total_halves makes it an int32.
 
-// One line an instruction:
-// clang-format off
 #if defined(SIMD_AVX512)
 
 inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

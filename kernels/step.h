@@ -8,11 +8,6 @@
 #include "kernels/matmul.h"
 #include "model.h"
 
-// Elements of an array [n, width].
-inline size_t area(int n, int width) {
-  return static_cast<size_t>(n) * static_cast<size_t>(width);
-}
-
 // cos and sin of the step's tokens for one RoPE table.
 struct Angles {
   int n;             // pairs of elements that rotate
