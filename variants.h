@@ -70,15 +70,14 @@ class Gqa {
 
  private:
   static AttentionShape shape(const Config& c, int layer, const float* sinks) {
-    AttentionShape s;
-    s.n_heads = c.n_heads;
-    s.n_kv_heads = c.n_kv_heads;
-    s.k_dim = s.v_dim = c.head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    s.sinks = sinks;
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_kv_heads,
+            .k_dim = c.head_dim,
+            .v_dim = c.head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)],
+            .sinks = sinks};
   }
 
   // x [T, width], in runs as long as the norm's weight: heads, or whole rows
@@ -236,14 +235,13 @@ class Mla {
   }
 
   static AttentionShape expanded(const Config& c, int layer) {
-    AttentionShape s;
-    s.n_heads = s.n_kv_heads = c.n_heads;
-    s.k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim;
-    s.v_dim = c.v_head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_heads,
+            .k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim,
+            .v_dim = c.v_head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)]};
   }
 
   // Whether sequence s takes the expanded form: the one with fewer FLOP. For t query tokens, a context of n tokens, of

@@ -82,7 +82,7 @@ class Collector {
   std::vector<PackJob> jobs;
   std::vector<std::pair<const Entry*, const float**>> vectors;
 
-  bool has(const std::string& name) { return header_.find(name) != nullptr; }
+  bool has(const std::string& name) const { return header_.has(name); }
 
   void refuse_unused() const {
     for (const auto& [name, type] : types)
@@ -107,7 +107,7 @@ class Collector {
   void heads(const std::string& name, int groups, int n, int k, bool transposed, Linear& out) {
     PackJob job = pack_job(name, groups, n, k, out.weight);
     if (weight_format(job.source.type).quant_group != 1)
-      refuse(name + ".weight", entry(name + ".weight"), "F32, BF16 or F16", {groups, n, k});
+      header_.refuse(name + ".weight", "F32, BF16 or F16", {groups, n, k});
     if (transposed) std::swap(job.source.n, job.source.k);
     job.transposed = transposed;
     jobs.push_back(job);
@@ -126,7 +126,7 @@ class Collector {
   }
 
   void vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
-    const Entry& e = typed(name, "F32", shape);
+    const Entry& e = header_.take(name, "F32", shape);
     vectors.emplace_back(&e, &out);
     out = reinterpret_cast<const float*>(e.data);  // until pack() copies it
   }
@@ -136,8 +136,8 @@ class Collector {
   }
 
   int64_t length(const std::string& name) {
-    const Entry& e = entry(name);
-    if (e.shape.size() != 1) refuse(name, e, "F32", {-1});
+    const Entry& e = header_.take(name);
+    if (e.shape.size() != 1) header_.refuse(name, "F32", {-1});
     return e.shape[0];
   }
 
@@ -148,7 +148,8 @@ class Collector {
     PackJob job{{type, n, k}, {}, groups, false, &out};
     for (size_t i = 0; i < format.parts.size(); i++) {
       const WeightPart& part = format.parts[i];
-      const Entry& e = typed(name + "." + part.name, part.dtype, {groups, n, k / format.quant_group * part.elements});
+      const Entry& e =
+          header_.take(name + "." + part.name, part.dtype, {groups, n, k / format.quant_group * part.elements});
       job.source.parts[i] = e.data;
       job.row_bytes[i] = e.bytes / static_cast<size_t>(int64_t{groups} * n);
     }
@@ -158,41 +159,15 @@ class Collector {
   WeightType type_of(const std::string& name, int groups, int n, int k) {
     matrices_.insert(name);
     const std::string weight = name + ".weight";
-    const Entry& e = entry(weight);
     const auto named = types.find(name);
-    const std::optional<WeightType> type = named != types.end() ? named->second : float_type(e.dtype);
-    if (!type) refuse(weight, e, "F32, BF16 or F16, or a type that __metadata__ \"types\" names,", {groups, n, k});
+    const std::optional<WeightType> type =
+        named != types.end() ? named->second : float_type(header_.take(weight).dtype);
+    if (!type) header_.refuse(weight, "F32, BF16 or F16, or a type that __metadata__ \"types\" names,", {groups, n, k});
     const WeightFormat& format = weight_format(*type);
     if (k % format.quant_group != 0)
       fail("%s: __metadata__ \"types\": %s is %s, whose rows are multiples of %d inputs; it has %d", path_.c_str(),
            name.c_str(), std::string(format.name).c_str(), format.quant_group, k);
     return *type;
-  }
-
-  Entry& entry(const std::string& name) {
-    Entry* e = header_.find(name);
-    if (!e) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
-    e->used = true;
-    return *e;
-  }
-
-  // The tensor of this name, which must be of this dtype and shape.
-  const Entry& typed(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
-    const Entry& e = entry(name);
-    if (e.dtype != dtype || e.shape != spelled_like(e, shape)) refuse(name, e, dtype, shape);
-    return e;
-  }
-
-  // A leading size of 1 may be left out: [1, n, k] is [n, k].
-  static std::vector<int64_t> spelled_like(const Entry& e, std::vector<int64_t> shape) {
-    if (shape.size() > 1 && shape[0] == 1 && e.shape.size() != shape.size()) shape.erase(shape.begin());
-    return shape;
-  }
-
-  [[noreturn]] void refuse(const std::string& name, const Entry& e, const char* dtype,
-                           const std::vector<int64_t>& shape) const {
-    fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), e.dtype.c_str(),
-         shape_text(e.shape).c_str(), dtype, shape_text(spelled_like(e, shape)).c_str());
   }
 
   std::string path_;
