@@ -71,17 +71,27 @@ struct Mask {
   int registers(int row) const { return (to(row) + LANES - 1) / LANES; }
 };
 
+// Row widths, rounded up to whole registers, and the rows of a query tile, to whole cache lines of floats.
+struct Widths {
+  int group, tokens;  // heads that read the same rows; tokens of a query tile
+  size_t k_pad, v_pad, rows;
+
+  explicit Widths(const AttentionShape& shape)
+      : group(shape.n_heads / shape.n_kv_heads),
+        tokens(std::max(1, QUERY_TILE / group)),
+        k_pad(to_size(round_up(shape.k_dim, LANES))),
+        v_pad(to_size(round_up(shape.v_dim, LANES))),
+        rows(to_size(round_up(tokens * group, 16))) {}
+};
+
 // Attention of a query tile over one split, not yet divided by the sum.
 struct Partial {
   float* max;  // [rows] largest score; NONE: none was seen
   float* sum;  // [rows] of e^(score - max)
   float* acc;  // [rows, v_pad] sum of e^(score - max) V
-};
 
-// Row widths, rounded up to whole registers, and the rows of a query tile, to whole cache lines of floats.
-struct Widths {
-  size_t k_pad, v_pad, rows;
-  explicit Widths(const AttentionShape& shape);
+  Partial(Arena& arena, const Widths& w)
+      : max(arena.take<float>(w.rows)), sum(arena.take<float>(w.rows)), acc(arena.take<float>(w.rows * w.v_pad)) {}
 };
 
 // One thread's scratch memory.
@@ -93,7 +103,15 @@ struct Scratch {
   float* rescale;   // [max(rows, TILE)] factor of what was summed before
   float* strip;     // [TILE, STRIP] a strip of the tile's K or V rows
   Partial partial;
-  Scratch(Arena& arena, const AttentionShape& shape);
+
+  Scratch(Arena& arena, const Widths& w)
+      : q(arena.take<float>(w.rows * w.k_pad)),
+        scores(arena.take<float>(w.rows * TILE)),
+        scores_t(arena.take<float>(w.rows * TILE)),
+        sums(arena.take<float>(w.rows * LANES)),
+        rescale(arena.take<float>(std::max(w.rows, to_size(TILE)))),
+        strip(arena.take<float>(TILE * STRIP)),
+        partial(arena, w) {}
 };
 
 // A tile of the context at work. Rows: where K and V rows come from, see below.
@@ -441,64 +459,32 @@ struct RowState {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-int tokens_per_query_tile(const AttentionShape& shape) {
-  return std::max(1, QUERY_TILE / (shape.n_heads / shape.n_kv_heads));
-}
-int rows_per_query_tile(const AttentionShape& shape) {
-  return tokens_per_query_tile(shape) * (shape.n_heads / shape.n_kv_heads);
-}
-
-Widths::Widths(const AttentionShape& shape)
-    : k_pad(to_size(round_up(shape.k_dim, LANES))),
-      v_pad(to_size(round_up(shape.v_dim, LANES))),
-      rows(to_size(round_up(rows_per_query_tile(shape), 16))) {}
-
-// Partial results [n].
-struct Partials {
-  Widths widths;
-  float *max, *sum;  // [n, rows]
-  float* acc;        // [n, rows, v_pad]
-
-  Partials(Arena& arena, const AttentionShape& shape, int n)
-      : widths(shape),
-        max(arena.take<float>(to_size(n) * widths.rows)),
-        sum(arena.take<float>(to_size(n) * widths.rows)),
-        acc(arena.take<float>(to_size(n) * widths.rows * widths.v_pad)) {}
-  Partial operator[](int i) const {
-    const size_t row = to_size(i) * widths.rows;
-    return {max + row, sum + row, acc + row * widths.v_pad};
-  }
-};
-
-Scratch::Scratch(Arena& arena, const AttentionShape& shape) {
-  const Widths w(shape);
-  q = arena.take<float>(w.rows * w.k_pad);
-  scores = arena.take<float>(w.rows * to_size(TILE));
-  scores_t = arena.take<float>(w.rows * to_size(TILE));
-  sums = arena.take<float>(w.rows * to_size(LANES));
-  rescale = arena.take<float>(std::max(w.rows, to_size(TILE)));
-  strip = arena.take<float>(to_size(TILE * STRIP));
-  partial = Partials(arena, shape, 1)[0];
-}
-
 constexpr int SLOTS_PER_THREAD = 16;  // splits that are worked on at a time, where threads share a query tile
 
 // The workspace of a call. Throws Error where less was planned.
 struct Memory {
+  Widths widths;
   float *max, *sum;  // [T, n_heads] of the rows' states; first, where the next attend_rows finds them again
-  size_t scratch_bytes;
-  std::byte* scratch;  // [n_threads, scratch_bytes]
-  Partials slots;      // [n_threads * SLOTS_PER_THREAD] in which threads leave results of single splits
+  size_t scratch_bytes, slot_bytes;
+  std::byte* scratches;  // [n_threads, scratch_bytes]
+  std::byte* slots;      // [n_threads * SLOTS_PER_THREAD, slot_bytes] in which threads leave results of single splits
 
   Memory(Arena& arena, const AttentionShape& shape, int n_tokens, int n_threads)
-      : max(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
-        sum(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
-        scratch_bytes(bytes_of([&](Arena& piece) { Scratch(piece, shape); })),
-        scratch(arena.take<std::byte>(to_size(n_threads) * scratch_bytes)),
-        slots(arena, shape, n_threads * SLOTS_PER_THREAD) {}
-  Scratch scratch_of(int rank, const AttentionShape& shape) const {
-    Arena piece(scratch + to_size(rank) * scratch_bytes, scratch_bytes);
-    return Scratch(piece, shape);
+      : widths(shape),
+        max(arena.take<float>(area(n_tokens, shape.n_heads))),
+        sum(arena.take<float>(area(n_tokens, shape.n_heads))),
+        scratch_bytes(bytes_of([&](Arena& piece) { Scratch(piece, widths); })),
+        slot_bytes(bytes_of([&](Arena& piece) { Partial(piece, widths); })),
+        scratches(arena.take<std::byte>(to_size(n_threads) * scratch_bytes)),
+        slots(arena.take<std::byte>(area(n_threads, SLOTS_PER_THREAD) * slot_bytes)) {}
+
+  Scratch scratch(int rank) const {
+    Arena piece(scratches + to_size(rank) * scratch_bytes, scratch_bytes);
+    return Scratch(piece, widths);
+  }
+  Partial slot(int i) const {
+    Arena piece(slots + to_size(i) * slot_bytes, slot_bytes);
+    return Partial(piece, widths);
   }
 };
 
@@ -511,26 +497,16 @@ struct Call {
   const AttentionShape& shape;
   const float* q;  // [T, n_heads, k_dim]
   float* out;      // [T, n_heads, v_dim]
-  Memory memory;
+  const Memory& memory;
   Scratch scratch;
-
-  Call(const Team& t, const Batch& b, const AttentionShape& s, const float* queries, float* result, Arena arena)
-      : team(t),
-        batch(b),
-        shape(s),
-        q(queries),
-        out(result),
-        memory(arena, s, b.n_tokens, t.size),
-        scratch(memory.scratch_of(t.rank, s)) {}
 
   int n_query_tiles(int sequence) const {
     const int n_tokens = batch.query_start[sequence + 1] - batch.query_start[sequence];
-    const int each = tokens_per_query_tile(shape);
-    return (n_tokens + each - 1) / each * shape.n_kv_heads;
+    return round_up(n_tokens, memory.widths.tokens) / memory.widths.tokens * shape.n_kv_heads;
   }
   // The KV heads of the sequence's first tokens, then those of the next.
   QueryTile query_tile(int sequence, int index) const {
-    const int each = tokens_per_query_tile(shape);
+    const int each = memory.widths.tokens;
     const int first = batch.query_start[sequence] + index / shape.n_kv_heads * each;
     const int n = std::min(each, batch.query_start[sequence + 1] - first);
     return {batch, shape, sequence, index % shape.n_kv_heads, first, n};
@@ -547,7 +523,7 @@ struct Call {
     const RowState state{memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
                          shape.sinks ? shape.sinks + queries.head(row) : nullptr};
     if (split == queries.first_split()) state.start();
-    state.merge(partial, row, memory.slots.widths.v_pad);
+    state.merge(partial, row, memory.widths.v_pad);
     if (split == queries.last_split() - 1) state.finish();
   }
 
@@ -592,7 +568,7 @@ struct Schedule {
 // The query tiles' splits in rounds: first each split on its own, then each row's merge.
 template <class Kv, int Block>
 void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
-  const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
+  const int at_once = schedule.splits_at_once, rows_each = call.memory.widths.tokens * call.memory.widths.group;
   const int n_slots = schedule.query_tiles * at_once;
   // Neighbours go to the same thread, which prefetches from one into the next; half of a slow thread's share can still
   // go to another.
@@ -604,7 +580,7 @@ void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int lay
       if (split >= queries.last_split()) return;
       const CacheRows rows(cache.view(), layer, queries);
       load_queries(call.q, queries, rows.k_major(), call.scratch);
-      attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
+      attend_split(rows, queries, split, call.scratch, call.memory.slot(slot));
     };
     const auto merge_row = [&](int index) {
       const int tile = index / rows_each, row = index % rows_each;
@@ -612,7 +588,7 @@ void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int lay
       if (row >= queries.n_rows()) return;
       const int first = queries.first_split() + round * at_once;
       for (int i = 0; i < at_once && first + i < queries.last_split(); i++)
-        call.merge(queries, row, first + i, call.memory.slots[tile * at_once + i]);
+        call.merge(queries, row, first + i, call.memory.slot(tile * at_once + i));
     };
     call.team.for_each_dynamic(n_slots, fill_slot, half_a_share);
     call.team.for_each(schedule.query_tiles * rows_each, merge_row);
@@ -624,7 +600,9 @@ void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int lay
 template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  const Call call(team, batch, shape, q, out, workspace.begin());
+  Arena arena = workspace.begin();
+  const Memory memory(arena, shape, batch.n_tokens, team.size);
+  const Call call{team, batch, shape, q, out, memory, memory.scratch(team.rank)};
   const Schedule schedule(call);
   if (schedule.splits_at_once > 0) return attend_in_rounds(call, cache, layer, schedule);
   team.for_each_dynamic(schedule.query_tiles, [&](int i) {  // the last ones, of the longest context, first
@@ -635,7 +613,9 @@ void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& c
 
 void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                         const AttentionShape& shape, float* out, const Workspace& workspace) {
-  const Call call(team, batch, shape, q, out, workspace.begin());
+  Arena arena = workspace.begin();
+  const Memory memory(arena, shape, batch.n_tokens, team.size);
+  const Call call{team, batch, shape, q, out, memory, memory.scratch(team.rank)};
   const int split = rows.first / SPLIT, n = call.n_query_tiles(sequence);
   team.for_each_dynamic(n, [&](int i) {
     const QueryTile queries = call.query_tile(sequence, n - 1 - i);
