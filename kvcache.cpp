@@ -90,7 +90,8 @@ void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, flo
   const int dim = shape().k_dim, lane = slot % KEY_LANES;
   if (!rows.k_major()) return load_row<Kv>(rows.k(block, slot), dim, 0, dim, out);
   const std::byte* matrix = rows.k(block, slot - lane);
-  for (int i = 0; i < dim; i++) out[i] = Codec<Kv>::key(matrix, dim, i, lane);
+  const int among = lane % simd::LANES;
+  for (int i = 0; i < dim; i++) out[i] = Codec<Kv>::keys(matrix, dim, i, lane - among)[among];
 }
 
 template <class Kv, int Block>

@@ -89,9 +89,9 @@ using Half = uint16_t __attribute__((vector_size(2 * LANES)));  // LANES of them
 
 // One line an operation:
 // clang-format off
-template <class Vector>
-Vector load_as(const void* p) {
-  Vector x;
+template <class T>
+T load_as(const void* p) {
+  T x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
@@ -108,11 +108,7 @@ inline F32 set(float x) { return x - F32{}; }  // and not +, which would lose th
 inline F32 zero() { return F32{}; }
 inline I32 set_i32(int32_t x) { return x - I32{}; }
 // The same 4 bytes in every lane.
-inline I32 set_bytes(const void* p) {
-  int32_t x;
-  std::memcpy(&x, p, 4);
-  return set_i32(x);
-}
+inline I32 set_bytes(const void* p) { return set_i32(load_as<int32_t>(p)); }
 
 inline F32 add(F32 a, F32 b) { return a + b; }
 inline I32 add(I32 a, I32 b) { return a + b; }
@@ -260,13 +256,12 @@ inline I32 total_halves(I32 sum) {
 // --- across the lanes ------------------------------------------------------------------------------------------------
 
 // Lane i is lane from(i) of a and b, which are counted on from a to b.
-template <class Vector, class From, int... I>
-Vector shuffled(Vector a, Vector b, From, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, From{}(I)...);
-}
 template <class Vector, class From>
-Vector shuffled(Vector a, Vector b, From from) {
-  return shuffled(a, b, from, std::make_integer_sequence<int, LANES>());
+Vector shuffled(Vector a, Vector b, From) {
+  const auto lanes = [&]<int... I>(std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, From{}(I)...);
+  };
+  return lanes(std::make_integer_sequence<int, LANES>());
 }
 
 // All lanes joined by `op`, as a tree: the order is fixed.
@@ -278,17 +273,13 @@ auto joined(Vector x, Op op) {
   else
     return y[0];
 }
-inline float sum(F32 x) {
-  return joined(x, [](F32 a, F32 b) { return a + b; });
+template <class Vector>
+auto sum(Vector x) {
+  return joined(x, [](Vector a, Vector b) { return a + b; });
 }
-inline int32_t sum(I32 x) {
-  return joined(x, [](I32 a, I32 b) { return a + b; });
-}
-inline float largest(F32 x) {
-  return joined(x, [](F32 a, F32 b) { return max(a, b); });
-}
-inline int32_t largest(I32 x) {
-  return joined(x, [](I32 a, I32 b) { return max(a, b); });
+template <class Vector>
+auto largest(Vector x) {
+  return joined(x, [](Vector a, Vector b) { return max(a, b); });
 }
 
 // Four elements of each fourth row, from row[0] on, side by side.
