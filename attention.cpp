@@ -23,12 +23,6 @@ struct Scratch {
         rows(arena.take<float>(area(n_threads, width))) {}
 };
 
-int sequence_of(const Batch& batch, int token) {
-  int s = 0;
-  while (token >= batch.query_start[s + 1]) s++;
-  return s;
-}
-
 }  // namespace
 
 template <class Kv, int Block>
@@ -46,7 +40,9 @@ void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& c
     const int t = first_token + index / H, h = index % H, g = h / (H / shape.n_kv_heads);
     const float* query = q + area(t * H + h, k_dim);
     float* result = out + area(t * H + h, v_dim);
-    const int* table = batch.block_table + area(sequence_of(batch, t), batch.max_blocks);
+    const int* next = std::upper_bound(batch.query_start, batch.query_start + batch.n_sequences, t);
+    const int sequence = static_cast<int>(next - batch.query_start) - 1;
+    const int* table = batch.block_table + area(sequence, batch.max_blocks);
     const int last = batch.positions[t], first = shape.window > 0 ? std::max(0, last - shape.window + 1) : 0;
 
     float largest = shape.sinks ? shape.sinks[h] : -INFINITY;

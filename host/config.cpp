@@ -10,12 +10,27 @@
 
 namespace {
 
+constexpr const char* FORMAT = "attn.cu 2";
 constexpr int MAX_LAYERS = 1 << 12, MAX_EXPERTS = 1 << 14, MAX_LENGTH = 1 << 27, MAX_PRODUCT = 1 << 26;
 constexpr int MAX_VOCABULARY = 1 << 24;
 
+void check_metadata(const std::string& path, const std::map<std::string, std::string>& metadata) {
+  for (const char* key : {"format", "config", "types", "tokenizer_sha256"}) {
+    if (!metadata.count(key)) fail("%s: __metadata__ has no \"%s\"; make the file with export.py", path.c_str(), key);
+    if (key == std::string("format") && metadata.at(key) != FORMAT)
+      fail(
+          "%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make it anew: "
+          ".venv/bin/python export.py SOURCE -o %s",
+          path.c_str(), metadata.at(key).c_str(), FORMAT, path.c_str());
+  }
+  const std::set<std::string> known = {"format", "config", "types", "tokenizer_sha256", "source", "made_from"};
+  for (const auto& [key, text] : metadata)
+    if (!known.count(key)) fail("%s: __metadata__ has an unknown key \"%s\"", path.c_str(), key.c_str());
+}
+
 enum Presence { REQUIRED, OPTIONAL };  // an optional field that is not there keeps its value
 
-// The fields of the object: each is taken once, checked for type and range; what is left over is refused.
+// The fields of "config": each is taken once, checked for type and range; what is left over is refused.
 class Fields {
  public:
   Fields(const std::string& path, const std::string& text)
@@ -162,9 +177,10 @@ void read_experts(Fields& f, Config& c) {
 
 }  // namespace
 
-Config read_config(const std::string& path, const std::string& text) {
+Config read_config(const std::string& path, const std::map<std::string, std::string>& metadata) {
+  check_metadata(path, metadata);
   Config c;
-  Fields f(path, text);
+  Fields f(path, metadata.at("config"));
   f.integer("dim", c.dim, 1, MAX_WIDTH);
   f.integer("hidden_dim", c.hidden_dim, 1, MAX_WIDTH);
   f.integer("n_layers", c.n_layers, 1, MAX_LAYERS);

@@ -15,24 +15,6 @@
 
 namespace {
 
-constexpr const char* FORMAT = "attn.cu 2";
-
-void check_metadata(const std::string& path, const std::map<std::string, std::string>& metadata) {
-  for (const char* key : {"format", "config", "types", "tokenizer_sha256"}) {
-    if (!metadata.count(key)) fail("%s: __metadata__ has no \"%s\"; make the file with export.py", path.c_str(), key);
-    if (key == std::string("format") && metadata.at(key) != FORMAT)
-      fail(
-          "%s: __metadata__ \"format\" is \"%s\", this build reads \"%s\"; make it anew: "
-          ".venv/bin/python export.py SOURCE -o %s",
-          path.c_str(), metadata.at(key).c_str(), FORMAT, path.c_str());
-  }
-  const std::set<std::string> known = {"format", "config", "types", "tokenizer_sha256", "source", "made_from"};
-  for (const auto& [key, text] : metadata)
-    if (!known.count(key)) fail("%s: __metadata__ has an unknown key \"%s\"", path.c_str(), key.c_str());
-}
-
-// ---- Tensors.
-
 using NamedTypes = std::map<std::string, WeightType>;
 
 // The types that the file names: "types" of __metadata__, an object of matrix name to type name.
@@ -99,8 +81,7 @@ class Collector {
   }
 
   void matrix(const std::string& name, int n, int k, Matrix& out, int groups = 1) {
-    const PackJob job = pack_job(name, groups, n, k, out);
-    jobs.push_back(job);
+    jobs.push_back(pack_job(name, groups, n, k, out));
   }
 
   // A group for each head of MLA; transposed: [groups, k, n] of it.
@@ -329,9 +310,8 @@ struct ModelFile::Contents {
 ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
   const std::map<std::string, std::string>& metadata = contents_->header.metadata();
   Collector& tensors = contents_->tensors;
-  check_metadata(path, metadata);
   model.path = path;
-  model.config = read_config(path, metadata.at("config"));
+  model.config = read_config(path, metadata);
   model.tokenizer_sha256 = metadata.at("tokenizer_sha256");
   tensors.types = read_types(path, metadata.at("types"));
   with_variant(model.config.attention, [&](auto v) { collect<typename decltype(v)::type>(tensors, model); });

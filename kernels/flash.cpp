@@ -253,9 +253,10 @@ void score_rows(const Tile<Rows>& tile, const Scratch& s) {
 
 // s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
 void cap_scores(float* s, int n, float cap) {
-  for (int i = 0; i < n; i += LANES)
-    simd::store(s + i, simd::exp(simd::min(simd::load(s + i) * (2 / cap), simd::set(80))));
-  for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
+  for (int i = 0; i < n; i += LANES) {
+    const F32 e = simd::exp(simd::min(simd::load(s + i) * (2 / cap), simd::set(80)));
+    simd::store(s + i, cap - 2 * cap / (e + 1.0f));
+  }
 }
 
 // The rows' scores become e^(score - maximum), 0 in the columns that the row does not see; maxima and sums move on. A
