@@ -45,7 +45,7 @@ COMMON := build/$(LEVEL)
 OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
-# maybe-uninitialized, restrict: g++ 12 reports its own AVX-512 headers and std::string (GCC bugs 105593, 105651).
+# Not warned of: GCC 12 on its own headers (bugs 105593, 105651); psabi, since no vector is an argument between files.
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o): private OPTIMIZE := -O1
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
