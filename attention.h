@@ -52,7 +52,7 @@ struct Naive {
 };
 
 // kernels/flash.cpp: online softmax over tiles (FlashAttention, arXiv 2205.14135): a tile of rows is read once for its
-// group. Splits and tiles of the context have a fixed size in tokens, and results merge in order of position.
+// group.
 struct Flash {
   static constexpr const char* name = "flash";
   static constexpr bool takes_rows = true;

@@ -113,7 +113,7 @@ inline I32 set_bytes(const void* p) { return set_i32(load_as<int32_t>(p)); }
 inline F32 add(F32 a, F32 b) { return a + b; }
 inline I32 add(I32 a, I32 b) { return a + b; }
 inline F32 mul(F32 a, F32 b) { return a * b; }
-inline F32 min(F32 a, F32 b) { return a < b ? a : b; }  // of a NaN and a number: b
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }  // b where either is NaN
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline I32 max(I32 a, I32 b) { return a > b ? a : b; }
 inline F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
@@ -127,7 +127,8 @@ inline F32 high_bf16(I32 pairs) { return std::bit_cast<F32>(pairs & -0x10000); }
 // load_first, store_first: lanes 0 .. n - 1; the others are zero, and their memory is not touched.
 // to_i32: to nearest even; out of range and NaN: INT32_MIN. store_i8 saturates.
 // scale_by_power_of_2: a * 2^n, n a whole number in -252 .. 254.
-// multiply_add_i16: in each lane the sum of the products of 2 int16.
+// high_halves: of each byte; from operators g++ makes an instruction more.
+// multiply_add_i16: in each lane the sum of the products of 2 int16. multiply_add_i8: of 2 bytes in each int16.
 // dot4: sum + in each lane the dot product of 4 unsigned bytes (u) and 4 signed bytes (s). Exact at every level: where
 // there is no vpdpbusd the bytes are widened first, because vpmaddubsw's 16 bits saturate at 2 * 255 * 127.
 // dot4_halves: the same for up to 8 calls with u <= 15, which sum to at most 8 * 2 * 15 * 128 and so fit vpmaddubsw's
