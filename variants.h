@@ -55,8 +55,8 @@ class Gqa {
         k_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         v_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         out_(arena.take<float>(area(limits.max_tokens, c.n_heads * c.head_dim))) {
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim));
+    for (const int width : {c.dim, c.n_heads * c.head_dim})
+      workspace.plan(matmul_workspace_bytes(limits.max_tokens, width));
   }
 
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.

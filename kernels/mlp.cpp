@@ -12,8 +12,8 @@ MlpStage::MlpStage(Arena& arena, Workspace& workspace, const Config& c, const Li
       std::max({c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size, k * c.moe_intermediate_size});
   gate_ = arena.take<float>(area(T, widest));
   up_ = arena.take<float>(area(T, widest));
-  workspace.plan(matmul_workspace_bytes(T, c.dim));
-  workspace.plan(matmul_workspace_bytes(T, c.hidden_dim));
+  for (const int width : {c.dim, c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size})
+    workspace.plan(matmul_workspace_bytes(T, width));
   if (E == 0) return;
   scores_ = arena.take<float>(area(T, E));
   scratch_ = arena.take<float>(area(T, E + c.n_group));
@@ -24,7 +24,6 @@ MlpStage::MlpStage(Arena& arena, Workspace& workspace, const Config& c, const Li
   row_of_choice_ = arena.take<int>(area(T, k));
   expert_out_ = arena.take<float>(area(T * k, c.dim));
   workspace.plan(matmul_workspace_bytes(T * k, c.moe_intermediate_size));
-  workspace.plan(matmul_workspace_bytes(T, c.n_shared_experts * c.moe_intermediate_size));
 }
 
 void MlpStage::forward(int layer, const Layer& w, const Step& step) const {
