@@ -53,7 +53,7 @@ def functions_of_cpp(text):
 
 
 def measured(code, start, end):
-    head = code[start:end].lstrip()
+    head = re.sub(r"\A\s*(?:(?:public|private|protected):\s*)*", "", code[start:end])
     first = code[: end - len(head)].count("\n") + 1
     return first, code[:end].count("\n") + 2 - first, " ".join(head.split("{")[0].split())
 
@@ -98,6 +98,7 @@ BODY = "  x();\n" * 3
         ("a.cpp", 'namespace n {\nvoid g() {}\nstruct S {\n  S() : a{1}, b("{") {\n' + BODY + "  }\n};\n}\n"),
         ("a.cpp", "#define F(x) {\ntemplate <class T>\nauto f = [](T x) {\n" + BODY + "};\n"),
         ("a.cpp", 'extern "C" int f(int x) try {\n' + BODY + "  // }\n} catch (...) {\n}\n"),
+        ("a.cpp", "class C {\n public:\n  int f() const {\n" + BODY + "  }\n private:\n  int x;\n};\n"),
         ("a.py", "class A:\n  def f(self,\n        b):\n" + "    x()\n" * 3),
     ],
 )
