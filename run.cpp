@@ -11,6 +11,7 @@
 
 #include "cli/session.h"
 #include "host/error.h"
+#include "host/loader.h"
 #include "transformer.h"
 #include "variants.h"
 

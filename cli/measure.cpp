@@ -9,6 +9,7 @@
 #include "cli/session.h"
 #include "host/json.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 

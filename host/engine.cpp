@@ -7,6 +7,7 @@
 
 #include "host/error.h"
 #include "host/thread_count.h"
+#include "kernels/threads.h"
 
 namespace {
 

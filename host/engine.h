@@ -17,7 +17,8 @@
 #include "host/durations.h"
 #include "host/sampler.h"
 #include "host/scheduler.h"
-#include "kernels/team.h"
+
+class Threads;
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel; something went wrong with it.
 enum class Finish { length, stop, callback, cancelled, error };

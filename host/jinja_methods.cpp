@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
 
 #include "host/jinja_builtins.h"
 
@@ -320,45 +319,42 @@ Value replace_method(Work& work, const Text& text, Arguments& a) {
 using TextMethod = Value (*)(Work&, const Text&, Arguments&);
 #define METHOD(expression) \
   [](Work& w, const Text& t, Arguments& a) -> Value { return static_cast<void>(w), static_cast<void>(a), expression; }
-const std::map<std::string, TextMethod>& text_methods() {
-  static const std::map<std::string, TextMethod> METHODS = {
-      {"strip", METHOD(strip(w, t, a, true, true))},
-      {"lstrip", METHOD(strip(w, t, a, true, false))},
-      {"rstrip", METHOD(strip(w, t, a, false, true))},
-      {"split", METHOD(split(w, t, a, false))},
-      {"rsplit", METHOD(split(w, t, a, true))},
-      {"splitlines", METHOD(line_list(t, a))},
-      {"startswith", METHOD(edge(t, a, false))},
-      {"endswith", METHOD(edge(t, a, true))},
-      {"replace", replace_method},
-      {"find", METHOD(find(w, t, a, false))},
-      {"rfind", METHOD(find(w, t, a, true))},
-      {"count", count},
-      {"join", join},
-      {"partition", METHOD(partition(w, t, a, false))},
-      {"rpartition", METHOD(partition(w, t, a, true))},
-      {"ljust", METHOD(padded(w, t, a, 1))},
-      {"rjust", METHOD(padded(w, t, a, -1))},
-      {"center", METHOD(padded(w, t, a, 0))},
-      {"format", format},
-      {"upper", METHOD(upper(t))},
-      {"lower", METHOD(lower(t))},
-      {"title", METHOD(title(t))},
-      {"capitalize", METHOD(capitalized(t))},
-      {"swapcase", METHOD(swapped_case(t))},
-      {"removeprefix", METHOD(without_affix(t, a, false))},
-      {"removesuffix", METHOD(without_affix(t, a, true))},
-      {"isspace", METHOD(all(t, is_space))},
-      {"isalpha", METHOD(all(t, is_letter))},
-      {"isdigit", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isdecimal", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isnumeric", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isalnum", METHOD(all(t, [](Char c) { return is_letter(c) || category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isupper", METHOD(all_cased(t, UTF8PROC_CATEGORY_LU))},
-      {"islower", METHOD(all_cased(t, UTF8PROC_CATEGORY_LL))},
-  };
-  return METHODS;
-}
+constexpr Named<TextMethod> TEXT_METHODS[] = {
+    {"strip", METHOD(strip(w, t, a, true, true))},
+    {"lstrip", METHOD(strip(w, t, a, true, false))},
+    {"rstrip", METHOD(strip(w, t, a, false, true))},
+    {"split", METHOD(split(w, t, a, false))},
+    {"rsplit", METHOD(split(w, t, a, true))},
+    {"splitlines", METHOD(line_list(t, a))},
+    {"startswith", METHOD(edge(t, a, false))},
+    {"endswith", METHOD(edge(t, a, true))},
+    {"replace", replace_method},
+    {"find", METHOD(find(w, t, a, false))},
+    {"rfind", METHOD(find(w, t, a, true))},
+    {"count", count},
+    {"join", join},
+    {"partition", METHOD(partition(w, t, a, false))},
+    {"rpartition", METHOD(partition(w, t, a, true))},
+    {"ljust", METHOD(padded(w, t, a, 1))},
+    {"rjust", METHOD(padded(w, t, a, -1))},
+    {"center", METHOD(padded(w, t, a, 0))},
+    {"format", format},
+    {"upper", METHOD(upper(t))},
+    {"lower", METHOD(lower(t))},
+    {"title", METHOD(title(t))},
+    {"capitalize", METHOD(capitalized(t))},
+    {"swapcase", METHOD(swapped_case(t))},
+    {"removeprefix", METHOD(without_affix(t, a, false))},
+    {"removesuffix", METHOD(without_affix(t, a, true))},
+    {"isspace", METHOD(all(t, is_space))},
+    {"isalpha", METHOD(all(t, is_letter))},
+    {"isdigit", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
+    {"isdecimal", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
+    {"isnumeric", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
+    {"isalnum", METHOD(all(t, [](Char c) { return is_letter(c) || category(c) == UTF8PROC_CATEGORY_ND; }))},
+    {"isupper", METHOD(all_cased(t, UTF8PROC_CATEGORY_LU))},
+    {"islower", METHOD(all_cased(t, UTF8PROC_CATEGORY_LL))},
+};
 #undef METHOD
 
 Value view(const Dict& dict, const std::string& name) {
@@ -442,9 +438,9 @@ Undefined missing(const Value& object, const std::string& name) {
 // Methods hide a dict's keys of the same name, as they do in Jinja: write object["items"].
 Value attribute(Work& work, const Value& object, const std::string& name) {
   if (object.undefined()) throw Problem(object.undefined()->why);
-  if (object.text() && text_methods().count(name) > 0)
+  if (object.text() && find_named(TEXT_METHODS, name))
     return method(work, object, name, [](Work& w, const Value& self, const std::string& n, Arguments& a) {
-      return text_methods().at(n)(w, *self.text(), a);
+      return (*find_named(TEXT_METHODS, n))(w, *self.text(), a);
     });
   if (object.dict() && is_one_of(name, {"get", "items", "keys", "values", "copy"}))
     return method(work, object, name, dict_method);

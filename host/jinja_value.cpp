@@ -44,8 +44,24 @@ bool is_space(Char c) {
          (p >= 0x2000 && p <= 0x200A) || p == 0x2028 || p == 0x2029 || p == 0x202F || p == 0x205F || p == 0x3000;
 }
 
+Value::Value() : value_(Undefined{"undefined"}) {}
+Value::Value(Undefined x) : value_(std::move(x)) {}
+Value::Value(None x) : value_(x) {}
+Value::Value(bool x) : value_(x) {}
+Value::Value(int64_t x) : value_(x) {}
+Value::Value(double x) : value_(x) {}
+Value::Value(Text x) : value_(std::make_shared<const Text>(std::move(x))) {}
+Value::Value(TextView x) : Value(Text(x)) {}
 Value::Value(List x) : value_(std::make_shared<const List>(std::move(x))) {}
 Value::Value(Dict x) : value_(std::make_shared<const Dict>(std::move(x))) {}
+Value::Value(Shared<Loop> x) : value_(std::move(x)) {}
+Value::Value(Shared<Function> x) : value_(std::move(x)) {}
+Value::Value(std::shared_ptr<Namespace> x) : value_(std::move(x)) {}
+Value::Value(const Value& other) = default;
+Value::Value(Value&& other) noexcept = default;
+Value& Value::operator=(const Value& other) = default;
+Value& Value::operator=(Value&& other) noexcept = default;
+Value::~Value() = default;
 
 Value Value::of(const Json& json, bool mark) {
   if (const Json::Object* members = json.object()) {

@@ -81,19 +81,25 @@ using Shared = std::shared_ptr<const T>;
 // No value changes but a namespace: transformers' sandbox forbids list.append() and its like.
 class Value {
  public:
-  Value() : value_(Undefined{"undefined"}) {}
-  Value(Undefined x) : value_(std::move(x)) {}
-  Value(None x) : value_(x) {}
-  Value(bool x) : value_(x) {}
-  Value(int64_t x) : value_(x) {}
-  Value(double x) : value_(x) {}
-  Value(Text x) : value_(std::make_shared<const Text>(std::move(x))) {}
-  Value(TextView x) : Value(Text(x)) {}
+  // All in jinja_value.cpp: the templates' code has them in hundreds of places, and each has a case for every kind.
+  Value();
+  Value(Undefined x);
+  Value(None x);
+  Value(bool x);
+  Value(int64_t x);
+  Value(double x);
+  Value(Text x);
+  Value(TextView x);
   Value(List x);
   Value(Dict x);
-  Value(Shared<Loop> x) : value_(std::move(x)) {}
-  Value(Shared<Function> x) : value_(std::move(x)) {}
-  Value(std::shared_ptr<Namespace> x) : value_(std::move(x)) {}
+  Value(Shared<Loop> x);
+  Value(Shared<Function> x);
+  Value(std::shared_ptr<Namespace> x);
+  Value(const Value& other);
+  Value(Value&& other) noexcept;
+  Value& operator=(const Value& other);
+  Value& operator=(Value&& other) noexcept;
+  ~Value();
   static Value of(const Json& json, bool mark);
   static Value size(size_t n) { return static_cast<int64_t>(n); }
 

@@ -1,6 +1,6 @@
 // loader.cpp: makes a model of a model file: hyper-parameters, then tensors by name, then packing. Whatever is not
 // expected is refused by name.
-#include "model.h"
+#include "host/loader.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +12,7 @@
 #include "host/error.h"
 #include "host/json.h"
 #include "host/safetensors.h"
+#include "kernels/threads.h"
 #include "variants.h"
 
 namespace {

@@ -7,6 +7,7 @@
 
 #include "host/engine.h"
 #include "host/error.h"
+#include "kernels/threads.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Threads and Team: what every stage relies on.
-#include "kernels/team.h"
+#include "kernels/threads.h"
 
 #include <gtest/gtest.h>
 

@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "host/json.h"
-#include "kernels/team.h"
-#include "model.h"
+#include "host/loader.h"
+#include "kernels/threads.h"
 
 // A JSON object to change by name.
 using Members = std::map<std::string, Json>;
