@@ -20,8 +20,8 @@ HOST := $(addprefix host/,loader safetensors json tokenizer added_tokens pretoke
   thread_count scheduler blocks error cpus)
 CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
 # HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
-LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) cli/measure cli/options,\
-  $(HOST) $(CLI))
+LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
+  $(addprefix cli/,session measure report options),$(HOST) $(CLI))
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
