@@ -12,22 +12,16 @@ namespace {
 
 // A team's scratch memory.
 struct Scratch {
-  size_t context, width;
+  int context, width;
   float* scores;  // [n_threads, context]
   float* rows;    // [n_threads, width] a K or V row each
 
   Scratch(Arena& arena, const AttentionShape& shape, int longest_context, int n_threads)
-      : context(static_cast<size_t>(longest_context)),
-        width(static_cast<size_t>(std::max(shape.k_dim, shape.v_dim))),
-        scores(arena.take<float>(static_cast<size_t>(n_threads) * context)),
-        rows(arena.take<float>(static_cast<size_t>(n_threads) * width)) {}
+      : context(longest_context),
+        width(std::max(shape.k_dim, shape.v_dim)),
+        scores(arena.take<float>(area(n_threads, context))),
+        rows(arena.take<float>(area(n_threads, width))) {}
 };
-
-int sequence_of(const Batch& batch, int token) {
-  int s = 0;
-  while (token >= batch.query_start[s + 1]) s++;
-  return s;
-}
 
 }  // namespace
 
@@ -38,17 +32,17 @@ void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& c
   const int longest = std::max(0, *std::max_element(batch.context_len, batch.context_len + batch.n_sequences));
   Arena arena = workspace.begin();
   const Scratch scratch(arena, shape, longest, team.size);
-  float* scores = scratch.scores + static_cast<size_t>(team.rank) * scratch.context;
-  float* row = scratch.rows + static_cast<size_t>(team.rank) * scratch.width;
+  float* scores = scratch.scores + area(team.rank, scratch.context);
+  float* row = scratch.rows + area(team.rank, scratch.width);
   const int first_token = batch.query_start[0], n_tokens = batch.query_start[batch.n_sequences] - first_token;
 
   team.for_each_dynamic(n_tokens * H, [&](int index) {
     const int t = first_token + index / H, h = index % H, g = h / (H / shape.n_kv_heads);
-    const size_t at = static_cast<size_t>(t) * static_cast<size_t>(H) + static_cast<size_t>(h);
-    const float* query = q + at * static_cast<size_t>(k_dim);
-    float* result = out + at * static_cast<size_t>(v_dim);
-    const int* table =
-        batch.block_table + static_cast<size_t>(sequence_of(batch, t)) * static_cast<size_t>(batch.max_blocks);
+    const float* query = q + area(t * H + h, k_dim);
+    float* result = out + area(t * H + h, v_dim);
+    const int* next = std::upper_bound(batch.query_start, batch.query_start + batch.n_sequences, t);
+    const int sequence = static_cast<int>(next - batch.query_start) - 1;
+    const int* table = batch.block_table + area(sequence, batch.max_blocks);
     const int last = batch.positions[t], first = shape.window > 0 ? std::max(0, last - shape.window + 1) : 0;
 
     float largest = shape.sinks ? shape.sinks[h] : -INFINITY;

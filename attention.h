@@ -52,7 +52,7 @@ struct Naive {
 };
 
 // kernels/flash.cpp: online softmax over tiles (FlashAttention, arXiv 2205.14135): a tile of rows is read once for its
-// group. Splits and tiles of the context have a fixed size in tokens, and results merge in order of position.
+// group.
 struct Flash {
   static constexpr const char* name = "flash";
   static constexpr bool takes_rows = true;
@@ -61,19 +61,9 @@ struct Flash {
                      const AttentionShape& shape, float* out, const Workspace& workspace);
   static size_t workspace_bytes(const AttentionShape& shape, const Limits& limits);
 
-  // The same over PlainRows, for one sequence of the batch: out holds the running sum and the workspace the running
-  // maximum and denominator, merged by the same arithmetic.
-  //
-  //     begin(...)                                                          once
-  //     for first = 0, ATTENTION_SPLIT, ... : make rows; attend_rows(...)   in order of position
-  //     end(...)                                                            once
-  //
-  // Batch, shape, out and workspace stay the same from begin to end; several sequences of the batch may be under way
-  // together.
-  static void begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                    const Workspace& workspace);
+  // The same over PlainRows, for one sequence of the batch: called for each split of its context that a query sees, in
+  // order of position, with all else the same. Between the calls out holds the running sum and the workspace the
+  // running maximum and denominator; several sequences of the batch may be under way together.
   static void attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                           const AttentionShape& shape, float* out, const Workspace& workspace);
-  static void end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  const Workspace& workspace);
 };

@@ -21,7 +21,7 @@ double negative_log_probability(const float* logits, int n, int id) {
   double sum = 0;
   int i = 0;
   for (; i + simd::LANES <= n; i += simd::LANES)
-    sum += static_cast<double>(simd::sum(simd::exp(simd::sub(simd::load(logits + i), simd::set(largest)))));
+    sum += static_cast<double>(simd::sum(simd::exp(simd::load(logits + i) - largest)));
   for (; i < n; i++) sum += std::exp(static_cast<double>(logits[i] - largest));
   return std::log(sum) - static_cast<double>(logits[id] - largest);
 }

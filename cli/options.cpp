@@ -8,8 +8,8 @@
 #include <cmath>
 #include <random>
 
-#include "host/cpus.h"
 #include "host/error.h"
+#include "host/machine.h"
 
 namespace {
 
