@@ -9,6 +9,7 @@
 #include <limits>
 #include <optional>
 
+#include "cli/heatmap.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "transformer.h"
@@ -175,11 +176,16 @@ int run(const Options& o) {
   Session session{
       .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
+  if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   file.pack(threads);
   blame_for_lost_pages("");
+  if (!o.heatmap.empty()) {
+    draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
+    return 0;
+  }
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
