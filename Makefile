@@ -18,11 +18,11 @@ KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team devi
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
 HOST := $(addprefix host/,loader safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) sampler engine \
   thread_count scheduler blocks error cpus)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap report \
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain report \
   output signals)
 # Where the compiler's time goes into templates and no loop runs per element.
 LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus) \
-  $(addprefix cli/,session talk chat editor requests lines heatmap report output signals)
+  $(addprefix cli/,session talk chat editor requests lines heatmap explain report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
