@@ -96,6 +96,7 @@ void note(const std::string& line) {
 void check_outputs(const Options& o) {
   if (!o.stats.empty()) check_output("--stats", o.stats, o);
   if (!o.logits.empty()) check_output("--logits", o.logits, o);
+  if (!o.heatmap.empty()) check_output("--heatmap", o.heatmap, o);
   if (!o.stats.empty() && !o.logits.empty() && same_file(o.stats, o.logits))
     throw Usage("--stats " + o.stats + ": --logits writes there: give another name");
 }

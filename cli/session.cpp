@@ -114,7 +114,7 @@ WantedContext wanted_context(const Session& s) {
   const int n_prompt = static_cast<int>(s.prompt.size());
   const int n = std::min(o.n, std::numeric_limits<int>::max() - n_prompt);  // no overflow: no context is as long
   if (!o.perplexity.empty()) return {PERPLEXITY_CONTEXT, PERPLEXITY_CONTEXT};
-  if (!o.logits.empty()) return {n_prompt, n_prompt};
+  if (!o.logits.empty() || !o.heatmap.empty() || o.explain) return {n_prompt, n_prompt};
   if (o.bench) return {2, BENCH_CONTEXTS[std::size(BENCH_CONTEXTS) - 1] + BENCH_DECODE};
   if (o.chat || !o.prompts.empty()) return {2, DEFAULT_CONTEXT};
   if (n > 0) return {n_prompt + n, n_prompt + n};
