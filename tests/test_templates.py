@@ -10,7 +10,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import gguf
 import jinja2
 import pytest
 from conftest import tool
@@ -27,9 +26,10 @@ def public_templates() -> dict[str, str]:
     for package in sorted((ROOT / "models").glob("*/")):
         texts |= {path.stem: path.read_bytes().decode() for path in sorted(package.rglob("*.jinja"))}
         for path in sorted(package.rglob("ggml-vocab-*.gguf")):
-            for key, field in gguf.GGUFReader(path).fields.items():
-                if key.startswith("tokenizer.chat_template") and isinstance(text := field.contents(), str):
-                    texts[path.stem + key.removeprefix("tokenizer.chat_template")] = text
+            data = path.read_bytes()  # a key, the type of texts (8), the length, the text
+            for key in re.finditer(rb"tokenizer\.chat_template([.\w]*)\x08\0\0\0(.{8})", data, re.DOTALL):
+                size = int.from_bytes(key[2], "little")
+                texts[path.stem + key[1].decode()] = data[key.end() : key.end() + size].decode()
         for path in [*package.rglob("test-chat-template.cpp"), *package.rglob("llama_chat_format.py")]:
             # Texts of C++ and of Python alike, one behind the other.
             for i, found in enumerate(re.findall(r"""(?:"(?:[^"\\\n]|\\.)*"\s*)+""", path.read_text("utf-8"))):
