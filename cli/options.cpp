@@ -8,6 +8,7 @@
 #include <cmath>
 #include <random>
 
+#include "cli/output.h"
 #include "host/cpus.h"
 #include "host/error.h"
 
@@ -220,7 +221,7 @@ Options parse(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);
+    print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
     std::string line = e.what();
