@@ -65,7 +65,7 @@ class Team {
 
 class Threads {
  public:
-  // Starts most - 1 threads; the caller of run is one more.
+  // Starts most - 1 threads; the caller of run is one more. Throws Error where the machine has none left.
   explicit Threads(int most);
   ~Threads();
   int most() const { return static_cast<int>(workers_.size()) + 1; }
@@ -79,6 +79,7 @@ class Threads {
     alignas(64) std::atomic<uint32_t> jobs{0};  // handed out so far
     std::thread thread;
   };
+  void end();
   void work(int rank);
   void call(int rank);
 
