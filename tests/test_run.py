@@ -1051,6 +1051,30 @@ def test_what_the_cache_cannot_hold_names_the_cure(scaled, tmp_path, large, smal
     assert text(weights, *flags, binary=bf16) == text(plain, *flags, binary=bf16)
 
 
+def test_what_the_cache_cannot_hold_costs_its_request_alone(scaled):
+    """The values of Z alone are too large; the others come into the blocks that it leaves, and share its steps."""
+
+    def change(name, tensor):
+        if "embed_tokens" in name:
+            tensor[:, 0] = 0
+            tensor[ord("Z"), 0] = 1
+        if "layers.0" in name and "v_proj" in name:
+            tensor[:, 0] = 1e6
+        return tensor
+
+    weights, binary = scaled("one-token", change), run_binary("mha", kv="f16")
+    prompts = ["hello", "a Z, and more of it", "hello world", "Z", "more", "ZZ", "a"]
+    lines = [json.dumps({"prompt": prompt, "n": 4, "temperature": 0}) for prompt in prompts]
+    alone = [answers(weights, "-q", stdin=line, code="Z" in line, binary=binary)[0] for line in lines]
+    for parallel in 1, 3:
+        together = answers(weights, "-q", "--parallel", parallel, stdin="\n".join(lines), code=1, binary=binary)
+        for prompt, one, other in zip(prompts, alone, together, strict=True):
+            if "Z" in prompt:
+                assert "KV f16 cannot hold: make KV=bf16" in other["error"] and "text" not in other
+            else:
+                assert (other["text"], other["logits_hash"]) == (one["text"], one["logits_hash"])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_damaged_model_says_so_in_every_mode(scaled, tmp_path, value):
     def change(name, tensor):
