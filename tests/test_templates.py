@@ -8,6 +8,7 @@ import json
 import random
 import re
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import jinja2
@@ -391,6 +392,29 @@ def test_what_templates_use(engine, template):
 def test_white_space_is_pythons(engine):
     every = "a".join(chr(c) for c in range(1, 0x10000) if not 0xD800 <= c < 0xE000)
     assert_same(engine, "{{ t.split()|tojson }}", {"t": every})
+
+
+KINDS = {"Lu", "Ll", "Lt", "Lm", "Nd", "Nl", "No", "Mn", "Zs"}
+METHODS = ["upper", "lower", "title", "capitalize", "isalpha", "isdigit", "isdecimal", "isalnum", "isspace"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_letters_are_pythons(engine, method):
+    """Of each cased letter, number and mark alone, or an error: of some letters whose case is several, and numbers."""
+    template = "{% for c in letters %}{{ c." + method + "() }} {% endfor %}"
+    letters = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) in KINDS]
+    refused = []
+    for i in range(0, len(letters), 50):
+        part = letters[i : i + 50]
+        shown = engine.render(template, {"letters": part}).get("text")
+        if shown is None:
+            one_by_one = {c: engine.render(template, {"letters": [c]}).get("text") for c in part}
+            refused += [c for c, text in one_by_one.items() if text is None]
+            part = [c for c, text in one_by_one.items() if text is not None]
+            shown = "".join(one_by_one[c] for c in part)
+        assert shown == "".join(f"{getattr(c, method)()} " for c in part)
+    allowed = {"lower": 2, "title": 48, "capitalize": 48}
+    assert len(refused) <= allowed.get(method, 0) or {unicodedata.category(c) for c in refused} <= {"No", "Nl"}
 
 
 def test_what_was_given_is_known(engine):
