@@ -230,10 +230,8 @@ int main(int argc, char** argv) {
     return 2;
   } catch (const ClosedPipe&) {
     return 141;  // 128 + SIGPIPE
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "run: out of memory\n");
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "run: %s\n", e.what());
+    std::fprintf(stderr, "run: %s\n", reason(e));
   }
   return 1;
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <random>
 
+#include "cli/output.h"
 #include "host/error.h"
 #include "host/machine.h"
 
@@ -228,7 +229,7 @@ Options parse(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);
+    print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
     std::string line = e.what();

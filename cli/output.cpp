@@ -124,6 +124,10 @@ OutputFile::OutputFile(const std::string& path) : path_(path) {
 void OutputFile::open_beside() {
   constexpr int MAX_TRIES = 1000;
   const fs::path target(target_);
+  if (target.filename().string().size() > NAME_MAX) {
+    errno = ENAMETOOLONG;
+    return;
+  }
   for (int i = 0; i < MAX_TRIES; i++) {
     const std::string suffix = ".partial." + std::to_string(getpid()) + (i ? "." + std::to_string(i) : "");
     const std::string name = target.filename().string().substr(0, NAME_MAX - suffix.size()) + suffix;

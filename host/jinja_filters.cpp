@@ -430,8 +430,7 @@ constexpr Named<Filter> FILTERS[] = {
     {"replace", replace},
     {"reverse", reverse},
     {"round", round},
-    // Marks a text for HTML, which no chat template writes: nothing is escaped here.
-    {"safe", FILTER(printed(w, v))},
+    {"safe", FILTER(Value::html(printed(w, v)))},
     {"select", FILTER(select(w, v, a, true, false))},
     {"selectattr", FILTER(select(w, v, a, true, true))},
     {"slice", FILTER(batch(w, v, a, true))},
@@ -576,6 +575,11 @@ Value raise_exception(Work&, Call& a) {
   throw Problem(to_utf8(str(*bind(a, "raise_exception", {"message"}, 1)[0])));
 }
 
+// In it a template finds its blocks, and there are none.
+Value self(Work&, Call&) {
+  throw Problem("self cannot be called");
+}
+
 // joiner(", "): a function that gives nothing at first, then the separator.
 Value joiner(Work&, Call& a) {
   const auto bound = bind(a, "joiner", {"sep"});
@@ -603,7 +607,7 @@ bool test(Work& work, const std::string& name, const Value& input, Arguments& ar
 std::vector<std::pair<std::string, Value>> globals(Work& work) {
   constexpr std::pair<const char*, Value (*)(Work&, Call&)> FUNCTIONS[] = {
       {"range", range},   {"dict", make_dict}, {"strftime_now", strftime_now}, {"raise_exception", raise_exception},
-      {"joiner", joiner},
+      {"joiner", joiner}, {"self", self},
   };
   std::vector<std::pair<std::string, Value>> out;
   for (const auto& [name, function] : FUNCTIONS)

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "host/unicode.h"
 #include "host/utf8.h"
 
 namespace jinja {
@@ -39,9 +40,7 @@ std::string to_utf8(TextView text) {
 }
 
 bool is_space(Char c) {
-  const Char p = plain(c);
-  return (p >= 0x09 && p <= 0x0D) || (p >= 0x1C && p <= 0x20) || p == 0x85 || p == 0xA0 || p == 0x1680 ||
-         (p >= 0x2000 && p <= 0x200A) || p == 0x2028 || p == 0x2029 || p == 0x202F || p == 0x205F || p == 0x3000;
+  return is_white_space(plain(c)) || (plain(c) >= 0x1C && plain(c) <= 0x1F);
 }
 
 Value::Value() : value_(Undefined{"undefined"}) {}

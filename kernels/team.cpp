@@ -2,6 +2,10 @@
 // longer, and where another program has the core that is waited for, sleeping gives it away.
 #include "kernels/threads.h"
 
+#include <system_error>
+
+#include "host/error.h"
+
 namespace {
 
 constexpr int SPINS = 2000;
@@ -46,17 +50,27 @@ int Team::take(int chunk) const {
 
 Threads::Threads(int most) {
   for (int rank = 1; rank < most; rank++) workers_.push_back(std::make_unique<Worker>());
-  for (int rank = 1; rank < most; rank++)
-    workers_[static_cast<size_t>(rank - 1)]->thread = std::thread([this, rank] { work(rank); });
+  try {
+    for (int rank = 1; rank < most; rank++)
+      workers_[static_cast<size_t>(rank - 1)]->thread = std::thread([this, rank] { work(rank); });
+  } catch (const std::system_error& e) {
+    end();
+    fail("cannot start %d threads: %s: with -t there are fewer", most, e.what());
+  }
 }
 
 Threads::~Threads() {
+  end();
+}
+
+void Threads::end() {
   ending_ = true;
   for (const auto& worker : workers_) {
     worker->jobs.fetch_add(1, std::memory_order_release);
     worker->jobs.notify_one();
   }
-  for (const auto& worker : workers_) worker->thread.join();
+  for (const auto& worker : workers_)
+    if (worker->thread.joinable()) worker->thread.join();
 }
 
 void Threads::run_job(int size, Job job, const void* f) {

@@ -20,7 +20,7 @@ struct Team::Shared {
 
 class Threads {
  public:
-  // Starts most - 1 threads; the caller of run is one more.
+  // Starts most - 1 threads; the caller of run is one more. Throws Error where the machine has none left.
   explicit Threads(int most);
   ~Threads();
   int most() const { return static_cast<int>(workers_.size()) + 1; }
@@ -40,6 +40,7 @@ class Threads {
   };
   using Job = void (*)(const void* f, const Team& team);  // calls f
   void run_job(int size, Job job, const void* f);
+  void end();
   void work(int rank);
   void call(int rank);
 
