@@ -18,10 +18,10 @@ KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team devi
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
 HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
   sampler engine thread_count scheduler blocks error machine)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
-# Where the compiler's time goes into templates and no loop runs per element.
-LIGHT := $(addprefix host/,loader config safetensors json chat $(JINJA) scheduler machine) \
-  $(addprefix cli/,session talk chat editor requests lines report output signals)
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain report output signals)
+# HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
+LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
+  $(addprefix cli/,session measure report options),$(HOST) $(CLI))
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
@@ -47,7 +47,7 @@ OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERN
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # Not warned of: GCC 12 on its own headers (bugs 105593, 105651); psabi, since no vector is an argument between files.
 OPTIMIZE := -O3
-$(LIGHT:%=$(COMMON)/%.o): private OPTIMIZE := -O1
+$(LIGHT:%=$(COMMON)/%.o) $(OUT)/run.o: private OPTIMIZE := -Og
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
   -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-unknown-warning-option

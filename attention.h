@@ -34,6 +34,12 @@ struct PlainRows {
   int n = 0;                 // rows: up to the end of a split, or of the context
 };
 
+// What one query row q [k_dim] of a head, at this position of a sequence whose block table is given, looks at: weights
+// [position + 1], the softmax of its scores; 0 for what is behind the window. row: scratch, [k_dim].
+template <class Kv, int Block>
+void attention_weights(const float* q, const KVCache<Kv, Block>& cache, int layer, const int* blocks, int head,
+                       int position, const AttentionShape& shape, float* row, float* weights);
+
 // A kernel's `attend`: q [T, n_heads, k_dim], out [T, n_heads, v_dim]. Every row's arithmetic depends on its position
 // and its sequence's cache rows alone, so the result is the same bit for bit for any batch, chunking, block size and
 // number of threads. Every thread of the team calls it; it ends with a barrier. context_len 0 and sequences without

@@ -6,6 +6,7 @@
 
 #include "kernels/logits.h"
 #include "kernels/mlp.h"
+#include "kernels/threads.h"
 #include "variants.h"
 
 template <class Attention, class Kernel, class Kv, int Block>

@@ -9,6 +9,7 @@
 #include "cli/session.h"
 #include "host/json.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -105,7 +106,7 @@ Json bench_decode(Session& s, int context, double bandwidth) {
 void check_perplexity(const Session& s, int context) {
   if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
   if (static_cast<int>(s.prompt.size()) < 2 * context)
-    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
+    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", shown(s.options.perplexity).c_str(),
          s.prompt.size(), 2 * context, context);
 }
 

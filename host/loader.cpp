@@ -1,6 +1,6 @@
 // loader.cpp: makes a model of a model file: its tensors by name, as the config calls for them, then packed. Whatever
 // is not expected is refused by name.
-#include "model.h"
+#include "host/loader.h"
 
 #include <algorithm>
 #include <cstring>
@@ -11,6 +11,7 @@
 #include "host/error.h"
 #include "host/json.h"
 #include "host/safetensors.h"
+#include "kernels/threads.h"
 #include "variants.h"
 
 namespace {

@@ -16,6 +16,7 @@
 
 #include "batches.h"
 #include "kernels/kv_cpu.h"
+#include "kernels/threads.h"
 
 namespace {
 

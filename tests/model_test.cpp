@@ -1,5 +1,5 @@
 // The loader: what a good file becomes, and that no bad one is taken, crashes or hangs.
-#include "model.h"
+#include "host/loader.h"
 
 #include <gtest/gtest.h>
 

@@ -15,8 +15,8 @@
 
 #include "host/error.h"
 #include "host/json.h"
-#include "kernels/team.h"
-#include "model.h"
+#include "host/loader.h"
+#include "kernels/threads.h"
 
 // A JSON object to change by name.
 using Members = std::map<std::string, Json>;

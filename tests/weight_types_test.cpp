@@ -1,5 +1,5 @@
 // The loader on files of every weight type, made byte by byte: their values, and what is refused by name.
-#include "model.h"
+#include "host/loader.h"
 
 #include <gtest/gtest.h>
 
