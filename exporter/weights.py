@@ -17,6 +17,7 @@ import numpy as np
 from exporter.errors import ExportError
 
 GROUP = 32  # inputs that share a scale in most types
+CHUNK = 1 << 20  # elements that are read at a time
 
 FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}  # and their dtype in the model file
 # ggml's types, whose dtype is U8: where the half floats of a block are.
@@ -191,6 +192,12 @@ def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], shape: t
         "f16" if keep in QUANTIZED else keep,
         tensor.note,
     )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    step = max(1, CHUNK // a.k)
+    chunks = (np.arange(first, min(first + step, a.n)) for first in range(0, a.n, step))
+    return a.shape == b.shape and all(np.array_equal(a.read(i).float32(), b.read(i).float32()) for i in chunks)
 
 
 def stored_type(tensor: Tensor, type: str | None) -> str:

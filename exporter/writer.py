@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from exporter.errors import ExportError
 from exporter.model import Model
-from exporter.weights import FLOATS, QUANTIZED, Tensor, block, quantize, size, stored_type
+from exporter.weights import CHUNK, FLOATS, QUANTIZED, Tensor, block, quantize, size, stored_type
 
-CHUNK = 1 << 20  # elements converted at a time
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
@@ -93,7 +92,7 @@ def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
             weight = tensor.read(rows)
             weight = weight.check() if weight.type == kind else quantize(weight.float32(), kind)
         except ExportError as error:
-            raise ExportError(f"{source}: tensor {name} {error}") from error
+            raise ExportError(f"{source}: tensor {name}: {error}") from error
         data = np.ascontiguousarray(weight.data).data.cast("B")
         write_at(file.fileno(), data, start + offset + first * row_bytes)
         bar.update(data.nbytes)

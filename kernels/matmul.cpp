@@ -70,8 +70,8 @@ struct Inputs {
 // y's vector at column = sum (+ bias) (+ y), as far as there are columns.
 inline void finish(const Product& p, float* y, int column, F32 sum) {
   const int n = std::clamp(p.weight->n - column, 0, LANES);
-  if (p.bias) sum = simd::add(sum, simd::load_first(p.bias + column, n));
-  if (p.add) sum = simd::add(sum, simd::load_first(y + column, n));
+  if (p.bias) sum = sum + simd::load_first(p.bias + column, n);
+  if (p.add) sum = sum + simd::load_first(y + column, n);
   simd::store_first(y + column, sum, n);
 }
 

@@ -41,14 +41,13 @@ inline void convert(const float* x, int k, Int8Group* out) {
     const F32 inverse = simd::set(amax < 127 * 0x1p-126f ? 0 : 127 / amax);
     I32 sums[2] = {simd::set_i32(0), simd::set_i32(0)};  // of each half
     for (int i = 0; i < INT8_GROUP; i += LANES) {
-      const F32 scaled =
-          simd::mul(simd::load(x + i), inverse);  // NaN next to an infinity or NaN, which the scale keeps
+      const F32 scaled = simd::load(x + i) * inverse;  // NaN next to an infinity or NaN, which the scale keeps
       const I32 q = simd::to_i32(simd::min(simd::max(scaled, simd::set(-127)), simd::set(127)));
       simd::store_i8(out->q + i, q);
       I32& half = sums[i / (INT8_GROUP / 2)];
-      half = simd::add(half, q);
+      half += q;
     }
-    const int32_t sum = simd::sum(simd::add(sums[0], sums[1]));
+    const int32_t sum = simd::sum(sums[0] + sums[1]);
     out->scale = amax / 127;
     out->scaled_sum = out->scale * static_cast<float>(sum);
     out->minus_128_sum = -128 * sum;

@@ -14,6 +14,7 @@
 
 #include "ggml_types.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 
