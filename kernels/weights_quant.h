@@ -28,7 +28,7 @@ struct Fours {
   static auto get(int i, Word word) {
     const auto low = simd::bits(word(i * LOW / 8), i * LOW % 8, in_each_byte(LOW));
     if constexpr (HIGH > 0)
-      return (low | simd::bits(word(LOW_WORDS + i * HIGH / 8), i * HIGH % 8 - LOW, in_each_byte(HIGH) << LOW));
+      return low | simd::bits(word(LOW_WORDS + i * HIGH / 8), i * HIGH % 8 - LOW, in_each_byte(HIGH) << LOW);
     else
       return low;
   }
@@ -118,12 +118,12 @@ struct WeightsQuant {
       if constexpr (!HAS_FACTORS) {
         for (int i = 0; i < SCALES; i++) simd::store(out[i] + v * LANES, half(i));
       } else {
-        const F32 scale = half(0), min = HAS_MIN ? (half(1) * simd::set(-1)) : scale;
+        const F32 scale = half(0), min = HAS_MIN ? -half(1) : scale;
 #pragma GCC unroll 32
         for (int i = 0; i < SCALES; i++) {
           const I32 factor = simd::bits(Factors::get(i / 4, step + FACTORS_AT, v), i % 4 * 8, 255);
-          const F32 centred = simd::to_float(factor) - simd::set(TYPE.factor_offset);
-          simd::store(out[i] + v * LANES, (i < GROUPS ? scale : min * centred));
+          const F32 centred = simd::to_float(factor) - float(TYPE.factor_offset);
+          simd::store(out[i] + v * LANES, (i < GROUPS ? scale : min) * centred);
         }
       }
     }
@@ -179,7 +179,7 @@ struct WeightsQuant {
 #pragma GCC unroll 8
         for (int i = first; i < first + IN_HALVES; i++) dot4<simd::dot4_halves>(codes, part * CHUNKS + i, x, g, halves);
         for (int r = 0; r < R; r++)
-          for (int v = 0; v < VECTORS; v++) sum[r][v] = sum[r][v] + simd::total_halves(halves[r][v]);
+          for (int v = 0; v < VECTORS; v++) sum[r][v] += simd::total_halves(halves[r][v]);
       }
     }
   }
