@@ -17,11 +17,11 @@ CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
 HOST := $(addprefix host/,loader safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) sampler engine \
-  thread_count scheduler blocks error cpus)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure report output signals)
+  thread_count scheduler blocks error cpus roofline machines)
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure estimate probe report output signals)
 # Where the compiler's time goes into templates and no loop runs per element.
-LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus) \
-  $(addprefix cli/,session talk chat editor requests lines report output signals)
+LIGHT := $(addprefix host/,loader safetensors json chat $(JINJA) scheduler cpus roofline machines) \
+  $(addprefix cli/,session talk chat editor requests lines estimate report output signals)
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE

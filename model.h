@@ -62,7 +62,7 @@ struct Norm {
 };
 
 struct Linear {
-  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads
+  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads; n 0: absent
   const float* bias = nullptr;  // [groups, n] or null
   explicit operator bool() const { return static_cast<bool>(weight); }
 };
@@ -111,12 +111,9 @@ struct Model {
   std::vector<Rope> rope;  // rope.I.inv_freq, rope.I.long_inv_freq
   std::vector<Layer> layers;
 
-  // For the report: bytes of the packed weights, parameters.
-  size_t weight_bytes = 0;
+  // For the report: bytes of the packed weights, those of vectors among them; parameters.
+  size_t weight_bytes = 0, vector_bytes = 0;
   double n_parameters = 0;
-  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
-  // classifier, and of the experts only num_experts_per_tok.
-  size_t weight_bytes_per_token = 0;
   std::string types;  // "q8 134.5M, f32 0.04M"
 
   Buffer<std::byte> packed;  // all matrices
@@ -131,6 +128,8 @@ class ModelFile {
   // one line naming the file, the field, the value and the fix.
   explicit ModelFile(const std::string& path);
   ~ModelFile();
+  // Throws Error where the file holds shapes alone: pack would.
+  void require_weights() const;
   // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
   // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
   void pack(Threads& threads);

@@ -9,6 +9,8 @@
 #include <limits>
 #include <optional>
 
+#include "cli/estimate.h"
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "transformer.h"
@@ -146,6 +148,27 @@ Setup plan(const Session& session) {
   return setup;
 }
 
+// Of a model of any variant: what its constructors would take.
+size_t activation_bytes(const Model& model, const Limits& limits) {
+  size_t bytes = Engine::bytes(limits, model.config.vocab_size);
+  with_variant(model.config.attention, [&](auto v) {
+    using Planned = Transformer<typename decltype(v)::type, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>;
+    bytes += Planned::bytes(model, limits).activations;
+  });
+  return bytes;
+}
+
+// The machine as the last steps of decode had it, for the report's prediction: over the weights themselves.
+std::optional<Machine> probed(const Session& session) {
+  constexpr size_t MOST = size_t{256} << 20;
+  const Stats& stats = session.measured.stats;
+  const Buffer<std::byte>& weights = session.model.packed;
+  if (stats.decode_steps == 0) return {};
+  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
+  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
+               session.model);
+}
+
 using Mode = void (*)(Session&);
 Mode mode(const Options& o) {
   if (o.chat) return chat;
@@ -158,6 +181,10 @@ Mode mode(const Options& o) {
 
 int run(const Options& o) {
   check_outputs(o);
+  if (o.estimate) {
+    ModelFile shapes(o.model);
+    return estimate(o, shapes.model, BUILD_KV::name, activation_bytes), 0;
+  }
   Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
@@ -165,6 +192,7 @@ int run(const Options& o) {
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
   ModelFile file(o.model);
+  file.require_weights();
   const Model& model = file.model;
   Runtime::check(model);
   if (!o.mla.empty() && model.config.attention != "mla")
@@ -190,6 +218,7 @@ int run(const Options& o) {
   mode(o)(session);
 
   session.measured.stats = engine.stats();
+  if (!o.quiet || stats) session.measured.machine = probed(session);
   if (!o.quiet) print_measured(model, session.setup, session.measured);
   if (stats) {
     const std::string json = stats_json(model, session.setup, session.measured);
@@ -205,6 +234,7 @@ int main(int argc, char** argv) {
   try {
     prepare_process();
     const Options options = parse(argc, argv);
+    if (options.gpu == "list") return list_machines(), 0;
     return options.model.empty() ? 0 : run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());

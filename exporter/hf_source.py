@@ -22,6 +22,7 @@ SAFETENSORS_TYPES = {
     "F8_E4M3": ("u1", "fp8"),
 }
 MXFP4_PARTS = ("_blocks", "_scales")
+TORCH_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,6 +61,18 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     passed_over = [name for name in weights_in(path) if name not in files]
     if passed_over:
         source.notes.append(f"{', '.join(passed_over)}: not read, {WEIGHTS if WEIGHTS in files else INDEX} comes first")
+    dequantize(source)
+    return source
+
+
+def open_config(path: Path) -> Source:
+    """A config.json without its folder: all that is known of the weights is what it says of their type."""
+    source = Source("config", path, path, None)
+    source.config = read_json(path)
+    named = source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"
+    if not isinstance(named, str) or named not in TORCH_TYPES:
+        raise ExportError(f"{path}: torch_dtype is {shown(named)}: known are {', '.join(TORCH_TYPES)}: fetch it again")
+    source.type = TORCH_TYPES[named]
     dequantize(source)
     return source
 

@@ -8,7 +8,7 @@ import numpy as np
 from exporter.architectures import Architecture
 from exporter.errors import ExportError
 from exporter.source import Source
-from exporter.weights import Tensor, apply, concat, select, turn_each
+from exporter.weights import Tensor, Weight, apply, concat, select, turn_each
 
 FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
     "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
@@ -221,7 +221,7 @@ def expected_shapes(
             kv_a_proj=(rank + rotated, dim), w_uk=(heads, nope, rank), w_uv=(heads, v, rank), o_proj=(dim, heads * v)
         )
         projections |= dict(q_a_proj=(q_rank, dim), q_b_proj=(q, q_rank)) if q_rank else dict(q_proj=(q, dim))
-        norms = dict(kv_a_norm=(rank,), q_a_norm=(q_rank,))
+        norms = dict(kv_a_norm=(rank,)) | (dict(q_a_norm=(q_rank,)) if q_rank else {})
     else:
         q, kv = heads * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
         projections = dict(q_proj=(q, dim), k_proj=(kv, dim), v_proj=(kv, dim), o_proj=(dim, q))
@@ -238,7 +238,6 @@ def expected_shapes(
         add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
         if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
             add(prefix, mlp(c["hidden_dim"]))
-            shapes[prefix + "gate_proj.weight"] = ((c["hidden_dim"], dim), False)
             continue
         n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
         add(prefix, dict(router=(n, dim)))
@@ -254,6 +253,17 @@ def expected_shapes(
         for name, (shape, required) in shapes.items()
         if not re.search(lacks, name)
     }
+
+
+def tensors_of(config: dict, architecture: Architecture, biased: list[str], tied: bool, type: str) -> dict[str, Tensor]:
+    """The tensors of a model of which the config is all there is: shapes without values."""
+    expected = expected_shapes(config, architecture, biased)
+    names = [name for name, (_, required) in expected.items() if required or (name == "lm_head.weight" and not tied)]
+    return {name: Tensor(expected[name][0], type, no_values) for name in names}
+
+
+def no_values(index: np.ndarray) -> Weight:
+    raise ExportError("is a shape without values")
 
 
 def check_shapes(

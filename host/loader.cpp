@@ -163,15 +163,6 @@ class Fields {
   std::set<std::string> used_;
 };
 
-// f(variant) for the variant of this name; false: there is none.
-template <class F>
-bool with_variant(const std::string& name, F f) {
-  const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {
-    return ((name == V::name && (f(std::type_identity<V>()), true)) || ...);
-  };
-  return try_each(std::type_identity<Variants>());
-}
-
 void read_attention(Fields& f, Config& c) {
   f.text("attention", c.attention);
   f.integer("n_heads", c.n_heads, 1, MAX_WIDTH);
@@ -378,7 +369,7 @@ class Collector {
       job.row_bytes[i] = group_bytes[i] / static_cast<size_t>(n);
     }
     if (transposed) std::swap(job.source.n, job.source.k);
-    out.groups = groups;
+    out = {type, job.source.n, job.source.k, groups, nullptr};
     for (int g = 0; g < groups; g++) {
       jobs.push_back(job);
       for (size_t i = 0; i < format.parts.size(); i++)
@@ -529,7 +520,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
     pack_matrix(file, j, at, threads);
-    if (!j.out->data) *j.out = {j.source.type, j.source.n, j.source.k, j.out->groups, at};  // the first of its groups
+    if (!j.out->data) j.out->data = at;  // the first of its groups
     at += packed_bytes(j);
   }
 }
@@ -549,32 +540,17 @@ void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vec
 // What the report says of the weights. A transposed matrix is a second copy of parameters that are counted
 // already.
 void count(const Collector& tensors, Model& m) {
-  const Config& c = m.config;
   std::map<std::string, double> by_type;
-  std::set<const Matrix*> routed, not_read = {&m.embed_tokens};
-  for (const Layer& l : m.layers) {
-    routed.insert({&l.experts.gate.weight, &l.experts.up.weight, &l.experts.down.weight});
-    not_read.insert(&l.w_uk.weight);  // decode takes the absorbed form
-  }
-  const auto is_classifier = [&](const PackJob& j) { return j.out == &m.lm_head.weight; };
-  if (std::none_of(tensors.jobs.begin(), tensors.jobs.end(), is_classifier)) not_read.erase(&m.embed_tokens);  // it is
-  double read = 0;
   for (const PackJob& j : tensors.jobs) {
-    const auto bytes = static_cast<double>(packed_bytes(j));
-    const double parameters = static_cast<double>(j.source.n) * j.source.k;
     m.weight_bytes += packed_bytes(j);
-    if (!j.transposed) by_type[std::string(weight_format(j.source.type).name)] += parameters;
-    if (routed.count(j.out))
-      read += bytes * c.num_experts_per_tok / c.n_routed_experts;
-    else if (!not_read.count(j.out))
-      read += bytes;
+    if (!j.transposed)
+      by_type[std::string(weight_format(j.source.type).name)] += static_cast<double>(j.source.n) * j.source.k;
   }
   for (const auto& [entry, out] : tensors.vectors) {
-    m.weight_bytes += entry->bytes;
-    read += static_cast<double>(entry->bytes);
+    m.vector_bytes += entry->bytes;
     by_type["f32"] += static_cast<double>(entry->bytes / sizeof(float));
   }
-  m.weight_bytes_per_token = static_cast<size_t>(read);
+  m.weight_bytes += m.vector_bytes;
   for (const auto& [type, parameters] : by_type) {
     char text[64];
     std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(), parameters / 1e6);
@@ -609,7 +585,15 @@ ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
 
 ModelFile::~ModelFile() = default;
 
+void ModelFile::require_weights() const {
+  if (contents_->header.shapes_alone())
+    fail(
+        "%s: shapes without weights: ./run --estimate can plan with them; to run the model, export it with its weights",
+        model.path.c_str());
+}
+
 void ModelFile::pack(Threads& threads) {
+  require_weights();
   pack_matrices(contents_->file, contents_->tensors.jobs, model, threads);
   copy_vectors(contents_->tensors.vectors, model);
   contents_->file.refuse_changed(model.path);
