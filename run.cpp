@@ -160,7 +160,7 @@ size_t activation_bytes(const Model& model, const Limits& limits) {
 
 // The machine as the last steps of decode had it, for the report's prediction: over the weights themselves.
 std::optional<Machine> probed(const Session& session) {
-  constexpr size_t MOST = size_t{256} << 20;
+  constexpr size_t MOST = size_t{128} << 20;  // bytes: a few ms
   const Stats& stats = session.measured.stats;
   const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};

@@ -71,6 +71,9 @@ void check(const Options& o) {
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
+  for (const auto& [flag, figure] :
+       {std::pair("--bandwidth", o.bandwidth), {"--flops", o.flops}, {"--memory", o.memory}})
+    require(figure >= 0, flag, figure, "must be a number > 0");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 

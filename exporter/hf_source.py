@@ -21,7 +21,7 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
-MXFP4_PARTS = ("_blocks", "_scales")
+MXFP4_PARTS, MXFP4_TYPE = ("_blocks", "_scales"), "q8"
 TORCH_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -72,7 +72,10 @@ def open_config(path: Path) -> Source:
     named = source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"
     if not isinstance(named, str) or named not in TORCH_TYPES:
         raise ExportError(f"{path}: torch_dtype is {shown(named)}: known are {', '.join(TORCH_TYPES)}: fetch it again")
-    source.type = TORCH_TYPES[named]
+    source.type = source.expert_type = TORCH_TYPES[named]
+    settings = source.config.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # of the experts alone
+        source.expert_type = MXFP4_TYPE
     dequantize(source)
     return source
 
@@ -184,7 +187,7 @@ def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
         codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
         return mxfp4(codes, scales.read(index).data)
 
-    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+    return Tensor((*scales.shape[:-1], groups * GROUP), MXFP4_TYPE, read, note="MXFP4")
 
 
 def dequantize_fp8(source: Source, settings: dict | None) -> None:

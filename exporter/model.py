@@ -33,7 +33,7 @@ def build(source: Source) -> Model:
     keys.finish()
 
     if source.kind == "config":
-        tensors = tensors_of(config, architecture, biased, tied, source.type)
+        tensors = tensors_of(source, config, architecture, biased, tied)
         return Model(config, tensors | {name: of_array(inv_freq) for name, inv_freq in tables.items()})
     if config["n_layers"] > len(source.tensors):  # before anything is made for each of them
         raise ExportError(

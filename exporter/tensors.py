@@ -255,11 +255,14 @@ def expected_shapes(
     }
 
 
-def tensors_of(config: dict, architecture: Architecture, biased: list[str], tied: bool, type: str) -> dict[str, Tensor]:
+def tensors_of(
+    source: Source, config: dict, architecture: Architecture, biased: list[str], tied: bool
+) -> dict[str, Tensor]:
     """The tensors of a model of which the config is all there is: shapes without values."""
     expected = expected_shapes(config, architecture, biased)
     names = [name for name, (_, required) in expected.items() if required or (name == "lm_head.weight" and not tied)]
-    return {name: Tensor(expected[name][0], type, no_values) for name in names}
+    types = {name: source.expert_type if ".experts." in name else source.type for name in names}
+    return {name: Tensor(expected[name][0], types[name], no_values) for name in names}
 
 
 def no_values(index: np.ndarray) -> Weight:

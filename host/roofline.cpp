@@ -108,7 +108,7 @@ const Datasheet& find_datasheet(const std::string& name) {
   for (const Datasheet& sheet : datasheets()) {
     const std::string known = plain(sheet.name);
     if (known == wanted) return sheet;
-    near.emplace_back(!wanted.empty() && known.starts_with(wanted) ? 0 : distance(known, wanted), &sheet);
+    near.emplace_back(distance(known.substr(0, wanted.size()), wanted), &sheet);
   }
   std::stable_sort(near.begin(), near.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
   fail(
