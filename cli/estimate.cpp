@@ -146,8 +146,10 @@ std::string Estimate::table() const {
   out += text("machine  %s: %.1f GB, %.1f GB/s, %.2f TFLOP/s; ridge point %.0f FLOP/byte (%s)\n", machine_.name.c_str(),
               machine_.memory / 1e9, machine_.bandwidth / 1e9, speed / 1e12, speed / machine_.bandwidth,
               machine_.source.c_str());
-  out += text("plan     %d sequence%s of %d tokens, KV %s, %d tokens of a prompt a step; GB are 10^9 bytes\n\n",
-              o_.parallel, o_.parallel == 1 ? "" : "s", context_, kv_.c_str(), o_.batch);
+  out += text(
+      "plan     %d sequence%s of %d tokens, weights %s, KV %s, %d tokens of a prompt a step; GB are 10^9 bytes\n\n",
+      o_.parallel, o_.parallel == 1 ? "" : "s", context_, o_.weight_type.empty() ? "as stored" : o_.weight_type.c_str(),
+      kv_.c_str(), o_.batch);
   const auto row = [&](const std::string& label, const auto& value) {
     out += text("%-34s", label.c_str());
     for (const Column& c : columns_) out += text("%14s", std::string(value(c)).c_str());
