@@ -1,5 +1,5 @@
 // model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and
-// shape.
+// shape. host/loader.h makes it of a file.
 //
 // The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 2"), "config" (one JSON object, whose keys are
 // the fields of Config below, to the letter), "types" (the weight type of each matrix that is not plain floats),
@@ -8,7 +8,6 @@
 // lists every key and tensor.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -111,7 +110,7 @@ struct Model {
   std::vector<Rope> rope;  // rope.I.inv_freq, rope.I.long_inv_freq
   std::vector<Layer> layers;
 
-  // For the report: bytes of the packed weights, those of vectors among them; parameters.
+  // For the report: bytes of the packed weights, parameters.
   size_t weight_bytes = 0, vector_bytes = 0;
   double n_parameters = 0;
   std::string types;  // "q8 134.5M, f32 0.04M"
@@ -119,27 +118,3 @@ struct Model {
   Buffer<std::byte> packed;  // all matrices
   Buffer<float> vectors;     // all norms, biases and tables
 };
-
-// A model file, mapped and checked. All but the weights is known, so that what they take can be told, and refused,
-// before it is taken.
-class ModelFile {
- public:
-  // Checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter. Throws Error with
-  // one line naming the file, the field, the value and the fix.
-  explicit ModelFile(const std::string& path);
-  ~ModelFile();
-  // Throws Error where the file holds shapes alone: pack would.
-  void require_weights() const;
-  // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
-  // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
-  void pack(Threads& threads);
-
-  Model model;  // without weights until pack()
-
- private:
-  struct Contents;
-  std::unique_ptr<Contents> contents_;  // until pack()
-};
-
-// Both steps.
-Model load_model(const std::string& path, Threads& threads);

@@ -10,9 +10,12 @@
 #include <optional>
 
 #include "cli/estimate.h"
+#include "cli/explain.h"
+#include "cli/heatmap.h"
 #include "cli/probe.h"
 #include "cli/session.h"
 #include "host/error.h"
+#include "host/loader.h"
 #include "transformer.h"
 #include "variants.h"
 
@@ -169,6 +172,13 @@ std::optional<Machine> probed(const Session& session) {
                session.model);
 }
 
+// What one token's attention is handed; of MLA the absorbed form's.
+AttentionWidths attention_widths(const Config& c) {
+  const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
+  const bool v_is_k = shape.v_dim == 0;
+  return {c.n_heads, shape.n_kv_heads, shape.k_dim, v_is_k ? c.kv_lora_rank : shape.v_dim, v_is_k};
+}
+
 using Mode = void (*)(Session&);
 Mode mode(const Options& o) {
   if (o.chat) return chat;
@@ -203,11 +213,20 @@ int run(const Options& o) {
   Session session{
       .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
+  if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   file.pack(threads);
   blame_for_lost_pages("");
+  if (!o.heatmap.empty()) {
+    draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
+    return 0;
+  }
+  if (o.explain) {
+    explain(session, attention_widths(model.config));
+    return 0;
+  }
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
@@ -241,10 +260,8 @@ int main(int argc, char** argv) {
     return 2;
   } catch (const ClosedPipe&) {
     return 141;  // 128 + SIGPIPE
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "run: out of memory\n");
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "run: %s\n", e.what());
+    std::fprintf(stderr, "run: %s\n", reason(e));
   }
   return 1;
 }

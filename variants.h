@@ -17,7 +17,7 @@ class Gqa {
  public:
   static constexpr const char* name = "gqa";
 
-  // What the model file's config must say (Fields: host/loader.cpp).
+  // What the model file's config must say (Fields: host/config.cpp).
   template <class Fields>
   static void read(Fields& f, Config& c) {
     f.integer("n_kv_heads", c.n_kv_heads, 1, c.n_heads);
@@ -61,8 +61,8 @@ class Gqa {
         k_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         v_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         out_(arena.take<float>(area(limits.max_tokens, c.n_heads * c.head_dim))) {
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim));
+    for (const int width : {c.dim, c.n_heads * c.head_dim})
+      workspace.plan(matmul_workspace_bytes(limits.max_tokens, width));
   }
 
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
@@ -76,15 +76,14 @@ class Gqa {
 
  private:
   static AttentionShape shape(const Config& c, int layer, const float* sinks) {
-    AttentionShape s;
-    s.n_heads = c.n_heads;
-    s.n_kv_heads = c.n_kv_heads;
-    s.k_dim = s.v_dim = c.head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    s.sinks = sinks;
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_kv_heads,
+            .k_dim = c.head_dim,
+            .v_dim = c.head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)],
+            .sinks = sinks};
   }
 
   // x [T, width], in runs as long as the norm's weight: heads, or whole rows
@@ -179,9 +178,9 @@ class Mla {
     t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
     t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
-    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk);
-    t.heads_transposed(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk_t);
-    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, l.w_uv);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, false, l.w_uk);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, true, l.w_uk_t);
+    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, false, l.w_uv);
   }
 
   static int rotated(const Config& c) { return c.qk_rope_head_dim; }
@@ -246,14 +245,13 @@ class Mla {
   }
 
   static AttentionShape expanded(const Config& c, int layer) {
-    AttentionShape s;
-    s.n_heads = s.n_kv_heads = c.n_heads;
-    s.k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim;
-    s.v_dim = c.v_head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_heads,
+            .k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim,
+            .v_dim = c.v_head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)]};
   }
 
   // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average.
@@ -333,7 +331,6 @@ class Mla {
     const int first_query = step.host.positions[step.host.query_start[s]];
     const int seen = shape.window > 0 ? std::max(0, first_query - shape.window + 1) : 0;
     const int context = step.host.context_len[s];
-    Kernel::begin(team, step.batch, s, shape, out_, workspace);
     for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
       const int rows = std::min(ATTENTION_SPLIT, context - split), unseen = std::max(0, seen - split);
       const int n = rows - unseen;
@@ -345,7 +342,6 @@ class Mla {
       copy_rows(team, rows_ + r, r + p, n, p, H, k + nope, nope + p);
       Kernel::attend_rows(team, q_, {k_, v_, split, rows}, step.batch, s, shape, out_, workspace);
     }
-    Kernel::end(team, step.batch, s, shape, out_, workspace);
   }
 
   // Head h of y [rows, n_heads, y_width] = group h of the weight times x, whose rows are x_stride apart and whose heads
@@ -374,7 +370,7 @@ class Mla {
 
 using Variants = std::tuple<Mha, Mqa, Gqa, Mla>;
 
-// f(variant) for the variant of this name; false: there is none.
+// f(std::type_identity<V>()) for the variant V of this name; false: there is none.
 template <class F>
 bool with_variant(const std::string& name, F f) {
   const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {

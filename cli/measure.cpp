@@ -8,6 +8,7 @@
 #include "cli/session.h"
 #include "host/json.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ double negative_log_probability(const float* logits, int n, int id) {
   double sum = 0;
   int i = 0;
   for (; i + simd::LANES <= n; i += simd::LANES)
-    sum += static_cast<double>(simd::sum(simd::exp(simd::sub(simd::load(logits + i), simd::set(largest)))));
+    sum += static_cast<double>(simd::sum(simd::exp(simd::load(logits + i) - largest)));
   for (; i < n; i++) sum += std::exp(static_cast<double>(logits[i] - largest));
   return std::log(sum) - static_cast<double>(logits[id] - largest);
 }
@@ -72,7 +73,7 @@ Json bench_decode(Session& s, int context, double bandwidth) {
 void check_perplexity(const Session& s, int context) {
   if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
   if (static_cast<int>(s.prompt.size()) < 2 * context)
-    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
+    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", shown(s.options.perplexity).c_str(),
          s.prompt.size(), 2 * context, context);
 }
 

@@ -8,8 +8,9 @@
 #include <cmath>
 #include <random>
 
-#include "host/cpus.h"
+#include "cli/output.h"
 #include "host/error.h"
+#include "host/machine.h"
 
 namespace {
 
@@ -68,6 +69,8 @@ void check(const Options& o) {
   require(o.n >= -2, "-n", o.n, "must be > 0 (0, -1 or -2: until the context is full)");
   require(o.samples >= 1 && o.samples <= 65536, "--samples", o.samples, "must be 1 .. 65536");
   require(o.parallel >= 1 && o.parallel <= 65536, "--parallel", o.parallel, "must be 1 .. 65536");
+  require(o.layer >= 0, "--layer", o.layer, "must be >= 0");
+  require(o.head >= -1, "--head", o.head, "must be >= 0 (-1: all)");
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
@@ -139,6 +142,10 @@ void add_mode_flags(CLI::App& app, Options& o, std::string& max_line) {
   app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
   app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all");
   app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
+  app.add_option("--heatmap", o.heatmap, "draw what each head looks at in the prompt to this .png file");
+  app.add_flag("--explain", o.explain, "print the step of the prompt's last token as shapes, multiply-adds and bytes");
+  app.add_option("--layer", o.layer, "of --heatmap and --explain")->capture_default_str();
+  app.add_option("--head", o.head, "of --heatmap (all)");
   app.add_flag("--bench", o.bench, "measure the speed at several contexts; JSON");
 }
 
@@ -173,18 +180,21 @@ void check_together(const CLI::App& app) {
       for (const std::string& b : others)
         if (a != b && app.count(a) > 0 && app.count(b) > 0) throw Usage(a + " makes no sense with " + b);
   };
-  const Names modes = {"--chat", "--prompts", "--perplexity", "--logits", "--bench", "--estimate"};
+  const Names modes = {"--chat",    "--prompts", "--perplexity", "--logits",
+                       "--heatmap", "--explain", "--bench",      "--estimate"};
   const Names figures = {"--bandwidth", "--flops", "--memory"};
   refuse(modes, modes);
   refuse({"--tokens", "--samples"}, modes);
   refuse({"--prompt", "--prompt-file"},
          {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench", "--estimate"});
-  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--bench", "--estimate"});
+  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--heatmap", "--explain", "--bench", "--estimate"});
+  refuse({"--stats", "--context"}, {"--heatmap", "--explain"});
   refuse({"--special"}, {"--chat", "--bench", "--estimate"});
   refuse({"--kv-memory", "--mla"}, {"--estimate"});
   refuse({"--gpu"}, figures);
   for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
                                                                                    {"--chunks", "--perplexity"},
+                                                                                   {"--head", "--heatmap"},
                                                                                    {"--gpu", "--estimate"},
                                                                                    {"--type", "--estimate"},
                                                                                    {"--kv-type", "--estimate"}})
@@ -201,6 +211,7 @@ void check_together(const CLI::App& app) {
     if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
   if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
     throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
+  if (app.count("--layer") > 0 && !any({"--heatmap", "--explain"})) throw Usage("--layer needs --heatmap or --explain");
   if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
 }
 
@@ -247,7 +258,7 @@ Options parse(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);
+    print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
     std::string line = e.what();

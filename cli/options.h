@@ -12,8 +12,8 @@
 struct Options {
   std::string model;
   // what to do; without any of these: continue the prompt
-  bool chat = false, bench = false, estimate = false, tokens = false;
-  std::string prompts, perplexity, logits;
+  bool chat = false, bench = false, explain = false, estimate = false, tokens = false;
+  std::string prompts, perplexity, logits, heatmap;
 
   std::string prompt, prompt_file;
   bool has_prompt = false;
@@ -28,6 +28,7 @@ struct Options {
   int samples = 1, parallel = 1;
   size_t max_line = size_t{16} << 20;  // bytes
   int chunks = 0;                      // of --perplexity; 0: all
+  int layer = 0, head = -1;            // of --heatmap and --explain; -1: all heads
 
   int context = 0;             // 0: chosen by plan()
   bool model_context = false;  // the model's longest

@@ -96,6 +96,7 @@ void note(const std::string& line) {
 void check_outputs(const Options& o) {
   if (!o.stats.empty()) check_output("--stats", o.stats, o);
   if (!o.logits.empty()) check_output("--logits", o.logits, o);
+  if (!o.heatmap.empty()) check_output("--heatmap", o.heatmap, o);
   if (!o.stats.empty() && !o.logits.empty() && same_file(o.stats, o.logits))
     throw Usage("--stats " + o.stats + ": --logits writes there: give another name");
 }
@@ -123,6 +124,10 @@ OutputFile::OutputFile(const std::string& path) : path_(path) {
 void OutputFile::open_beside() {
   constexpr int MAX_TRIES = 1000;
   const fs::path target(target_);
+  if (target.filename().string().size() > NAME_MAX) {
+    errno = ENAMETOOLONG;
+    return;
+  }
   for (int i = 0; i < MAX_TRIES; i++) {
     const std::string suffix = ".partial." + std::to_string(getpid()) + (i ? "." + std::to_string(i) : "");
     const std::string name = target.filename().string().substr(0, NAME_MAX - suffix.size()) + suffix;

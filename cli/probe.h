@@ -4,6 +4,7 @@
 #include <span>
 
 #include "host/roofline.h"
+#include "kernels/threads.h"
 
 // Bytes a second that a team of `size` threads reads of this memory.
 double read_bandwidth(Threads& threads, int size, std::span<const std::byte> memory);

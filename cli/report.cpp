@@ -77,7 +77,7 @@ double decode_bytes_per_second(const Model& model, const Setup& setup, const Mea
   return decode_work(model, setup, m).bytes() * decode_steps_per_second(m.stats);
 }
 
-// "; predicted ..." where there is a prediction.
+// Beside what was measured, where the machine was probed.
 void print_predicted(const Model& model, const Setup& setup, const Measured& m, const char* step) {
   if (!m.machine || m.stats.decode_steps == 0) return;
   const StepTime t = time_of(decode_work(model, setup, m), *m.machine);
@@ -142,57 +142,66 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
                s.peak_used, s.blocks, s.peak_shared, s.copies, s.evicted, s.waste * 100);
 }
 
+namespace {
+
+Json::Object setup_json(const Model& model, const Setup& setup) {
+  return {{"model", model.path},
+          {"attention", model.config.attention},
+          {"cache", setup.cache},
+          {"kernel", setup.kernel},
+          {"kv", setup.kv},
+          {"device", setup.device},
+          {"kernels", kernel_level()},
+          {"threads", setup.threads},
+          {"seed", setup.seed},
+          {"parameters", model.n_parameters},
+          {"weights", model.types},
+          {"weight_bytes", model.weight_bytes},
+          {"weight_bytes_per_token", work_of(model, {}, 0).weight_bytes},
+          {"context", setup.limits.context},
+          {"kv_bytes_per_token", setup.kv_bytes_per_token},
+          {"kv_bytes", setup.kv_bytes},
+          {"activation_bytes", setup.activation_bytes},
+          {"free_bytes", setup.free_bytes}};
+}
+
+}  // namespace
+
 std::string stats_json(const Model& model, const Setup& setup, const Measured& m) {
   const Stats& s = m.stats;
   char hash[17];
   std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
-  Json::Object j = {{"model", model.path},
-                    {"attention", model.config.attention},
-                    {"cache", setup.cache},
-                    {"kernel", setup.kernel},
-                    {"kv", setup.kv},
-                    {"device", setup.device},
-                    {"kernels", kernel_level()},
-                    {"threads", setup.threads},
-                    {"prompt_threads", prompt_threads(s)},
-                    {"decode_threads", decode_threads(s)},
-                    {"seed", setup.seed},
-                    {"parameters", model.n_parameters},
-                    {"weights", model.types},
-                    {"weight_bytes", model.weight_bytes},
-                    {"weight_bytes_per_token", work_of(model, {}, 0).weight_bytes},
-                    {"context", setup.limits.context},
-                    {"kv_bytes_per_token", setup.kv_bytes_per_token},
-                    {"kv_bytes", setup.kv_bytes},
-                    {"activation_bytes", setup.activation_bytes},
-                    {"free_bytes", setup.free_bytes},
-                    {"prompt_tokens", s.prompt_tokens},
-                    {"prompt_seconds", s.prompt_seconds},
-                    {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
-                    {"cached_tokens", s.cached_tokens},
-                    {"generated_tokens", s.generated_tokens},
-                    {"steps", s.steps},
-                    {"decode_steps", s.decode_steps},
-                    {"decode_seconds", s.decode_seconds},
-                    {"decode_steps_per_second", decode_steps_per_second(s)},
-                    {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
-                    {"total_tokens_per_second", total_tokens_per_second(s)},
-                    {"first_token_after_start", m.first_token},
-                    {"logits_hash", hash},
-                    {"logits_rows", m.logit_rows},
-                    {"peak_sequences", s.peak_sequences},
-                    {"preemptions", s.preemptions},
-                    {"blocks", s.blocks},
-                    {"block_size", setup.block_size},
-                    {"peak_blocks", s.peak_used},
-                    {"peak_shared_blocks", s.peak_shared},
-                    {"copied_blocks", s.copies},
-                    {"evicted_blocks", s.evicted},
-                    {"waste", s.waste},
-                    {"first_token_p50", s.first_token.percentile(0.5)},
-                    {"first_token_p99", s.first_token.percentile(0.99)},
-                    {"between_tokens_p50", s.between_tokens.percentile(0.5)},
-                    {"between_tokens_p99", s.between_tokens.percentile(0.99)}};
+  Json::Object j = setup_json(model, setup);
+  const Json::Object run = {{"prompt_threads", prompt_threads(s)},
+                            {"decode_threads", decode_threads(s)},
+                            {"prompt_tokens", s.prompt_tokens},
+                            {"prompt_seconds", s.prompt_seconds},
+                            {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
+                            {"cached_tokens", s.cached_tokens},
+                            {"generated_tokens", s.generated_tokens},
+                            {"steps", s.steps},
+                            {"decode_steps", s.decode_steps},
+                            {"decode_seconds", s.decode_seconds},
+                            {"decode_steps_per_second", decode_steps_per_second(s)},
+                            {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
+                            {"total_tokens_per_second", total_tokens_per_second(s)},
+                            {"first_token_after_start", m.first_token},
+                            {"logits_hash", hash},
+                            {"logits_rows", m.logit_rows},
+                            {"peak_sequences", s.peak_sequences},
+                            {"preemptions", s.preemptions},
+                            {"blocks", s.blocks},
+                            {"block_size", setup.block_size},
+                            {"peak_blocks", s.peak_used},
+                            {"peak_shared_blocks", s.peak_shared},
+                            {"copied_blocks", s.copies},
+                            {"evicted_blocks", s.evicted},
+                            {"waste", s.waste},
+                            {"first_token_p50", s.first_token.percentile(0.5)},
+                            {"first_token_p99", s.first_token.percentile(0.99)},
+                            {"between_tokens_p50", s.between_tokens.percentile(0.5)},
+                            {"between_tokens_p99", s.between_tokens.percentile(0.99)}};
+  j.insert(j.end(), run.begin(), run.end());
   if (m.machine && s.decode_steps > 0) {
     j.emplace_back("probed_bytes_per_second", m.machine->bandwidth);
     j.emplace_back("predicted_decode_steps_per_second", 1 / time_of(decode_work(model, setup, m), *m.machine).total());

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.source import Source
 
 
@@ -273,7 +273,9 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
     """The architecture and the config of its text part."""
     values = dict(source.config)
     text = values.pop("text_config", None)  # Gemma 3 with a vision tower, of which the text is exported
-    values |= text if isinstance(text, dict) else {}
+    if not isinstance(text, dict | None):
+        raise ExportError(f"{source.where}: text_config is {shown(text)}: must be an object: fetch the file again")
+    values |= text or {}
     name = values.get("model_type")
     name = "gemma3_text" if name == "gemma3" else name
     if name == "gemma" and values.get("hidden_act") == "gelu":  # its first release says so and means tanh's form
@@ -281,7 +283,7 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
         raise ExportError(
-            f"{source.where}: model_type is {name!r}: known are {', '.join(ARCHITECTURES)}: export one of these"
+            f"{source.where}: model_type is {shown(name)}: known are {', '.join(ARCHITECTURES)}: export one of these"
         )
     if source.kind == "gguf":
         # ggml's converter has turned GPT-2's matrices and added 1 to Gemma's norms.

@@ -11,7 +11,7 @@ import numpy as np
 
 from exporter.errors import ExportError, shown
 from exporter.names import IGNORED
-from exporter.source import Source, array_tensor, map_file, open_file
+from exporter.source import File, Source, array_tensor, whole_file
 from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
 
 SAFETENSORS_TYPES = {
@@ -26,13 +26,13 @@ TORCH_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes, of the safetensors format
 WEIGHTS_NAME = re.compile(r".*\.safetensors|pytorch_model.*\.bin|consolidated.*\.pth")
 
 
 def read_json(path: Path) -> dict:
     try:
-        with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8"))
+        value = json.loads(whole_file(path).decode("utf-8"))
     except OSError as error:
         raise ExportError(
             f"{path}: {error.strerror}: a Hugging Face folder holds config.json and .safetensors files"
@@ -112,12 +112,12 @@ def weights_in(path: Path) -> list[str]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    data = map_file(path)
+    file = File(path)
     try:
-        length = struct.unpack_from("<Q", data, 0)[0]
-        header = json.loads(bytes(data[8 : 8 + length]))
+        length = struct.unpack("<Q", file.read(0, min(file.size, 8)))[0]
+        header = json.loads(bytes(file.read(8, min(length, LONGEST_HEADER, file.size - 8))))
         return {
-            name: safetensors_tensor(path, name, data[8 + length :], entry)
+            name: safetensors_tensor(file, name, 8 + length, entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -125,9 +125,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
 
 
-def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> Tensor:
-    """One of a header's entries. A tensor that cannot be read is a problem only for a model that has a place for it."""
-    where, kind = f"{path}: tensor {name}", entry["dtype"]
+def safetensors_tensor(file: File, name: str, start: int, entry: dict) -> Tensor:
+    """One of a header's entries; the data starts at `start`. A tensor that cannot be read is a problem only for a model
+    that has a place for it."""
+    where, kind = f"{file.path}: tensor {name}", entry["dtype"]
     (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(kind, str):
         raise ValueError("a shape or an offset is no natural number")
@@ -135,17 +136,17 @@ def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> 
     if kind == "U8" and name.endswith(MXFP4_PARTS):
         dtype, type_ = "u1", "u8"
     wanted = end - begin if dtype is None else size(shape) * np.dtype(dtype).itemsize
-    if not begin <= end <= len(data) or end - begin != wanted:
+    if not begin <= end <= file.size - start or end - begin != wanted:
         raise ExportError(
-            f"{where} {shown(list(shape))} does not fit its bytes {shown(begin)} to {shown(end)} of {len(data)}: "
-            "the file is truncated: fetch it again"
+            f"{where} {shown(list(shape))} does not fit its bytes {shown(begin)} to {shown(end)} of "
+            f"{file.size - start}: the file is truncated: fetch it again"
         )
     if dtype is None:
         known = ", ".join(SAFETENSORS_TYPES)
         return unreadable(shape, f"{where} has dtype {kind}, not one of {known}: convert the checkpoint to bfloat16")
     if not size(shape):
         return unreadable(shape, f"{where} {shown(list(shape))} is empty: save the checkpoint again, with its weights")
-    return array_tensor(data[begin:end], dtype, type_, shape)
+    return array_tensor(file, start + begin, dtype, type_, shape)
 
 
 def dequantize(source: Source) -> None:

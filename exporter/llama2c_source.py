@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from exporter.errors import ExportError
-from exporter.source import Source, array_tensor, map_file
+from exporter.source import File, Source, array_tensor
 from exporter.weights import size
 
 LLAMA2C_V1 = 0x616B3432  # "ak42"
@@ -12,23 +12,24 @@ LLAMA2C_V1 = 0x616B3432  # "ak42"
 def open_llama2c(path: Path, tokenizer_file: Path | None) -> Source:
     """Version 0 (a header of 7 integers) and 1 (a magic number, 256 bytes of header); float32 weights."""
     source = Source("llama2c", path, path, tokenizer_file)
-    data = map_file(path)
-    if len(data) < 256:
-        raise ExportError(f"{path}: {len(data)} bytes: not a llama2.c checkpoint: fetch it again")
-    head = data[:256].view("<i4").tolist()
+    file = File(path)
+    if file.size < 256:
+        raise ExportError(f"{path}: {file.size} bytes: not a llama2.c checkpoint: fetch it again")
+    header = file.read(0, 256)
+    head = header.view("<i4").tolist()
     versioned = head[0] == LLAMA2C_V1
     if versioned and head[1] != 1:
         raise ExportError(
             f"{path}: llama2.c version {head[1]}: export it with --version 0 or 1 of llama2.c's export.py"
         )
     dim, hidden, layers, heads, kv_heads, vocab, seq_len = head[2:9] if versioned else head[:7]
-    tied = bool(data[36]) if versioned else vocab > 0
+    tied = bool(header[36]) if versioned else vocab > 0
     vocab = abs(vocab)
     if (
         min(dim, hidden, layers, heads, kv_heads, vocab, seq_len) <= 0
         or dim % heads
         or max(dim, vocab) > 1 << 24
-        or 8 * dim * layers > len(data)  # two norms each
+        or 8 * dim * layers > file.size  # two norms each
     ):
         raise ExportError(
             f"{path}: header {head[:9]}: not the seven positive integers of a llama2.c checkpoint (dim, hidden_dim, "
@@ -67,13 +68,12 @@ def open_llama2c(path: Path, tokenizer_file: Path | None) -> Source:
     order += [] if tied else [("lm_head.weight", (vocab, dim))]
     offset = 256 if versioned else 28
     expected = offset + 4 * sum(size(shape) for _, shape in order)
-    if expected != len(data):
+    if expected != file.size:
         raise ExportError(
-            f"{path}: {len(data)} bytes, its header says {expected}: it is truncated or no llama2.c checkpoint: "
+            f"{path}: {file.size} bytes, its header says {expected}: it is truncated or no llama2.c checkpoint: "
             "fetch it again"
         )
     for name, shape in order:
-        end = offset + 4 * size(shape)
-        source.tensors[name] = array_tensor(data[offset:end], "<f4", "f32", shape)
-        offset = end
+        source.tensors[name] = array_tensor(file, offset, "<f4", "f32", shape)
+        offset += 4 * size(shape)
     return source

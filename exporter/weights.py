@@ -15,6 +15,7 @@ import numpy as np
 from exporter.errors import ExportError
 
 GROUP = 32  # inputs that share a scale in q8 and q4
+CHUNK = 1 << 20  # elements that are read at a time
 
 # How each type lies in the model file: (field of Weight, name of the part, its dtype, elements for each quant group).
 FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
@@ -200,6 +201,12 @@ def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], shape: t
         "f16" if keep in QUANTIZED else keep,
         tensor.note,
     )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    step = max(1, CHUNK // a.k)
+    chunks = (np.arange(first, min(first + step, a.n)) for first in range(0, a.n, step))
+    return a.shape == b.shape and all(np.array_equal(a.read(i).float32(), b.read(i).float32()) for i in chunks)
 
 
 def stored_type(tensor: Tensor, type: str | None) -> str:

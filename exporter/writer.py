@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from exporter.errors import ExportError
 from exporter.model import Model
-from exporter.weights import GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
+from exporter.weights import CHUNK, GROUP, PARTS, QUANTIZED, Tensor, quantize, size, stored_type
 
-CHUNK = 1 << 20  # elements converted at a time
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1}
 
 
@@ -103,7 +102,7 @@ def write_tensor(file, start: int, entry: tuple, source: str, bar) -> None:
             weight = tensor.read(rows)
             weight = weight if weight.type == kind else quantize(weight.float32(), kind)
         except ExportError as error:
-            raise ExportError(f"{source}: tensor {name} {error}") from error
+            raise ExportError(f"{source}: tensor {name}: {error}") from error
         for field, (offset, row_bytes) in places.items():
             data = np.ascontiguousarray(getattr(weight, field)).data.cast("B")
             write_at(file.fileno(), data, start + offset + first * row_bytes)

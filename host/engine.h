@@ -17,7 +17,8 @@
 #include "host/durations.h"
 #include "host/sampler.h"
 #include "host/scheduler.h"
-#include "kernels/team.h"
+
+class Threads;
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel; something went wrong with it.
 enum class Finish { length, stop, callback, cancelled, error };
@@ -49,7 +50,7 @@ struct Request {
   std::function<bool(int sample, int id)> on_token;
   std::function<void(const Result& result)> on_finish;  // once for each sample
   // The callbacks run within step, one at a time; they may call cancel but not submit. What on_logits throws ends its
-  // sample alone, with that error; what the others throw comes out of step.
+  // sample alone, with that error, and so does std::bad_alloc of on_token; what they throw else comes out of step.
 };
 
 struct Stats : CacheStats {

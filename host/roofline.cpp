@@ -64,11 +64,8 @@ class Shapes {
     if (weight_format(type).quant_group > 1) heads_ = *find_weight_type("f16");
   }
   void linear(const std::string&, int n, int k, Linear& out) { out.weight = {type_, n, k, 1, nullptr}; }
-  void heads(const std::string&, int groups, int n, int k, Linear& out) {
-    out.weight = {heads_, n, k, groups, nullptr};
-  }
-  void heads_transposed(const std::string& name, int groups, int n, int k, Linear& out) {
-    heads(name, groups, k, n, out);
+  void heads(const std::string&, int groups, int n, int k, bool transposed, Linear& out) {
+    out.weight = {heads_, transposed ? k : n, transposed ? n : k, groups, nullptr};
   }
   void norm(const std::string&, int, Norm&) {}
   void norm_of_heads(const std::string&, int, int, Norm&) {}

@@ -26,7 +26,7 @@ struct Machine {
   double launch = 0;             // s from one stage to the next: a kernel's launch, a barrier
 };
 
-// A GPU or a chip as its maker describes it: host/machines.cpp.
+// A GPU or a chip as its maker describes it: host/datasheets.cpp.
 struct Datasheet {
   const char* name;
   double memory, bandwidth;  // GB, GB/s

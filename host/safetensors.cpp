@@ -110,14 +110,33 @@ Header::Header(const std::string& path, const MappedFile& file) : path_(path) {
   check_layout(data);
 }
 
-Entry* Header::find(const std::string& name) {
+const Entry& Header::take(const std::string& name) {
   const auto found = entries_.find(name);
-  return found == entries_.end() ? nullptr : &found->second;
+  if (found == entries_.end()) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
+  found->second.taken = true;
+  return found->second;
+}
+
+static std::vector<int64_t> spelled_like(const Entry& entry, std::vector<int64_t> shape) {
+  if (shape.size() > 1 && shape[0] == 1 && entry.shape.size() != shape.size()) shape.erase(shape.begin());
+  return shape;
+}
+
+const Entry& Header::take(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
+  const Entry& entry = take(name);
+  if (entry.dtype != dtype || entry.shape != spelled_like(entry, shape)) refuse(name, dtype, shape);
+  return entry;
+}
+
+void Header::refuse(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) const {
+  const Entry& entry = entries_.at(name);
+  fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), entry.dtype.c_str(),
+       shape_text(entry.shape).c_str(), dtype, shape_text(spelled_like(entry, shape)).c_str());
 }
 
 void Header::refuse_unused() const {
   for (const auto& [name, entry] : entries_)
-    if (!entry.used)
+    if (!entry.taken)
       fail("%s: tensor %s %s is not one that this model's config calls for", path_.c_str(), name.c_str(),
            shape_text(entry.shape).c_str());
 }

@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 #include "tests/batches.h"
 
 namespace {

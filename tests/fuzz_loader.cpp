@@ -7,7 +7,7 @@
 #include <string>
 
 #include "host/error.h"
-#include "model.h"
+#include "host/loader.h"
 #include "tiny_model.h"
 #include "typed_model.h"
 

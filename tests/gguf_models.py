@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "phi3": gguf.MODEL_ARCH.PHI3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
     "glm": gguf.MODEL_ARCH.CHATGLM,
     "glm4": gguf.MODEL_ARCH.GLM4,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
@@ -110,6 +111,11 @@ def write_config(w, c):
         (w.add_rope_freq_base, get("rope_theta")),
         (w.add_sliding_window, get("sliding_window") if c["model_type"].startswith("gemma") else None),
         (w.add_sliding_window, (get("sliding_window") or 0) if c["model_type"] in ("phi3", "gpt_oss") else None),
+        (w.add_sliding_window, get("sliding_window") if c["model_type"] == "olmo3" else None),
+        (
+            w.add_sliding_window_pattern,
+            [layer_type == "sliding_attention" for layer_type in c["layer_types"]] if "layer_types" in c else None,
+        ),
         (w.add_attn_logit_softcapping, get("attn_logit_softcapping")),
         (w.add_final_logit_softcapping, get("final_logit_softcapping")),
         (w.add_attention_scale, get("attention_multiplier")),
@@ -165,6 +171,7 @@ def write_config(w, c):
         for add, key in (
             (w.add_rope_scaling_yarn_beta_fast, "beta_fast"),
             (w.add_rope_scaling_yarn_beta_slow, "beta_slow"),
+            (w.add_rope_scaling_yarn_attn_factor, "attention_factor"),
         ):
             if key in scaling:
                 add(scaling[key])

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "kernels/experts.h"
+#include "kernels/threads.h"
 
 namespace {
 

@@ -1,28 +1,13 @@
 // The loader: what a good file becomes, and that no bad one is taken, crashes or hangs.
-#include "model.h"
+#include "host/loader.h"
 
 #include <gtest/gtest.h>
 
 #include <filesystem>
 
-#include "host/error.h"
 #include "tiny_model.h"
 
 namespace {
-
-std::string refusal(const std::string& path) {
-  try {
-    load_model(path, test_threads());
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-std::string refusal_of_bytes(const std::string& bytes) {
-  const TemporaryFile file(bytes);
-  return refusal(file.path());
-}
 
 // The file with another header over the same data.
 template <class Change>
@@ -43,19 +28,6 @@ std::string with_config(const std::string& bytes, Change change) {
     metadata["config"] = json(config).text();
     header["__metadata__"] = json(metadata);
   });
-}
-
-const std::string& good(const char* variant = "gqa") {
-  static std::map<std::string, std::string> all;
-  std::string& bytes = all[variant];
-  if (bytes.empty()) bytes = tiny_model(variant, true, 3).bytes();
-  return bytes;
-}
-
-Matrix group(Matrix m, int g) {
-  m.data += static_cast<size_t>(g) * packed_bytes(m.type, m.n, m.k);
-  m.groups = 1;
-  return m;
 }
 
 TEST(Model, LoadsWhatTheFileHolds) {

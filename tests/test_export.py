@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numpy_model import NumpyModel, load
+from published_configs import PUBLISHED
 from safetensors import safe_open
 
 import export
@@ -28,7 +29,9 @@ from exporter import gguf_source, rope, writer
 from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
-from exporter.model import Model, build
+from exporter.hf_source import dequantize
+from exporter.model import Model, build, read_config
+from exporter.source import Source
 from exporter.sources import open_source
 from exporter.weights import Tensor, Weight, quantize
 
@@ -261,6 +264,23 @@ def test_mxfp4_checkpoints_keep_their_values(tmp_path, capsys):
     assert kept.keys() == plain.keys() and all(np.array_equal(kept[name], plain[name]) for name in kept)
 
 
+UNREADABLE = {"Q8_1": 9, "Q8_K": 15, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "Q1_0": 41}
+REMOVED = {"Q4_2": 4, "Q4_3": 5, "Q4_0_4_4": 31, "Q4_0_4_8": 32, "Q4_0_8_8": 33}
+REMOVED |= {"IQ4_NL_4_4": 36, "IQ4_NL_4_8": 37, "IQ4_NL_8_8": 38}  # numbers as ggml.h has them
+
+
+@pytest.mark.parametrize(("kind", "number"), [*(UNREADABLE | REMOVED).items(), ("99", 99)])
+def test_gguf_types_that_nobody_reads(kind, number, tmp_path, capsys):
+    """The line names the tensor, its type and what can be done."""
+    source = gguf_models.build(checkpoints.load("qwen2"), tmp_path / "m.gguf")
+    whole = source.read_bytes()
+    at = whole.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 2 * 8
+    source.write_bytes(whole[:at] + number.to_bytes(4, "little") + whole[at + 4 :])
+    line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    assert "tensor blk.0.ffn_up.weight" in line and kind in line and "quantise the model again, to Q8_0" in line
+    assert "update" not in line and not list(tmp_path.glob("*m.*s*"))
+
+
 def test_gguf_types_that_we_lack(tmp_path, capsys):
     """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
     want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
@@ -294,6 +314,7 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "phi4_mini",
         "phi4_mini_long",
         "olmo2",
+        "olmo3",
         "glm",
         "glm4",
         "smollm3",
@@ -601,16 +622,123 @@ def test_keys_that_switch_nothing_on_are_taken(tmp_path):
         "swiglu_limit": None,
     }
     without |= {"partial_rotary_factor": 1.0, "logits_scaling": 1.0, "qkv_bias": False, "use_qk_norm": False}
+    without |= {"sliding_window": 0, "max_window_layers": 28, "original_max_position_embeddings": 64, "n_group": 1}
+    without |= {"num_experts_per_tok": 0, "mlp_only_layers": [], "routed_scaling_factor": 1.0, "moe_layer_freq": 1}
     source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
     plain = build(source).config
     whole = source.config
     for key, value in without.items():
         source.config = whole | {key: value}
         assert build(source).config == plain, key
-    for key, value in {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True}.items():
+    source.config = whole | {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}
+    assert build(source).config == plain
+    on = {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True, "sliding_window": 8}
+    on |= {"num_experts_per_tok": 2, "routed_scaling_factor": 2.5, "moe_intermediate_size": 64}
+    for key, value in on.items():
         source.config = whole | {key: value}
         with pytest.raises(ExportError, match=key):
             build(source)
+
+
+@pytest.mark.parametrize(
+    ("stated", "scaling", "taken"),
+    [
+        (32, None, True),
+        (32, {"rope_type": "linear", "factor": 2.0}, True),
+        (32, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, True),
+        (48, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, False),
+        (48, {"rope_type": "yarn", "factor": 2.0}, False),  # transformers 5 takes max_position_embeddings
+    ],
+)
+def test_an_original_length_beside_rope_scaling(stated, scaling, taken, tmp_path):
+    """Of an architecture without that key: it says the same as rope_scaling, or nothing asks for it."""
+    source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
+    source.config |= {"rope_scaling": scaling}
+    want = build(source).config
+    source.config |= {"original_max_position_embeddings": stated}
+    if taken:
+        assert build(source).config == want
+    else:
+        with pytest.raises(ExportError, match="original_max_position_embeddings is 48"):
+            build(source)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_taken(name):
+    seq_len, config = PUBLISHED[name]
+    source = Source("hf", Path(name), Path(name) / "config.json", None)
+    source.config = copy.deepcopy(config)
+    dequantize(source)  # takes quantization_config
+    assert read_config(source).config["seq_len"] == seq_len
+
+
+def gguf_source_of(name, tmp_path):
+    return open_source(gguf_models.build(checkpoints.load(name), tmp_path / "m.gguf"))
+
+
+def test_gguf_keys_that_switch_nothing_on_are_taken(tmp_path):
+    source = gguf_source_of("llama_gqa", tmp_path)
+    plain, whole = build(source).config, source.metadata
+    zero = ["expert_count", "expert_used_count", "expert_group_count", "leading_dense_block_count", "pooling_type"]
+    zero += ["attention.sliding_window", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias"]
+    zero += ["rope.scale_linear", "rope.scaling.factor", "embedding_scale", "residual_scale", "logit_scale"]
+    one = ["rope.scale_linear", "rope.scaling.attn_factor", "embedding_scale", "residual_scale", "logit_scale"]
+    one += ["rope.scaling.yarn_ext_factor", "expert_weights_scale", "attention.causal", "rope.scaling.factor"]
+    for key, value in [*((key, 0) for key in zero), *((key, 1.0) for key in one)]:
+        source.metadata = whole | {f"llama.{key}": value}
+        source.config = gguf_config(source)
+        assert build(source).config == plain, key
+    on = {"attention.sliding_window": 8, "attention.clamp_kqv": 8.0, "expert_used_count": 2, "logit_scale": 2.0}
+    on |= {"rope.scaling.attn_factor": 0.5, "pooling_type": 1, "attention.causal": False, "attention.scale": 0.5}
+    words = {"expert_used_count": "num_experts_per_tok", "logit_scale": "logits_scaling"}
+    words |= {"attention.scale": "attention_multiplier", "rope.scaling.attn_factor": "attn_factor"}
+    words |= {"attention.sliding_window": "sliding_window", "attention.causal": "is_causal"}
+    for key, value in on.items():
+        source.metadata = whole | {f"llama.{key}": value}
+        source.config = gguf_config(source)
+        with pytest.raises(ExportError, match=f"{words.get(key, key)} is {value}"):
+            build(source)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_gguf_factor_without_a_kind_is_linear(key, tmp_path):
+    """As llama.cpp reads it: it was the only kind when the key was made."""
+    source = gguf_source_of("llama_gqa", tmp_path)
+    plain = build(source).tensors["rope.0.inv_freq"].float32()
+    source.metadata = source.metadata | {f"llama.{key}": 4.0}
+    source.config = gguf_config(source)
+    assert np.array_equal(build(source).tensors["rope.0.inv_freq"].float32(), plain / 4)
+
+
+def test_gguf_experts_chosen_in_another_way(tmp_path):
+    source = gguf_source_of("mixtral", tmp_path)
+    source.metadata = source.metadata | {"llama.expert_gating_func": 2}
+    source.config = gguf_config(source)
+    with pytest.raises(ExportError, match="expert_gating_func is 2"):
+        build(source)
+
+
+@pytest.mark.parametrize("kept", ["other values", "the same", "alone", "nothing"])
+def test_a_tied_classifier(kept, tmp_path, capsys):
+    """tie_word_embeddings is true, as it is in transformers 5: a classifier that is stored with other values is used,
+    and it stands for the embedding where that is not there."""
+    reference = checkpoints.load("smollm2")
+    source = checkpoints.build(reference, tmp_path / "source")
+    tensors = {name: checkpoints.stored(name, reference["tensors"], reference) for name in reference["tensors"]}
+    name = "model.embed_tokens.weight"
+    dtype, embedding = tensors[name]
+    if kept == "alone":
+        tensors["lm_head.weight"] = tensors.pop(name)
+    elif kept != "nothing":
+        head = embedding.copy()
+        head[-1, -1] = head[-1, -1] if kept == "the same" else 0
+        tensors["lm_head.weight"] = dtype, head
+    checkpoints.write_safetensors(source / "model.safetensors", tensors)
+    got = run(source, tmp_path / "m.safetensors", "--type", "f32")[1]
+    assert (got["embed_tokens.weight"][-1, -1] != 0) and ("lm_head.weight" in got) == (kept == "other values")
+    assert ("lm_head.weight is stored with other values" in capsys.readouterr().out) == (kept == "other values")
+    if kept == "other values":
+        assert got["lm_head.weight"][-1, -1] == 0
 
 
 @pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3", *NEWER])

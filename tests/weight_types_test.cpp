@@ -1,43 +1,17 @@
 // The loader on files of every weight type, made byte by byte: their values, and what is refused by name.
-#include "model.h"
+#include "host/loader.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
 #include <map>
 #include <random>
 
-#include "host/error.h"
 #include "host/json.h"
 #include "tiny_model.h"
 #include "typed_model.h"
 
 namespace {
-
-Model load(const std::string& path) {
-  return load_model(path, test_threads());
-}
-
-Matrix group(Matrix m, int g) {
-  m.data += packed_bytes(m.type, m.n, m.k) * static_cast<size_t>(g);
-  m.groups = 1;
-  return m;
-}
-
-std::string refusal(const std::string& path) {
-  try {
-    load(path);
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-std::string refusal_of_bytes(const std::string& bytes) {
-  const TemporaryFile file(bytes);
-  return refusal(file.path());
-}
 
 Json* value_of(Json::Object& object, const std::string& key) {
   for (auto& [k, value] : object)
@@ -82,13 +56,6 @@ std::string with_text(const std::string& bytes, const char* key, Change change) 
     });
   });
 }
-const std::string& good(const char* variant = "gqa") {
-  static std::map<std::string, std::string> all;
-  std::string& bytes = all[variant];
-  if (bytes.empty()) bytes = tiny_model(variant, true, 3).bytes();
-  return bytes;
-}
-
 // ---- Every weight type.
 
 void expect_values(const Matrix& m, const std::vector<double>& worth, const std::string& what) {
@@ -107,7 +74,7 @@ TEST(WeightTypes, EveryTypeIsWhatTheFileSays) {
   for (const std::string type : TYPES) {
     const TypedModel typed(type);
     const TemporaryFile file(typed.bytes());
-    const Model m = load(file.path());
+    const Model m = load_model(file.path(), test_threads());
     const auto expect = [&](const Matrix& matrix, const char* name) {
       EXPECT_EQ(weight_format(matrix.type).name, type);
       expect_values(matrix, typed.values.at(name), type + " " + name);

@@ -1,4 +1,4 @@
-// machines.cpp: what makers say of their GPUs and chips. A line more is a machine more; --bandwidth, --flops and
+// datasheets.cpp: what makers say of their GPUs and chips. A line more is a machine more; --bandwidth, --flops and
 // --memory describe one that is not here.
 //
 // FLOP/s are dense: where a datasheet gives the figure with sparsity (2 of 4 weights zero), half of it. GeForce: with
