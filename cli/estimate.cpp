@@ -189,7 +189,8 @@ std::string Estimate::table() const {
   if (own.parameters < SMALL_MODEL)
     out += "below 10^9 parameters launches and caches rule, and a roofline promises too much: expect less\n";
   if (!o_.gpu.empty())
-    out += "datasheet figures: good kernels read at 80 to 92 % of them; --bandwidth plans with what is attained\n";
+    out +=
+        "datasheet figures: well-made runtimes read at 71 to 92 % of them; --bandwidth plans with what is attained\n";
   return out;
 }
 
