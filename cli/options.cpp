@@ -232,9 +232,7 @@ Options parse(int argc, char** argv) {
     print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
-    std::string line = e.what();
-    for (char& c : line) c = c == '\n' ? ' ' : c;
-    throw Usage(line + " (run --help lists the flags)");
+    throw Usage(e.what() + std::string(" (run --help lists the flags)"));
   }
   for (const CLI::Option* option : app.get_options())  // CLI11 takes nothing for 0
     for (const std::string& value : option->results())
