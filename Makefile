@@ -17,11 +17,11 @@ CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
 HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
-  sampler engine thread_count scheduler blocks error machine)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain report output signals)
+  sampler engine thread_count scheduler blocks error machine roofline datasheets)
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain estimate probe report output signals)
 # HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
 LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
-  $(addprefix cli/,session measure report options),$(HOST) $(CLI))
+  $(addprefix cli/,session measure probe report options),$(HOST) $(CLI))
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin."""
+"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin.
+
+Of a config.json alone it makes a NAME.safetensors of shapes without weights, for ./run --estimate.
+"""
 
 import signal
 
@@ -39,7 +42,10 @@ def existing(text: str) -> Path:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "source", type=existing, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
+        "source",
+        type=existing,
+        metavar="SOURCE",
+        help="a .gguf file, a Hugging Face folder or a llama2.c .bin; a config.json: shapes alone",
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("-o", "--output", type=Path, metavar="NAME.safetensors")
@@ -86,7 +92,7 @@ def tokenizer_of(output: Path) -> Path:
 
 
 def export(options: argparse.Namespace) -> str:
-    """Writes options.output and its tokenizer, both or neither; returns the summary."""
+    """Writes options.output and its tokenizer (of shapes alone there is none), both or neither; returns the summary."""
     made_of = options.source, options.tokenizer, options.type, options.layout, options.pre
     made_from = record(*made_of)
     source = open_source(options.source, options.tokenizer)
@@ -95,12 +101,13 @@ def export(options: argparse.Namespace) -> str:
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
     output, tokenizer = options.output, tokenizer_of(options.output)
-    for path in (tokenizer, output):
+    wanted = (output,) if source.kind == "config" else (tokenizer, output)
+    for path in wanted:
         check_output(path, options.source, inputs(options.source, options.tokenizer))
     try:
-        parts = [begin(path) for path in (tokenizer, output)]
-        chat, ends = write_tokenizer(source, parts[0])
-        counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
+        *texts, weights = (begin(path) for path in wanted)
+        chat, ends = write_tokenizer(source, texts[0]) if texts else ("", [])
+        counts = writer.write(model, options.type, weights, texts[0] if texts else None, source.name, made_from)
         if record(*made_of) != made_from:
             raise ExportError(f"{options.source}: was changed while it was exported: export it again")
         finish()
@@ -169,15 +176,15 @@ def summary(source, model: Model, counts, chat: str, ends: list[str], output: Pa
         widths = f"{c['n_kv_heads']} KV heads of {c['head_dim']}"
         cached = 2 * c["n_kv_heads"] * c["head_dim"]
     lines = [
-        f"{output} and {tokenizer.name}, from {source.name}",
+        f"{output}{' (shapes alone)' if source.kind == 'config' else f' and {tokenizer.name}'}, from {source.name}",
         f"  attention   {c['attention']}: {c['n_layers']} layers, {c['n_heads']} heads, {widths}",
         f"  parameters  {parameters / 1e6:.1f} million",
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
-        f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
-        f"  chat        {chat}",
     ]
+    if source.kind != "config":
+        lines += [f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}", f"  chat        {chat}"]
     lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")

@@ -13,11 +13,6 @@ KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
     : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)} {}
 
 template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
-  return area(shape.n_layers, shape.n_kv_heads) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
-}
-
-template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
   return area(shape.n_layers, shape.n_kv_heads) * static_cast<size_t>(shape.n_blocks) *
          HeadRows<Kv, Block>::block_bytes(shape);

@@ -61,7 +61,7 @@ struct Norm {
 };
 
 struct Linear {
-  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads
+  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads; n 0: absent
   const float* bias = nullptr;  // [groups, n] or null
   explicit operator bool() const { return static_cast<bool>(weight); }
 };
@@ -111,11 +111,8 @@ struct Model {
   std::vector<Layer> layers;
 
   // For the report: bytes of the packed weights, parameters.
-  size_t weight_bytes = 0;
+  size_t weight_bytes = 0, vector_bytes = 0;
   double n_parameters = 0;
-  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
-  // classifier, and of the experts only num_experts_per_tok.
-  size_t weight_bytes_per_token = 0;
   std::string types;  // "f32 0.04M, q8_0 134.5M"
 
   Buffer<std::byte> packed;  // all matrices

@@ -9,8 +9,10 @@
 #include <limits>
 #include <optional>
 
+#include "cli/estimate.h"
 #include "cli/explain.h"
 #include "cli/heatmap.h"
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "host/loader.h"
@@ -149,6 +151,27 @@ Setup plan(const Session& session) {
   return setup;
 }
 
+// Of a model of any variant: what its constructors would take.
+size_t activation_bytes(const Model& model, const Limits& limits) {
+  size_t bytes = Engine::bytes(limits, model.config.vocab_size);
+  with_variant(model.config.attention, [&](auto v) {
+    using Planned = Transformer<typename decltype(v)::type, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>;
+    bytes += Planned::bytes(model, limits).activations;
+  });
+  return bytes;
+}
+
+// The machine as the last steps of decode had it, for the report's prediction: over the weights themselves.
+std::optional<Machine> probed(const Session& session) {
+  constexpr size_t MOST = size_t{128} << 20;  // bytes: a few ms
+  const Stats& stats = session.measured.stats;
+  const Buffer<std::byte>& weights = session.model.packed;
+  if (stats.decode_steps == 0) return {};
+  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
+  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
+               session.model);
+}
+
 // What one token's attention is handed; of MLA the absorbed form's.
 AttentionWidths attention_widths(const Config& c) {
   const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
@@ -174,6 +197,10 @@ void check_mla(const Options& o, const Config& c) {
 
 int run(const Options& o) {
   check_outputs(o);
+  if (o.estimate) {
+    ModelFile shapes(o.model);
+    return estimate(o, shapes.model, BUILD_KV::name, activation_bytes), 0;
+  }
   Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
@@ -181,6 +208,7 @@ int run(const Options& o) {
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
   ModelFile file(o.model);
+  file.require_weights();
   const Model& model = file.model;
   Runtime::check(model);
   check_mla(o, model.config);
@@ -212,6 +240,7 @@ int run(const Options& o) {
   mode(o)(session);
 
   session.measured.stats = engine.stats();
+  if (!o.quiet || stats) session.measured.machine = probed(session);
   if (!o.quiet) print_measured(model, session.setup, session.measured);
   if (stats) {
     const std::string json = stats_json(model, session.setup, session.measured);
@@ -227,6 +256,7 @@ int main(int argc, char** argv) {
   try {
     prepare_process();
     const Options options = parse(argc, argv);
+    if (options.gpu == "list") return list_machines(), 0;
     return options.model.empty() ? 0 : run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());

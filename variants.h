@@ -45,6 +45,12 @@ class Gqa {
     return {c.n_layers, c.n_kv_heads, c.head_dim, c.head_dim, n_blocks, block_size};
   }
 
+  // FLOP (2 a multiply-add) of a layer's attention: t query tokens of a context of n, `pairs` of a query and a key that
+  // it sees.
+  static double attention_flop(const Config& c, double /*t*/, double /*n*/, double pairs) {
+    return 4.0 * c.n_heads * c.head_dim * pairs;
+  }
+
   template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
     return Kernel::workspace_bytes(shape(c, 0, nullptr), limits);
@@ -179,6 +185,10 @@ class Mla {
 
   static int rotated(const Config& c) { return c.qk_rope_head_dim; }
 
+  static double attention_flop(const Config& c, double t, double n, double pairs) {
+    return std::min(form_flop(c, false, t, n, pairs), form_flop(c, true, t, n, pairs));
+  }
+
   static CacheShape cache_shape(const Config& c, int n_blocks, int block_size) {
     return {c.n_layers, 1, c.kv_lora_rank + c.qk_rope_head_dim, 0, n_blocks, block_size};
   }
@@ -244,17 +254,21 @@ class Mla {
             .window = c.window[static_cast<size_t>(layer)]};
   }
 
-  // Whether sequence s takes the expanded form: the one with fewer FLOP. For t query tokens, a context of n tokens, of
-  // which a query sees n - t / 2 on average, and a head (times 2 for multiply and add, which both have):
-  //   absorbed  t (nope r + r v)  +  t (n - t / 2) ((r + p) + r)
-  //   expanded  n (nope r + r v)  +  t (n - t / 2) ((nope + p) + v)
+  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average.
   bool expands(const Step& step, int s) const {
     if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
-    const Config& c = step.config;
     const double t = step.host.query_start[s + 1] - step.host.query_start[s], n = step.host.context_len[s];
+    const double pairs = t * (n - t / 2);
+    return form_flop(step.config, true, t, n, pairs) < form_flop(step.config, false, t, n, pairs);
+  }
+
+  // The attention itself, and the products that carry queries and results (absorbed), or rebuild K and V (expanded):
+  //   absorbed  t (nope r + r v)  +  pairs ((r + p) + r)
+  //   expanded  n (nope r + r v)  +  pairs ((nope + p) + v)        multiply-adds of each head
+  static double form_flop(const Config& c, bool expanded, double t, double n, double pairs) {
     const double r = c.kv_lora_rank, p = c.qk_rope_head_dim, nope = c.qk_nope_head_dim, v = c.v_head_dim;
-    const double pairs = t * (n - t / 2), carry = nope * r + r * v;
-    return n * carry + pairs * (nope + p + v) < t * carry + pairs * (2 * r + p);
+    const double carry = nope * r + r * v;
+    return 2.0 * c.n_heads * (expanded ? n * carry + pairs * (nope + p + v) : t * carry + pairs * (2 * r + p));
   }
 
   // q [T, n_heads, nope + p] and kv [T, r + p], normed and rotated.

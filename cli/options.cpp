@@ -74,12 +74,14 @@ void check(const Options& o) {
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
+  for (const auto& [flag, figure] :
+       {std::pair("--bandwidth", o.bandwidth), {"--flops", o.flops}, {"--memory", o.memory}})
+    require(figure >= 0, flag, figure, "must be a number > 0");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 
 void add_text_flags(CLI::App& app, Options& o) {
-  app.add_option("-m,--model,MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
-      ->required();
+  app.add_option("-m,--model,MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it");
   app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
   app.add_option("-f,--prompt-file,--file", o.prompt_file, "read it from a file; -: standard input");
   app.add_option("-n,--n-predict,--predict", o.n,
@@ -135,7 +137,8 @@ void add_mode_flags(CLI::App& app, Options& o, std::string& max_line) {
   app.add_option("--system", o.system, "the system message of --chat");
   app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
   app.add_option("--max-line", max_line, "longest line of --prompts or --chat (16M)");
-  app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str();
+  app.add_option("--parallel", o.parallel, "requests of --prompts at once, sequences of --estimate")
+      ->capture_default_str();
   app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
   app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all");
   app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
@@ -158,6 +161,17 @@ void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
   app.add_flag("-q,--quiet", o.quiet, "no report");
 }
 
+void add_estimate_flags(CLI::App& app, Options& o) {
+  app.add_flag("--estimate", o.estimate, "no run: what the model takes, and how fast it can be; for -c and --parallel");
+  app.add_option("--gpu", o.gpu, "on this GPU instead of this machine; list: all that are known");
+  app.add_option("--bandwidth", o.bandwidth, "... on one that reads this many GB/s,")->check(CLI::PositiveNumber);
+  app.add_option("--flops", o.flops, "... does this many TFLOP/s (dense)")->check(CLI::PositiveNumber);
+  app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)")->check(CLI::PositiveNumber);
+  app.add_option("--type", o.weight_type, "... with weights of this type instead of the file's");
+  app.add_option("--kv-type", o.kv_type, "... with this KV type instead of the build's")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8"}));
+}
+
 // A flag that another one would silently ignore is refused.
 void check_together(const CLI::App& app) {
   using Names = std::vector<std::string>;
@@ -166,19 +180,33 @@ void check_together(const CLI::App& app) {
       for (const std::string& b : others)
         if (a != b && app.count(a) > 0 && app.count(b) > 0) throw Usage(a + " makes no sense with " + b);
   };
-  const Names modes = {"--chat", "--prompts", "--perplexity", "--logits", "--heatmap", "--explain", "--bench"};
+  const Names modes = {"--chat",    "--prompts", "--perplexity", "--logits",
+                       "--heatmap", "--explain", "--bench",      "--estimate"};
+  const Names figures = {"--bandwidth", "--flops", "--memory"};
   refuse(modes, modes);
   refuse({"--tokens", "--samples"}, modes);
-  refuse({"--prompt", "--prompt-file"}, {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench"});
-  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--heatmap", "--explain", "--bench"});
+  refuse({"--prompt", "--prompt-file"},
+         {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench", "--estimate"});
+  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--heatmap", "--explain", "--bench", "--estimate"});
   refuse({"--stats", "--context"}, {"--heatmap", "--explain"});
-  refuse({"--special"}, {"--chat", "--bench"});
-  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{
-           {"--system", "--chat"}, {"--parallel", "--prompts"}, {"--chunks", "--perplexity"}, {"--head", "--heatmap"}})
+  refuse({"--special"}, {"--chat", "--bench", "--estimate"});
+  refuse({"--kv-memory", "--mla"}, {"--estimate"});
+  refuse({"--gpu"}, figures);
+  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
+                                                                                   {"--chunks", "--perplexity"},
+                                                                                   {"--head", "--heatmap"},
+                                                                                   {"--gpu", "--estimate"},
+                                                                                   {"--type", "--estimate"},
+                                                                                   {"--kv-type", "--estimate"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+  for (const std::string& flag : figures)
+    for (const std::string& other : {figures[0], figures[1], figures[2], std::string("--estimate")})
+      if (app.count(flag) > 0 && app.count(other) == 0) throw Usage(flag + " needs " + other);
   const auto any = [&](const Names& flags) {
     return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
   };
+  if (app.count("--parallel") > 0 && !any({"--prompts", "--estimate"}))
+    throw Usage("--parallel needs --prompts or --estimate");
   for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
     if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
   if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
@@ -226,16 +254,17 @@ Options parse(int argc, char** argv) {
   add_mode_flags(app, o, max_line);
   add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
+  add_estimate_flags(app, o);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
     print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
-    std::string line = e.what();
-    for (char& c : line) c = c == '\n' ? ' ' : c;
-    throw Usage(line + " (run --help lists the flags)");
+    throw Usage(e.what() + std::string(" (run --help lists the flags)"));
   }
+  if (o.gpu == "list") return o;
+  if (app.count("--model") == 0) throw Usage("MODEL is required (run --help lists the flags)");
   for (const CLI::Option* option : app.get_options())  // CLI11 takes nothing for 0
     for (const std::string& value : option->results())
       if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")

@@ -6,13 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "host/error.h"
 #include "host/json.h"
 #include "host/sampler.h"
 
 struct Options {
   std::string model;
   // what to do; without any of these: continue the prompt
-  bool chat = false, bench = false, explain = false, tokens = false;
+  bool chat = false, bench = false, explain = false, estimate = false, tokens = false;
   std::string prompts, perplexity, logits, heatmap;
 
   std::string prompt, prompt_file;
@@ -37,13 +38,16 @@ struct Options {
   std::string mla;             // "absorbed" or "expanded" forces that form
   int threads = 0;             // at most; default: one a physical core that affinity and the cgroup's quota allow
   bool choose_threads = true;  // for every step anew, up to that many; not with -t
+  // of --estimate: the machine, by name or as figures (GB/s, TFLOP/s, GB), and the types; empty: what is here
+  std::string gpu, weight_type, kv_type;
+  double bandwidth = 0, flops = 0, memory = 0;
   std::string stats;
   bool quiet = false;
 };
 
 // A command line that makes no sense: exit code 2.
 struct Usage : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit Usage(const std::string& line) : std::runtime_error(one_line(line)) {}
 };
 
 // What is wrong with them: "top-p 0: must be ..."; empty: nothing.
@@ -51,5 +55,5 @@ std::string problem(const SamplerOptions& s);
 
 uint64_t random_seed();
 
-// Throws Usage with one line. After --help, which is printed, the model is empty.
+// Throws Usage with one line. After --help, which is printed, and with --gpu list the model is empty.
 Options parse(int argc, char** argv);

@@ -139,11 +139,9 @@ Request make_request(Session& s, std::vector<int> prompt, int n, size_t first_se
   r.on_finish = [](const Result& result) {
     if (result.finish == Finish::error) fail("%s", result.error.c_str());
   };
-  r.on_logits = [&s, first_sequence, n_prompt = static_cast<int>(r.prompt.size())](int sample, int position,
-                                                                                   const float* logits) {
+  r.on_logits = [&s, first_sequence](int sample, int, const float* logits) {
     require_finite(s, logits);
-    s.measured.use_logits(s.model.config, first_sequence + static_cast<size_t>(sample), position, position >= n_prompt,
-                          logits);
+    s.measured.use_logits(first_sequence + static_cast<size_t>(sample), logits, s.model.config.vocab_size);
   };
   return r;
 }

@@ -8,7 +8,7 @@ import numpy as np
 from exporter.architectures import Architecture
 from exporter.errors import ExportError
 from exporter.source import Source
-from exporter.weights import Tensor, apply, concat, select, turn_each
+from exporter.weights import Tensor, Weight, apply, concat, select, turn_each
 
 FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
     "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
@@ -243,7 +243,7 @@ def attention_shapes(config: dict, architecture: Architecture) -> tuple[dict, di
         kv_a_proj=(rank + rotated, dim), w_uk=(heads, nope, rank), w_uv=(heads, v, rank), o_proj=(dim, heads * v)
     )
     projections |= dict(q_a_proj=(q_rank, dim), q_b_proj=(q, q_rank)) if q_rank else dict(q_proj=(q, dim))
-    return projections, dict(kv_a_norm=(rank,), q_a_norm=(q_rank,))
+    return projections, dict(kv_a_norm=(rank,)) | (dict(q_a_norm=(q_rank,)) if q_rank else {})
 
 
 def mlp_shapes(config: dict, layer: int) -> dict:
@@ -254,14 +254,27 @@ def mlp_shapes(config: dict, layer: int) -> dict:
         return dict(gate_proj=(hidden, dim), up_proj=(hidden, dim), down_proj=(dim, hidden))
 
     if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
-        dense = modules_of(prefix, mlp(c["hidden_dim"]))
-        return dense | {prefix + "gate_proj.weight": ((c["hidden_dim"], dim), False)}
+        return modules_of(prefix, mlp(c["hidden_dim"]))
     n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
     shapes = modules_of(prefix, dict(router=(n, dim))) | {prefix + "router.logit_bias": ((n,), False)}
     shapes |= modules_of(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()})
     if c["n_shared_experts"]:
         shapes |= modules_of(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
     return shapes
+
+
+def tensors_of(
+    source: Source, config: dict, architecture: Architecture, biased: list[str], tied: bool
+) -> dict[str, Tensor]:
+    """The tensors of a model of which the config is all there is: shapes without values."""
+    expected = expected_shapes(config, architecture, biased)
+    names = [name for name, (_, required) in expected.items() if required or (name == "lm_head.weight" and not tied)]
+    types = {name: source.expert_type if ".experts." in name else source.type for name in names}
+    return {name: Tensor(expected[name][0], types[name], no_values) for name in names}
+
+
+def no_values(index: np.ndarray) -> Weight:
+    raise ExportError("is a shape without values")
 
 
 def check_shapes(

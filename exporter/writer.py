@@ -55,31 +55,37 @@ def named_types(entries: list) -> dict[str, str]:
     return {name.removesuffix(".weight"): kind for name, _, kind, *_ in entries if kind in QUANTIZED}
 
 
-def write(model: Model, type: str | None, path: Path, tokenizer: Path, source: str, made_from: str = "") -> Counter:
-    """Writes `path`, and returns the bytes of each type. source: for people; made_from: made_from.record."""
+def write(
+    model: Model, type: str | None, path: Path, tokenizer: Path | None, source: str, made_from: str = ""
+) -> Counter:
+    """Writes `path`, and returns the bytes of each type. source: for people; made_from: made_from.record.
+
+    tokenizer None: the model is one of shapes without values, and the file ends with its header.
+    """
     header, entries = layout(model, type)
     header["__metadata__"] = {
         "format": "attn.cu 3",
         "config": json.dumps(model.config),
         "types": json.dumps(named_types(entries)),
-        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer else "",
         "source": source,
         "made_from": made_from,
     }
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 64 + 56)  # the data starts at a multiple of 64
-    total = sum(row_bytes * tensor.n for _, tensor, _, _, row_bytes in entries)
     counts = Counter()
+    for _, tensor, kind, _, row_bytes in entries:
+        counts[kind] += row_bytes * tensor.n
+    total = counts.total()
     with (
         path.open("wb") as file,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None, leave=False) as bar,
     ):
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + total)
-        for entry in entries:
-            _, tensor, kind, _, row_bytes = entry
-            write_tensor(file, 8 + len(text), entry, source, bar)
-            counts[kind] += row_bytes * tensor.n
+        if tokenizer:
+            file.truncate(8 + len(text) + total)
+            for entry in entries:
+                write_tensor(file, 8 + len(text), entry, source, bar)
     return counts
 
 

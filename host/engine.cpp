@@ -208,6 +208,7 @@ bool Engine::Impl::count_step(const Batch& batch) {
   stats.prompt_tokens += batch.n_tokens - generating;
   if (decode) {
     ++stats.decode_steps;
+    stats.decode_tokens += batch.n_sequences;
     stats.decode_context += std::accumulate(batch.context_len, batch.context_len + batch.n_sequences, int64_t{0});
   }
   return decode;

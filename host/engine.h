@@ -57,7 +57,7 @@ struct Stats : CacheStats {
   int64_t steps = 0, decode_steps = 0;  // forward passes; of them, those without any prompt's tokens
   int64_t prompt_tokens = 0;            // computed, those computed again included
   int64_t generated_tokens = 0;
-  int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
+  int64_t decode_tokens = 0, decode_context = 0;   // of the decode steps: sequences, and sum of their context_len
   double prompt_seconds = 0, decode_seconds = 0;   // of steps with, and without a prompt's tokens
   int64_t prompt_threads = 0, decode_threads = 0;  // sums over those steps
   Durations first_token, between_tokens;

@@ -83,7 +83,7 @@ class Collector {
   }
 
   void matrix(const std::string& name, int n, int k, Matrix& out, int groups = 1) {
-    jobs.push_back(pack_job(name, groups, n, k, out));
+    add(pack_job(name, groups, n, k, out));
   }
 
   // A group for each head of MLA; transposed: [groups, k, n] of it.
@@ -92,7 +92,7 @@ class Collector {
     if (weight_format(job.source.type).block != 1) header_.refuse(name + ".weight", "F32, BF16 or F16", {groups, n, k});
     if (transposed) std::swap(job.source.n, job.source.k);
     job.transposed = transposed;
-    jobs.push_back(job);
+    add(job);
   }
 
   void norm(const std::string& name, int n, Norm& out) {
@@ -124,6 +124,11 @@ class Collector {
   }
 
  private:
+  void add(const PackJob& job) {
+    *job.out = {job.source.type, job.source.n, job.source.k, job.groups, nullptr};  // its data: pack()
+    jobs.push_back(job);
+  }
+
   PackJob pack_job(const std::string& name, int groups, int n, int k, Matrix& out) {
     const WeightType type = type_of(name, groups, n, k);
     const WeightFormat& format = weight_format(type);
@@ -211,28 +216,18 @@ void collect(Collector& t, Model& m) {
 }
 
 // What the report says of the weights. A transposed matrix is a second copy of parameters that are counted already.
-void count(Collector& tensors, Model& m) {
-  std::set<const Matrix*> routed, not_read;  // of which a token reads a part; nothing
-  for (const Layer& l : m.layers) {
-    routed.insert({&l.experts.gate.weight, &l.experts.up.weight, &l.experts.down.weight});
-    not_read.insert(&l.w_uk.weight);  // decode takes the absorbed form
-  }
-  if (tensors.has("lm_head.weight")) not_read.insert(&m.embed_tokens);
-  const double chosen = static_cast<double>(m.config.num_experts_per_tok) / std::max(1, m.config.n_routed_experts);
+void count(const Collector& tensors, Model& m) {
   std::map<std::string, double> by_type;
-  double read = 0;
   for (const PackJob& j : tensors.jobs) {
     m.weight_bytes += j.packed_bytes();
     if (!j.transposed)
       by_type[std::string(weight_format(j.source.type).name)] += double(j.groups) * j.source.n * j.source.k;
-    if (!not_read.count(j.out)) read += static_cast<double>(j.packed_bytes()) * (routed.count(j.out) ? chosen : 1);
   }
   for (const auto& [entry, out] : tensors.vectors) {
-    m.weight_bytes += entry->bytes;
-    read += static_cast<double>(entry->bytes);
+    m.vector_bytes += entry->bytes;
     by_type["f32"] += static_cast<double>(entry->bytes / sizeof(float));
   }
-  m.weight_bytes_per_token = static_cast<size_t>(read);
+  m.weight_bytes += m.vector_bytes;
   for (const auto& [type, parameters] : by_type) {
     char text[64];
     std::snprintf(text, sizeof text, "%s%s %.2fM", m.types.empty() ? "" : ", ", type.c_str(), parameters / 1e6);
@@ -275,7 +270,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   m.packed = Buffer<std::byte>(total);
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
-    *j.out = {j.source.type, j.source.n, j.source.k, j.groups, at};
+    j.out->data = at;
     for (size_t group = 0; group < static_cast<size_t>(j.groups); group++, at += j.group_bytes())
       pack_group(file, j, group, m.path, at, threads);
   }
@@ -316,7 +311,15 @@ ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
 
 ModelFile::~ModelFile() = default;
 
+void ModelFile::require_weights() const {
+  if (contents_->header.shapes_alone())
+    fail(
+        "%s: shapes without weights: ./run --estimate can plan with them; to run the model, export it with its weights",
+        model.path.c_str());
+}
+
 void ModelFile::pack(Threads& threads) {
+  require_weights();
   pack_matrices(contents_->file, contents_->tensors.jobs, model, threads);
   copy_vectors(contents_->tensors.vectors, model);
   contents_->file.refuse_changed(model.path);

@@ -16,6 +16,8 @@ class ModelFile {
   // one line naming the file, the field, the value and the fix.
   explicit ModelFile(const std::string& path);
   ~ModelFile();
+  // Throws Error where the file holds shapes alone: pack would.
+  void require_weights() const;
   // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
   // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
   void pack(Threads& threads);

@@ -41,17 +41,19 @@ class MappedFile {
 struct Entry {
   std::string dtype;  // F32, BF16, F16, I8 or U8
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;
+  const std::byte* data = nullptr;  // where it would be, in a file of shapes alone
   size_t bytes = 0;
   bool taken = false;
 };
 
 std::string shape_text(const std::vector<int64_t>& shape);  // "[2, 3]"
 
-// The header: 8 bytes of length, then JSON. Data follows without holes or overlaps.
+// The header: 8 bytes of length, then JSON. Data follows without holes or overlaps, or not at all: shapes alone.
 class Header {
  public:
   Header(const std::string& path, const MappedFile& file);  // throws Error
+
+  bool shapes_alone() const { return data_bytes_ == 0; }
 
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   bool has(const std::string& name) const { return entries_.count(name) > 0; }
@@ -65,10 +67,11 @@ class Header {
 
  private:
   void read_metadata(const Json& value);
-  Entry read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const;
-  void check_layout(const std::byte* data, size_t data_bytes) const;
+  Entry read_entry(const std::string& name, const Json& value, const std::byte* data) const;
+  void check_layout(const std::byte* data) const;
 
   std::string path_;
+  size_t data_bytes_ = 0;
   std::map<std::string, std::string> metadata_;
   std::map<std::string, Entry> entries_;
 };

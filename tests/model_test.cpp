@@ -58,12 +58,26 @@ TEST(Model, TellsWhatItTakesBeforeItTakesIt) {
     double parameters = 0;
     for (const auto& [name, a] : tiny.tensors) parameters += static_cast<double>(a.data.size());
     EXPECT_EQ(file.model.n_parameters, parameters);
-    EXPECT_GT(file.model.weight_bytes, file.model.weight_bytes_per_token);  // half of the experts
     const size_t planned = file.model.weight_bytes;
     file.pack(test_threads());
     EXPECT_EQ(planned, file.model.packed.size() + file.model.vectors.size() * sizeof(float));
     EXPECT_EQ(planned, file.model.weight_bytes);
   }
+}
+
+// A file that ends with its header tells all of its shapes, and has nothing to run.
+TEST(Model, ShapesAloneArePlannedWithAndNotRun) {
+  const std::string& whole = good();
+  uint64_t length;
+  std::memcpy(&length, whole.data(), 8);
+  const TemporaryFile disk(whole), shapes(whole.substr(0, 8 + length));
+  const ModelFile file(disk.path());
+  ModelFile alone(shapes.path());
+  EXPECT_EQ(alone.model.weight_bytes, file.model.weight_bytes);
+  EXPECT_EQ(alone.model.types, file.model.types);
+  EXPECT_EQ(alone.model.layers[0].q_proj.weight.n, file.model.layers[0].q_proj.weight.n);
+  EXPECT_NE(refusal(shapes.path()).find("shapes without weights"), std::string::npos);
+  EXPECT_NE(refusal_of_bytes(whole.substr(0, 8 + length + 64)).find("truncated"), std::string::npos);
 }
 
 TEST(Model, MlaHoldsBothOrientationsOfTheKeyMatrix) {
