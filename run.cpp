@@ -195,6 +195,14 @@ void check_mla(const Options& o, const Config& c) {
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
 }
 
+// Whether the run was to show the model at work, and not to work; then it has.
+bool looked(const Session& session) {
+  const Options& o = session.options;
+  if (!o.heatmap.empty()) draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
+  if (o.explain) explain(session, attention_widths(session.model.config));
+  return o.explain || !o.heatmap.empty();
+}
+
 int run(const Options& o) {
   check_outputs(o);
   if (o.estimate) {
@@ -222,14 +230,7 @@ int run(const Options& o) {
 
   file.pack(threads);
   blame_for_lost_pages("");
-  if (!o.heatmap.empty()) {
-    draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
-    return 0;
-  }
-  if (o.explain) {
-    explain(session, attention_widths(model.config));
-    return 0;
-  }
+  if (looked(session)) return 0;
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),

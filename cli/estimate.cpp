@@ -54,6 +54,8 @@ class Estimate {
   }
 
   std::string table() const;
+  std::string heading() const;
+  std::string remarks() const;
   Json json() const;
 
  private:
@@ -138,7 +140,7 @@ double Estimate::products_speed() const {
   return machine_.products[static_cast<size_t>(std::max_element(flop.begin(), flop.end()) - flop.begin())];
 }
 
-std::string Estimate::table() const {
+std::string Estimate::heading() const {
   const Column& own = columns_[own_];
   const double speed = products_speed();
   std::string out = text("model    %s: %s, %.2f x 10^9 parameters, %.2f GB of weights\n", source_.c_str(),
@@ -150,6 +152,28 @@ std::string Estimate::table() const {
       "plan     %d sequence%s of %d tokens, weights %s, KV %s, %d tokens of a prompt a step; GB are 10^9 bytes\n\n",
       o_.parallel, o_.parallel == 1 ? "" : "s", context_, o_.weight_type.empty() ? "as stored" : o_.weight_type.c_str(),
       kv_.c_str(), o_.batch);
+  return out;
+}
+
+std::string Estimate::remarks() const {
+  const Column& own = columns_[own_];
+  std::string out;
+  out += "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
+  if (!fits(own))
+    out += text(
+        "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
+        bytes(own, own.model, o_.parallel, context_) / 1e9, machine_.memory / 1e9);
+  if (own.parameters < SMALL_MODEL)
+    out += "below 10^9 parameters launches and caches rule, and a roofline promises too much: expect less\n";
+  if (!o_.gpu.empty())
+    out +=
+        "datasheet figures: well-made runtimes read at 71 to 92 % of them; --bandwidth plans with what is attained\n";
+  return out;
+}
+
+std::string Estimate::table() const {
+  const Column& own = columns_[own_];
+  std::string out = heading();
   const auto row = [&](const std::string& label, const auto& value) {
     out += text("%-34s", label.c_str());
     for (const Column& c : columns_) out += text("%14s", std::string(value(c)).c_str());
@@ -180,18 +204,7 @@ std::string Estimate::table() const {
       [](const Column& c) { return count(c.largest_batch, MOST_SEQUENCES); });
   row(text("longest context of %d", o_.parallel),
       [](const Column& c) { return count(c.longest_context, c.model.config.seq_len); });
-
-  out += "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
-  if (!fits(own))
-    out += text(
-        "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
-        bytes(own, own.model, o_.parallel, context_) / 1e9, machine_.memory / 1e9);
-  if (own.parameters < SMALL_MODEL)
-    out += "below 10^9 parameters launches and caches rule, and a roofline promises too much: expect less\n";
-  if (!o_.gpu.empty())
-    out +=
-        "datasheet figures: well-made runtimes read at 71 to 92 % of them; --bandwidth plans with what is attained\n";
-  return out;
+  return out + remarks();
 }
 
 Json Estimate::json() const {

@@ -61,6 +61,12 @@ std::string unescape(const char* flag, const std::string& text) {
   return out;
 }
 
+void unescape_texts(Options& o) {
+  o.prompt = unescape("--prompt", o.prompt);
+  o.system = unescape("--system", o.system);
+  for (std::string& stop : o.stop) stop = unescape("--stop", stop);
+}
+
 void check(const Options& o) {
   const auto require = [](bool right, const char* flag, auto value, const char* fix) {
     if (!right) throw Usage(complaint(flag, CLI::detail::to_string(value), fix));
@@ -279,11 +285,7 @@ Options parse(int argc, char** argv) {
   o.model_context = app.count("--context") > 0 && o.context == 0;
   if (o.sampler.temperature < 0) o.sampler.temperature = 0;
   check(o);
-  if (o.escape) {
-    o.prompt = unescape("--prompt", o.prompt);
-    o.system = unescape("--system", o.system);
-    for (std::string& stop : o.stop) stop = unescape("--stop", stop);
-  }
+  if (o.escape) unescape_texts(o);
   o.n = std::max(0, o.n);
   return o;
 }
