@@ -189,6 +189,12 @@ Mode mode(const Options& o) {
   return continue_text;
 }
 
+void check_mla(const Options& o, const Config& c) {
+  if (!o.mla.empty() && c.attention != "mla") fail("--mla %s: this model uses %s", o.mla.c_str(), c.attention.c_str());
+  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
+    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
+}
+
 int run(const Options& o) {
   check_outputs(o);
   if (o.estimate) {
@@ -205,10 +211,7 @@ int run(const Options& o) {
   file.require_weights();
   const Model& model = file.model;
   Runtime::check(model);
-  if (!o.mla.empty() && model.config.attention != "mla")
-    fail("--mla %s: this model uses %s", o.mla.c_str(), model.config.attention.c_str());
-  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
-    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
+  check_mla(o, model.config);
   const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
   Session session{
       .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};

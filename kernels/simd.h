@@ -128,7 +128,8 @@ inline F32 high_bf16(I32 pairs) { return std::bit_cast<F32>(pairs & -0x10000); }
 // to_i32: to nearest even; out of range and NaN: INT32_MIN. store_i8 saturates.
 // scale_by_power_of_2: a * 2^n, n a whole number in -252 .. 254.
 // high_halves: of each byte; from operators g++ makes an instruction more.
-// multiply_add_i16: in each lane the sum of the products of 2 int16. multiply_add_i8: of 2 bytes in each int16.
+// multiply_add_i16: in each lane the sum of the products of 2 int16, each of which fits int16 too. multiply_add_i8: in
+// each int16 that of 2 bytes.
 // dot4: sum + in each lane the dot product of 4 unsigned bytes (u) and 4 signed bytes (s). Exact at every level: where
 // there is no vpdpbusd the bytes are widened first, because vpmaddubsw's 16 bits saturate at 2 * 255 * 127.
 // dot4_halves: the same for up to 8 calls with u <= 15, which sum to at most 8 * 2 * 15 * 128 and so fit vpmaddubsw's
@@ -215,8 +216,8 @@ inline void store_i8(int8_t* p, I32 x) {
 }
 inline I32 high_halves(I32 bytes) { return bytes >> 4 & 0x0f0f0f0f; }
 inline I32 multiply_add_i16(I16 a, I16 b) {
-  const I32 x = I32(a), y = I32(b);
-  return (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+  const I32 products = I32(a * b);
+  return (products << 16 >> 16) + (products >> 16);
 }
 
 #endif
