@@ -195,12 +195,14 @@ void check_mla(const Options& o, const Config& c) {
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
 }
 
+void estimate(const Options& o) {
+  check_outputs(o);
+  ModelFile shapes(o.model);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+}
+
 int run(const Options& o) {
   check_outputs(o);
-  if (o.estimate) {
-    ModelFile shapes(o.model);
-    return estimate(o, shapes.model, BUILD_KV::name, activation_bytes), 0;
-  }
   Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
@@ -257,7 +259,9 @@ int main(int argc, char** argv) {
     prepare_process();
     const Options options = parse(argc, argv);
     if (options.gpu == "list") return list_machines(), 0;
-    return options.model.empty() ? 0 : run(options);
+    if (options.model.empty()) return 0;
+    if (options.estimate) return estimate(options), 0;
+    return run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());
     return 2;

@@ -53,10 +53,13 @@ class Estimate {
     source_ = model.path;
   }
 
-  std::string table() const;
+  std::string table() const { return head() + rows() + notes(); }
   Json json() const;
 
  private:
+  std::string head() const;
+  std::string rows() const;  // a column for each variant
+  std::string notes() const;
   static std::string weight_type_names() {
     std::string names;
     for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
@@ -138,7 +141,7 @@ double Estimate::products_speed() const {
   return machine_.products[static_cast<size_t>(std::max_element(flop.begin(), flop.end()) - flop.begin())];
 }
 
-std::string Estimate::table() const {
+std::string Estimate::head() const {
   const Column& own = columns_[own_];
   const double speed = products_speed();
   std::string out = text("model    %s: %s, %.2f x 10^9 parameters, %.2f GB of weights\n", source_.c_str(),
@@ -150,6 +153,11 @@ std::string Estimate::table() const {
       "plan     %d sequence%s of %d tokens, weights %s, KV %s, %d tokens of a prompt a step; GB are 10^9 bytes\n\n",
       o_.parallel, o_.parallel == 1 ? "" : "s", context_, o_.weight_type.empty() ? "as stored" : o_.weight_type.c_str(),
       kv_.c_str(), o_.batch);
+  return out;
+}
+
+std::string Estimate::rows() const {
+  std::string out;
   const auto row = [&](const std::string& label, const auto& value) {
     out += text("%-34s", label.c_str());
     for (const Column& c : columns_) out += text("%14s", std::string(value(c)).c_str());
@@ -157,7 +165,7 @@ std::string Estimate::table() const {
   };
   const auto ms = [](double seconds) { return text("%.3f", seconds * 1e3); };
   const double sequences = o_.parallel;
-  row("", [&](const Column& c) { return c.model.config.attention + (&c == &own ? " *" : ""); });
+  row("", [&](const Column& c) { return c.model.config.attention + (&c == &columns_[own_] ? " *" : ""); });
   row("KV heads x width, or latent + rope", [&](const Column& c) { return width_of(c.model.config); });
   row("weights, GB", [](const Column& c) { return text("%.3f", c.weights / 1e9); });
   row("weights read a step, GB", [](const Column& c) { return text("%.3f", c.decode.weight_bytes / 1e9); });
@@ -180,8 +188,12 @@ std::string Estimate::table() const {
       [](const Column& c) { return count(c.largest_batch, MOST_SEQUENCES); });
   row(text("longest context of %d", o_.parallel),
       [](const Column& c) { return count(c.longest_context, c.model.config.seq_len); });
+  return out;
+}
 
-  out += "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
+std::string Estimate::notes() const {
+  const Column& own = columns_[own_];
+  std::string out = "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
   if (!fits(own))
     out += text(
         "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
