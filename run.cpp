@@ -195,7 +195,7 @@ void check_mla(const Options& o, const Config& c) {
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
 }
 
-void estimate(const Options& o) {
+void estimate_speed(const Options& o) {
   check_outputs(o);
   ModelFile shapes(o.model);
   estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
@@ -260,7 +260,7 @@ int main(int argc, char** argv) {
     const Options options = parse(argc, argv);
     if (options.gpu == "list") return list_machines(), 0;
     if (options.model.empty()) return 0;
-    if (options.estimate) return estimate(options), 0;
+    if (options.estimate) return estimate_speed(options), 0;
     return run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());
