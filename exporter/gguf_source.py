@@ -105,8 +105,8 @@ class GgufHeader:
         return begin
 
     def scalar(self, code: str):
-        (value,) = struct.unpack_from("<" + code, self.view, self.take(struct.calcsize("<" + code)))
-        return value
+        begin = self.take(struct.calcsize("<" + code))  # before the view is looked at, which take may make longer
+        return struct.unpack_from("<" + code, self.view, begin)[0]
 
     def string(self) -> str:
         begin = self.take(self.scalar("Q"))
