@@ -269,9 +269,7 @@ Options parse(int argc, char** argv) {
     print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
-    std::string line = e.what();
-    for (char& c : line) c = c == '\n' ? ' ' : c;
-    throw Usage(line + " (run --help lists the flags)");
+    throw Usage(e.what() + std::string(" (run --help lists the flags)"));
   }
   if (o.gpu == "list") return o;
   if (app.count("--model") == 0) throw Usage("MODEL is required (run --help lists the flags)");

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "host/error.h"
 #include "host/json.h"
 #include "host/sampler.h"
 
@@ -46,7 +47,7 @@ struct Options {
 
 // A command line that makes no sense: exit code 2.
 struct Usage : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit Usage(const std::string& line) : std::runtime_error(one_line(line)) {}
 };
 
 // What is wrong with them: "top-p 0: must be ..."; empty: nothing.

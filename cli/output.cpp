@@ -102,7 +102,7 @@ void print(std::string_view text) {
 }
 
 void note(const std::string& line) {
-  std::fprintf(stderr, "run: %s\n", line.c_str());
+  std::fprintf(stderr, "run: %s\n", one_line(line).c_str());
 }
 
 void check_outputs(const Options& o) {

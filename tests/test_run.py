@@ -838,6 +838,8 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "--prompts", "-", "--parallel", "0"], 2, "--parallel 0"),
         (["MODEL", "--kv-memory", "lots"], 2, "lots"),
         (["MODEL", "--kv-memory", "-1G"], 2, "-1G"),
+        (["MODEL", "--kv-memory", "1\n\x1b[31m"], 2, "1??[31m"),
+        (["MODEL", "--top-k", "1\n\x1b[31m"], 2, "1??[31m"),
         (["MODEL", "--kv-memory", ""], 2, "--kv-memory"),
         (["MODEL", "--stop", ""], 2, "--stop"),
         (["MODEL", "-e", "-i", r"\q"], 2, r"--prompt \q"),
