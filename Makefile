@@ -12,13 +12,14 @@ MODEL ?= models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= Once upon a time
 ARGS ?= -n 128
 
-# ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices below, the rest once.
+# ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
 JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
 HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
   sampler engine thread_count scheduler blocks error machine roofline datasheets)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain estimate probe report output signals)
+CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain \
+  estimate probe report output signals)
 # HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
 LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
   $(addprefix cli/,session measure probe report options),$(HOST) $(CLI))
@@ -98,8 +99,7 @@ $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 
 include tests/tests.mk lab/lab.mk
 
-clean:
-	rm -rf build run
+clean: ; rm -rf build run
 
 help:
 	@echo 'make                  the binary of one combination: build/.../run, and ./run points at it'

@@ -195,20 +195,14 @@ void check_mla(const Options& o, const Config& c) {
     fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
 }
 
-// Whether the run was to show the model at work, and not to work; then it has.
-bool looked(const Session& session) {
-  const Options& o = session.options;
-  if (!o.heatmap.empty()) draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
-  if (o.explain) explain(session, attention_widths(session.model.config));
-  return o.explain || !o.heatmap.empty();
+void estimate_speed(const Options& o) {
+  check_outputs(o);
+  ModelFile shapes(o.model);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
 }
 
 int run(const Options& o) {
   check_outputs(o);
-  if (o.estimate) {
-    ModelFile shapes(o.model);
-    return estimate(o, shapes.model, BUILD_KV::name, activation_bytes), 0;
-  }
   Threads threads(o.threads);
   std::optional<OutputFile> stats;
   if (!o.stats.empty()) stats.emplace(o.stats);
@@ -230,7 +224,14 @@ int run(const Options& o) {
 
   file.pack(threads);
   blame_for_lost_pages("");
-  if (looked(session)) return 0;
+  if (!o.heatmap.empty()) {
+    draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
+    return 0;
+  }
+  if (o.explain) {
+    explain(session, attention_widths(model.config));
+    return 0;
+  }
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
@@ -258,7 +259,9 @@ int main(int argc, char** argv) {
     prepare_process();
     const Options options = parse(argc, argv);
     if (options.gpu == "list") return list_machines(), 0;
-    return options.model.empty() ? 0 : run(options);
+    if (options.model.empty()) return 0;
+    if (options.estimate) return estimate_speed(options), 0;
+    return run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());
     return 2;

@@ -13,13 +13,6 @@ namespace {
 constexpr int DEFAULT_CONTEXT = 4096, BLOCK = 16, MOST_SEQUENCES = 65536;
 constexpr double SMALL_MODEL = 1e9;  // parameters
 
-template <class... T>
-std::string text(const char* format, T... values) {
-  char line[512];
-  std::snprintf(line, sizeof line, format, values...);
-  return line;
-}
-
 // A variant's column of the table.
 struct Column {
   Model model;
@@ -53,12 +46,13 @@ class Estimate {
     source_ = model.path;
   }
 
-  std::string table() const;
-  std::string heading() const;
-  std::string remarks() const;
+  std::string table() const { return head() + rows() + notes(); }
   Json json() const;
 
  private:
+  std::string head() const;
+  std::string rows() const;  // a column for each variant
+  std::string notes() const;
   static std::string weight_type_names() {
     std::string names;
     for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
@@ -126,12 +120,12 @@ class Estimate {
 };
 
 std::string width_of(const Config& c) {
-  if (c.attention == "mla") return text("%d + %d", c.kv_lora_rank, c.qk_rope_head_dim);
-  return text("%d x %d", c.n_kv_heads, c.head_dim);
+  if (c.attention == "mla") return format("%d + %d", c.kv_lora_rank, c.qk_rope_head_dim);
+  return format("%d x %d", c.n_kv_heads, c.head_dim);
 }
 
 std::string count(int n, int most) {
-  return n == 0 ? "none" : n == most ? text(">= %d", n) : std::to_string(n);
+  return n == 0 ? "none" : n == most ? format(">= %d", n) : std::to_string(n);
 }
 
 // FLOP/s of the products that the model's own decode step has most of.
@@ -140,27 +134,61 @@ double Estimate::products_speed() const {
   return machine_.products[static_cast<size_t>(std::max_element(flop.begin(), flop.end()) - flop.begin())];
 }
 
-std::string Estimate::heading() const {
+std::string Estimate::head() const {
   const Column& own = columns_[own_];
   const double speed = products_speed();
-  std::string out = text("model    %s: %s, %.2f x 10^9 parameters, %.2f GB of weights\n", source_.c_str(),
-                         own.model.config.attention.c_str(), own.parameters / 1e9, own.weights / 1e9);
-  out += text("machine  %s: %.1f GB, %.1f GB/s, %.2f TFLOP/s; ridge point %.0f FLOP/byte (%s)\n", machine_.name.c_str(),
-              machine_.memory / 1e9, machine_.bandwidth / 1e9, speed / 1e12, speed / machine_.bandwidth,
-              machine_.source.c_str());
-  out += text(
+  std::string out = format("model    %s: %s, %.2f x 10^9 parameters, %.2f GB of weights\n", source_.c_str(),
+                           own.model.config.attention.c_str(), own.parameters / 1e9, own.weights / 1e9);
+  out += format("machine  %s: %.1f GB, %.1f GB/s, %.2f TFLOP/s; ridge point %.0f FLOP/byte (%s)\n",
+                machine_.name.c_str(), machine_.memory / 1e9, machine_.bandwidth / 1e9, speed / 1e12,
+                speed / machine_.bandwidth, machine_.source.c_str());
+  out += format(
       "plan     %d sequence%s of %d tokens, weights %s, KV %s, %d tokens of a prompt a step; GB are 10^9 bytes\n\n",
       o_.parallel, o_.parallel == 1 ? "" : "s", context_, o_.weight_type.empty() ? "as stored" : o_.weight_type.c_str(),
       kv_.c_str(), o_.batch);
   return out;
 }
 
-std::string Estimate::remarks() const {
-  const Column& own = columns_[own_];
+std::string Estimate::rows() const {
   std::string out;
-  out += "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
+  const auto row = [&](const std::string& label, const auto& value) {
+    out += format("%-34s", label.c_str());
+    for (const Column& c : columns_) out += format("%14s", std::string(value(c)).c_str());
+    out += '\n';
+  };
+  const auto ms = [](double seconds) { return format("%.3f", seconds * 1e3); };
+  const double sequences = o_.parallel;
+  row("", [&](const Column& c) { return c.model.config.attention + (&c == &columns_[own_] ? " *" : ""); });
+  row("KV heads x width, or latent + rope", [&](const Column& c) { return width_of(c.model.config); });
+  row("weights, GB", [](const Column& c) { return format("%.3f", c.weights / 1e9); });
+  row("weights read a step, GB", [](const Column& c) { return format("%.3f", c.decode.weight_bytes / 1e9); });
+  row("KV a token, bytes", [](const Column& c) { return format("%.0f", c.kv_bytes_per_token); });
+  row("KV read a step, GB", [](const Column& c) { return format("%.3f", c.decode.kv_bytes / 1e9); });
+  row("time of a step, ms", [&](const Column& c) { return ms(c.time.total()); });
+  row("  reading weights", [&](const Column& c) { return ms(c.time.weights); });
+  row("  reading KV", [&](const Column& c) { return ms(c.time.kv); });
+  row("  multiplying (meanwhile)", [&](const Column& c) { return ms(c.time.products + c.time.attention); });
+  row("  launches", [&](const Column& c) { return ms(c.time.launches); });
+  row("bound by", [](const Column& c) { return c.time.bound(); });
+  row("tokens/s of a sequence", [](const Column& c) { return format("%.1f", 1 / c.time.total()); });
+  if (o_.parallel > 1)
+    row("tokens/s in all", [&](const Column& c) { return format("%.1f", sequences / c.time.total()); });
+  row("arithmetic intensity, FLOP/byte",
+      [](const Column& c) { return format("%.1f", c.decode.flop() / c.decode.bytes()); });
+  row("products compute-bound from batch", [](const Column& c) { return c.ridge ? std::to_string(c.ridge) : "never"; });
+  row(format("prompt of %d tokens, s", context_), [](const Column& c) { return format("%.3f", c.prompt_seconds); });
+  row(format("largest batch at %d tokens", context_),
+      [](const Column& c) { return count(c.largest_batch, MOST_SEQUENCES); });
+  row(format("longest context of %d", o_.parallel),
+      [](const Column& c) { return count(c.longest_context, c.model.config.seq_len); });
+  return out;
+}
+
+std::string Estimate::notes() const {
+  const Column& own = columns_[own_];
+  std::string out = "\n* the model itself; the others have as many heads as wide, MLA in DeepSeek V2's proportions\n";
   if (!fits(own))
-    out += text(
+    out += format(
         "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
         bytes(own, own.model, o_.parallel, context_) / 1e9, machine_.memory / 1e9);
   if (own.parameters < SMALL_MODEL)
@@ -169,42 +197,6 @@ std::string Estimate::remarks() const {
     out +=
         "datasheet figures: well-made runtimes read at 71 to 92 % of them; --bandwidth plans with what is attained\n";
   return out;
-}
-
-std::string Estimate::table() const {
-  const Column& own = columns_[own_];
-  std::string out = heading();
-  const auto row = [&](const std::string& label, const auto& value) {
-    out += text("%-34s", label.c_str());
-    for (const Column& c : columns_) out += text("%14s", std::string(value(c)).c_str());
-    out += '\n';
-  };
-  const auto ms = [](double seconds) { return text("%.3f", seconds * 1e3); };
-  const double sequences = o_.parallel;
-  row("", [&](const Column& c) { return c.model.config.attention + (&c == &own ? " *" : ""); });
-  row("KV heads x width, or latent + rope", [&](const Column& c) { return width_of(c.model.config); });
-  row("weights, GB", [](const Column& c) { return text("%.3f", c.weights / 1e9); });
-  row("weights read a step, GB", [](const Column& c) { return text("%.3f", c.decode.weight_bytes / 1e9); });
-  row("KV a token, bytes", [](const Column& c) { return text("%.0f", c.kv_bytes_per_token); });
-  row("KV read a step, GB", [](const Column& c) { return text("%.3f", c.decode.kv_bytes / 1e9); });
-  row("time of a step, ms", [&](const Column& c) { return ms(c.time.total()); });
-  row("  reading weights", [&](const Column& c) { return ms(c.time.weights); });
-  row("  reading KV", [&](const Column& c) { return ms(c.time.kv); });
-  row("  multiplying (meanwhile)", [&](const Column& c) { return ms(c.time.products + c.time.attention); });
-  row("  launches", [&](const Column& c) { return ms(c.time.launches); });
-  row("bound by", [](const Column& c) { return c.time.bound(); });
-  row("tokens/s of a sequence", [](const Column& c) { return text("%.1f", 1 / c.time.total()); });
-  if (o_.parallel > 1)
-    row("tokens/s in all", [&](const Column& c) { return text("%.1f", sequences / c.time.total()); });
-  row("arithmetic intensity, FLOP/byte",
-      [](const Column& c) { return text("%.1f", c.decode.flop() / c.decode.bytes()); });
-  row("products compute-bound from batch", [](const Column& c) { return c.ridge ? std::to_string(c.ridge) : "never"; });
-  row(text("prompt of %d tokens, s", context_), [](const Column& c) { return text("%.3f", c.prompt_seconds); });
-  row(text("largest batch at %d tokens", context_),
-      [](const Column& c) { return count(c.largest_batch, MOST_SEQUENCES); });
-  row(text("longest context of %d", o_.parallel),
-      [](const Column& c) { return count(c.longest_context, c.model.config.seq_len); });
-  return out + remarks();
 }
 
 Json Estimate::json() const {
@@ -257,7 +249,7 @@ void estimate(const Options& o, Model& model, const char* kv, const Activations&
 void list_machines() {
   std::printf("%-10s %10s %10s %28s  %s\n", "", "memory, GB", "GB/s", "TFLOP/s f32 / bf16 / int8", "source");
   for (const Datasheet& d : datasheets()) {
-    const std::string flops = text("%.1f / %.1f / %.1f", d.f32, d.bf16, d.int8);
+    const std::string flops = format("%.1f / %.1f / %.1f", d.f32, d.bf16, d.int8);
     std::printf("%-10s %10.0f %10.1f %28s  %s\n", d.name, d.memory, d.bandwidth, flops.c_str(), d.source);
   }
 }

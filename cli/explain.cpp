@@ -5,22 +5,11 @@
 #include "cli/explain.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 
+#include "cli/output.h"
 #include "kernels/matmul.h"
 
 namespace {
-
-std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* text, ...) {
-  char line[256];
-  va_list arguments;
-  va_start(arguments, text);
-  std::vsnprintf(line, sizeof line, text, arguments);
-  va_end(arguments);
-  return line;
-}
 
 // 1234567 -> "1,234,567"
 std::string grouped(double number) {

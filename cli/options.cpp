@@ -178,6 +178,14 @@ void add_estimate_flags(CLI::App& app, Options& o) {
       ->check(CLI::IsMember({"f32", "f16", "bf16", "q8"}));
 }
 
+// CLI11 takes nothing for 0.
+void refuse_empty(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options())
+    for (const std::string& value : option->results())
+      if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")
+        throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
+}
+
 // A flag that another one would silently ignore is refused.
 void check_together(const CLI::App& app) {
   using Names = std::vector<std::string>;
@@ -271,10 +279,7 @@ Options parse(int argc, char** argv) {
   }
   if (o.gpu == "list") return o;
   if (app.count("--model") == 0) throw Usage("MODEL is required (run --help lists the flags)");
-  for (const CLI::Option* option : app.get_options())  // CLI11 takes nothing for 0
-    for (const std::string& value : option->results())
-      if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")
-        throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
+  refuse_empty(app);
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;

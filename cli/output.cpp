@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <climits>
+#include <cstdarg>
 #include <cstring>
 #include <filesystem>
 #include <utility>
@@ -81,6 +82,17 @@ void check_output(const std::string& flag, const std::string& path, const Option
 }
 
 }  // namespace
+
+std::string format(const char* pattern, ...) {
+  va_list arguments, again;
+  va_start(arguments, pattern);
+  va_copy(again, arguments);
+  std::string text(static_cast<size_t>(std::vsnprintf(nullptr, 0, pattern, arguments)), '\0');
+  std::vsnprintf(text.data(), text.size() + 1, pattern, again);
+  va_end(again);
+  va_end(arguments);
+  return text;
+}
 
 void print(std::string_view text) {
   if (text.empty()) return;

@@ -109,6 +109,17 @@ def test_an_expert_model_reads_the_experts_that_a_batch_hits(plan):
     assert embedding < one["parameters"]
 
 
+def test_latent_attention_without_a_latent_of_the_queries(plan, tmp_path):
+    """As in DeepSeek V2 Lite: q_lora_rank null is one matrix instead of two and a norm."""
+    config = json.loads((CONFIGS / "deepseek-v2.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"q_lora_rank": None}))
+    lite, whole = (
+        estimate(path, "--gpu", "b200")[1] for path in (shapes(tmp_path / "config.json", tmp_path), plan("deepseek-v2"))
+    )
+    rank, dim, queries, layers = 1536, 5120, 128 * (128 + 64), 60
+    assert lite["parameters"] - whole["parameters"] == layers * (queries * dim - rank * (dim + 1 + queries))
+
+
 def test_windows_hide_tokens(plan):
     """gpt-oss: every second layer sees 128 tokens."""
     _, own = estimate(plan("gpt-oss-20b"), "--gpu", "h200", "-c", 100000)
