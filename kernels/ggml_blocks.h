@@ -23,9 +23,10 @@ struct BitField {
 struct GgmlBlock {
   const char* name;
   int bytes, inputs, group;
-  BitField low, high = {};                     // the lowest bits of a code, and those above them
-  int offset = 0;                              // 128: codes are signed bytes in the block
-  const int8_t* values = nullptr;              // [16]; with offset added, none is negative
+  BitField low, high = {};        // the lowest bits of a code, and those above them
+  int offset = 0;                 // 128: codes are signed bytes in the block
+  bool codes_are_places = false;  // in values: with offset added, none of them is negative
+  std::array<int8_t, 16> values = {};
   int scale = 0, min = -1;                     // where the half floats are; -1: there is none
   bool power_of_2 = false;                     // instead of a half float the scale is a byte e: 2^(e - 128)
   BitField low_factor = {}, high_factor = {};  // of the scale of each group, then of the min of each group
@@ -36,7 +37,9 @@ struct GgmlBlock {
   constexpr int factor_bits() const { return factors_of_6_bits ? 6 : low_factor.bits + high_factor.bits; }
 
   // Values without a sign: offset more than they are.
-  constexpr int unsigned_value(int code) const { return values ? values[code] + offset : code; }
+  constexpr int unsigned_value(int code) const {
+    return codes_are_places ? values[static_cast<size_t>(code)] + offset : code;
+  }
   constexpr int largest() const {
     int largest = 0;
     for (int code = 0; code < 1 << code_bits(); code++) largest = std::max(largest, unsigned_value(code));
@@ -44,13 +47,15 @@ struct GgmlBlock {
   }
   constexpr std::array<uint8_t, 16> unsigned_values() const {
     std::array<uint8_t, 16> all{};
-    for (size_t code = 0; values && code < 16; code++) all[code] = static_cast<uint8_t>(values[code] + offset);
+    for (size_t code = 0; code < 16; code++) all[code] = static_cast<uint8_t>(values[code] + offset);
     return all;
   }
 };
 
-inline constexpr int8_t IQ4_VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-inline constexpr int8_t FP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice e2m1
+inline constexpr std::array<int8_t, 16> IQ4_VALUES = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                      1,    13,   25,  38,  53,  69,  89,  113};
+inline constexpr std::array<int8_t, 16> FP4_VALUES = {0, 1,  2,  3,  4,  6,  8,  12,
+                                                      0, -1, -2, -3, -4, -6, -8, -12};  // twice e2m1
 
 inline constexpr GgmlBlock Q8_0 = {
     .name = "q8_0", .bytes = 34, .inputs = 32, .group = 32, .low = {2, 8, 32}, .offset = 128};
@@ -61,14 +66,21 @@ inline constexpr GgmlBlock Q5_0 = {
     .name = "q5_0", .bytes = 22, .inputs = 32, .group = 32, .low = {6, 4, 16}, .high = {2, 1, 1}, .offset = 16};
 inline constexpr GgmlBlock Q5_1 = {
     .name = "q5_1", .bytes = 24, .inputs = 32, .group = 32, .low = {8, 4, 16}, .high = {4, 1, 1}, .min = 2};
-inline constexpr GgmlBlock IQ4_NL = {
-    .name = "iq4_nl", .bytes = 18, .inputs = 32, .group = 32, .low = {2, 4, 16}, .offset = 128, .values = IQ4_VALUES};
+inline constexpr GgmlBlock IQ4_NL = {.name = "iq4_nl",
+                                     .bytes = 18,
+                                     .inputs = 32,
+                                     .group = 32,
+                                     .low = {2, 4, 16},
+                                     .offset = 128,
+                                     .codes_are_places = true,
+                                     .values = IQ4_VALUES};
 inline constexpr GgmlBlock MXFP4 = {.name = "mxfp4",
                                     .bytes = 17,
                                     .inputs = 32,
                                     .group = 32,
                                     .low = {1, 4, 16},
                                     .offset = 16,
+                                    .codes_are_places = true,
                                     .values = FP4_VALUES,
                                     .power_of_2 = true};
 inline constexpr GgmlBlock Q2_K = {.name = "q2_k",
@@ -116,6 +128,7 @@ inline constexpr GgmlBlock IQ4_XS = {.name = "iq4_xs",
                                      .group = 32,
                                      .low = {8, 4, 16},
                                      .offset = 128,
+                                     .codes_are_places = true,
                                      .values = IQ4_VALUES,
                                      .low_factor = {4, 4, 1},
                                      .high_factor = {2, 2, 1},

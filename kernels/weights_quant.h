@@ -190,7 +190,7 @@ struct WeightsQuant {
     I32 w[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
       w[v] = Codes::get(chunk, codes, v);
-      if constexpr (TYPE.values != nullptr) w[v] = simd::lookup(VALUES.data(), w[v]);
+      if constexpr (TYPE.codes_are_places) w[v] = simd::lookup(VALUES.data(), w[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
