@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin."""
+"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin.
+
+Of a config.json alone it makes a NAME.safetensors of shapes without weights, for ./run --estimate.
+"""
 
 import signal
 
@@ -19,7 +22,7 @@ from exporter.made_from import export_name, inputs, is_current, metadata, record
 from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
-from exporter.weights import TYPES, size
+from exporter.weights import CHOICES, size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 UNFINISHED: dict[Path, Path] = {}  # file -> what is written meanwhile, beside it
@@ -39,7 +42,10 @@ def existing(text: str) -> Path:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "source", type=existing, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
+        "source",
+        type=existing,
+        metavar="SOURCE",
+        help="a .gguf file, a Hugging Face folder or a llama2.c .bin; a config.json: shapes alone",
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("-o", "--output", type=Path, metavar="NAME.safetensors")
@@ -49,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="choose the name, export only if the source has changed since, and print the model file's path alone",
     )
-    parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
+    parser.add_argument("--type", choices=CHOICES, help="weights' type (default: the source's own, tensor by tensor)")
     parser.add_argument(
         "--as",
         dest="layout",
@@ -86,7 +92,7 @@ def tokenizer_of(output: Path) -> Path:
 
 
 def export(options: argparse.Namespace) -> str:
-    """Writes options.output and its tokenizer, both or neither; returns the summary."""
+    """Writes options.output and its tokenizer (of shapes alone there is none), both or neither; returns the summary."""
     made_of = options.source, options.tokenizer, options.type, options.layout, options.pre
     made_from = record(*made_of)
     source = open_source(options.source, options.tokenizer)
@@ -95,12 +101,13 @@ def export(options: argparse.Namespace) -> str:
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
     output, tokenizer = options.output, tokenizer_of(options.output)
-    for path in (tokenizer, output):
+    wanted = (output,) if source.kind == "config" else (tokenizer, output)
+    for path in wanted:
         check_output(path, options.source, inputs(options.source, options.tokenizer))
     try:
-        parts = [begin(path) for path in (tokenizer, output)]
-        chat, ends = write_tokenizer(source, parts[0])
-        counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
+        *texts, weights = (begin(path) for path in wanted)
+        chat, ends = write_tokenizer(source, texts[0]) if texts else ("", [])
+        counts = writer.write(model, options.type, weights, texts[0] if texts else None, source.name, made_from)
         if record(*made_of) != made_from:
             raise ExportError(f"{options.source}: was changed while it was exported: export it again")
         finish()
@@ -169,19 +176,16 @@ def summary(source, model: Model, counts, chat: str, ends: list[str], output: Pa
         widths = f"{c['n_kv_heads']} KV heads of {c['head_dim']}"
         cached = 2 * c["n_kv_heads"] * c["head_dim"]
     lines = [
-        f"{output} and {tokenizer.name}, from {source.name}",
+        f"{output}{' (shapes alone)' if source.kind == 'config' else f' and {tokenizer.name}'}, from {source.name}",
         f"  attention   {c['attention']}: {c['n_layers']} layers, {c['n_heads']} heads, {widths}",
         f"  parameters  {parameters / 1e6:.1f} million",
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
-        f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
-        f"  chat        {chat}",
     ]
-    notes = {tensor.note for tensor in model.tensors.values()}
-    lost = sorted(notes - {"", "MXFP4"})
-    if "MXFP4" in notes:
-        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
+    if source.kind != "config":
+        lines += [f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}", f"  chat        {chat}"]
+    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
     lines += [f"  note        {note}" for note in source.notes]

@@ -115,7 +115,9 @@ DEEPSEEK = LLAMA | dict(
 )
 MIXTRAL_MODULES = {"block_sparse_moe.gate": "router"}
 QK_NORMS = r"[qk]_norm\.weight"
+A_NORMS = r"(kv|q)_a_norm\.weight"
 GPT2_NEEDS = r"(norm|[qkvo]_proj|up_proj|down_proj)\.bias|position_embedding\.weight"
+GATE = r"gate_proj\.(weight|bias)"
 GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 POST_NORMS = r"(attention|mlp)_post_norm\.weight"
 GLM4_MODULES = {"post_self_attn_layernorm": "attention_post_norm", "post_mlp_layernorm": "mlp_post_norm"}
@@ -194,7 +196,13 @@ ARCHITECTURES = {
         experts=dict(norm_topk_prob=True),
     ),
     "gpt2": Architecture(
-        GPT2 | dict(hidden_act="gelu_new"), norm="layer", rotates=False, fused="blocks", conv1d=True, needs=GPT2_NEEDS
+        GPT2 | dict(hidden_act="gelu_new"),
+        norm="layer",
+        rotates=False,
+        fused="blocks",
+        conv1d=True,
+        needs=GPT2_NEEDS,
+        lacks=GATE,
     ),
     "gpt_bigcode": Architecture(
         GPT2 | dict(hidden_act="gelu_pytorch_tanh", multi_query=True),
@@ -202,6 +210,7 @@ ARCHITECTURES = {
         rotates=False,
         fused="heads",
         needs=GPT2_NEEDS,
+        lacks=GATE,
     ),
     "mixtral": Architecture(
         LLAMA | dict(norm_eps=1e-5, rope_theta=1e6, sliding_window=None, layer_types=None, num_experts=None),
@@ -236,7 +245,7 @@ ARCHITECTURES = {
         interleaved=True,
         gguf_interleaved=True,
         biased="(kv_a|q_a|o)_proj",
-        needs=r"_a_norm\.weight",
+        needs=A_NORMS,
         experts=dict(group_score="max", scoring_func="softmax", topk_methods=("greedy", "group_limited_greedy")),
     ),
     "deepseek_v3": Architecture(
@@ -254,7 +263,7 @@ ARCHITECTURES = {
         interleaved=True,
         gguf_interleaved=True,
         biased="(kv_a|q_a|o)_proj",
-        needs=r"_a_norm\.weight",
+        needs=A_NORMS,
         experts=dict(group_score="top2_sum", scoring_func="sigmoid", topk_methods=("noaux_tc",)),
     ),
 }

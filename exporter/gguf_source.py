@@ -9,7 +9,7 @@ import numpy as np
 from exporter.errors import ExportError, shown
 from exporter.rope import yarn_mscale
 from exporter.source import File, Source
-from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
+from exporter.weights import GROUP, QUANTIZED, Tensor, Weight, size, unreadable
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -105,8 +105,8 @@ class GgufHeader:
         return begin
 
     def scalar(self, code: str):
-        (value,) = struct.unpack_from("<" + code, self.view, self.take(struct.calcsize("<" + code)))
-        return value
+        begin = self.take(struct.calcsize("<" + code))  # before the view is looked at, which take may make longer
+        return struct.unpack_from("<" + code, self.view, begin)[0]
 
     def string(self) -> str:
         begin = self.take(self.scalar("Q"))
@@ -193,16 +193,22 @@ def gguf_tensor(file: File, name: str, number: int, shape: tuple[int, ...], offs
             f"{where} of {kind.name} reaches past the end of the file ({file.size} bytes): it is truncated: "
             "fetch it again"
         )
-    if kind.name in GGUF_TYPES:
-        type, unpack = GGUF_TYPES[kind.name]
-        note = kind.name if kind.name == "MXFP4" else ""
-        return Tensor(shape, type, lambda index: unpack(file.rows(offset, row_bytes, index)), note=note)
+    if kind.name in FLOAT_TYPES:
+        dtype, type, made = FLOAT_TYPES[kind.name]
 
-    def read(index: np.ndarray) -> Weight:
+        def read(index: np.ndarray) -> Weight:
+            return Weight(type, file.rows(offset, row_bytes, index).view(dtype).astype(made, copy=False))
+
+        return Tensor(shape, type, read)
+    if kind.name.lower() in QUANTIZED:
+        type = kind.name.lower()
+        return Tensor(shape, type, lambda index: Weight(type, file.rows(offset, row_bytes, index)))
+
+    def dequantize(index: np.ndarray) -> Weight:
         rows = gguf.dequantize(file.rows(offset, row_bytes, index), kind)
         return Weight("f32", rows.astype(np.float32, copy=False))
 
-    return Tensor(shape, "f32", read, keep="q8" if k % GROUP == 0 else "f16", note=kind.name)
+    return Tensor(shape, "f32", dequantize, keep="q8_0" if k % GROUP == 0 else "f16", note=kind.name)
 
 
 def problem_of_type(number: int) -> str:
@@ -212,7 +218,7 @@ def problem_of_type(number: int) -> str:
     try:
         kind = gguf.GGMLQuantizationType(number)
         _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        if kind.name not in GGUF_TYPES:
+        if kind.name not in FLOAT_TYPES:
             gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except NotImplementedError:
         return f"has type {kind.name}, out of which the gguf package reads no weights"
@@ -221,63 +227,11 @@ def problem_of_type(number: int) -> str:
     return ""
 
 
-def float_rows(dtype: str, type: str):
-    return lambda rows: Weight(type, rows.view(dtype))
-
-
-def blocks_of(rows: np.ndarray, dtype: list) -> np.ndarray:
-    """[n, k / 32] structures out of the bytes of some rows."""
-    return rows.view(np.dtype(dtype))
-
-
-def q8_0(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("q", "i1", GROUP)])
-    return Weight("q8", blocks["q"].reshape(len(rows), -1), blocks["d"])
-
-
-def nibbles(q: np.ndarray) -> np.ndarray:
-    """ggml keeps element j in the low half of byte j, and j + 16 in the high half; here neighbours share a byte."""
-    elements = np.concatenate([q & 15, q >> 4], axis=-1)
-    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).reshape(len(q), -1)
-
-
-def q4_0(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("q", "u1", GROUP // 2)])
-    low = np.float16(-8) * blocks["d"]
-    if not np.isfinite(low).all():
-        raise ExportError("has a scale whose minimum is more than float16 can hold: export with --type bf16")
-    return Weight("q4", nibbles(blocks["q"]), blocks["d"], low)
-
-
-def q4_1(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("m", "<f2"), ("q", "u1", GROUP // 2)])
-    return Weight("q4", nibbles(blocks["q"]), blocks["d"], blocks["m"])
-
-
-def q5_0(rows: np.ndarray) -> Weight:
-    """Five bits, centred: they fit in q8 as they are."""
-    blocks = blocks_of(rows, [("d", "<f2"), ("high", "u1", 4), ("q", "u1", GROUP // 2)])
-    high = np.unpackbits(blocks["high"], axis=-1, bitorder="little")
-    low = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
-    return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
-
-
-def mxfp4_blocks(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("e", "u1"), ("q", "u1", GROUP // 2)])
-    codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
-    return mxfp4(codes.reshape(len(rows), -1), blocks["e"])
-
-
-GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss (F64: to the nearest float32)
-    "F64": ("f32", lambda rows: Weight("f32", rows.view("<f8").astype(np.float32))),
-    "F32": ("f32", float_rows("<f4", "f32")),
-    "F16": ("f16", float_rows("<f2", "f16")),
-    "BF16": ("bf16", float_rows("<u2", "bf16")),
-    "Q8_0": ("q8", q8_0),
-    "Q5_0": ("q8", q5_0),
-    "Q4_0": ("q4", q4_0),
-    "Q4_1": ("q4", q4_1),
-    "MXFP4": ("q8", mxfp4_blocks),
+FLOAT_TYPES = {  # GGUF type -> dtype in the file, our type and its dtype; F64 to the nearest float32
+    "F64": ("<f8", "f32", np.float32),
+    "F32": ("<f4", "f32", np.float32),
+    "F16": ("<f2", "f16", np.float16),
+    "BF16": ("<u2", "bf16", np.uint16),
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from exporter.errors import ExportError, shown
 from exporter.names import IGNORED
 from exporter.source import File, Source, array_tensor, whole_file
-from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
+from exporter.weights import GROUP, Tensor, Weight, size, unreadable
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -21,7 +21,8 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
-MXFP4_PARTS = ("_blocks", "_scales")
+MXFP4_PARTS, MXFP4_TYPE = ("_blocks", "_scales"), "mxfp4"
+TORCH_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,6 +61,21 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     passed_over = [name for name in weights_in(path) if name not in files]
     if passed_over:
         source.notes.append(f"{', '.join(passed_over)}: not read, {WEIGHTS if WEIGHTS in files else INDEX} comes first")
+    dequantize(source)
+    return source
+
+
+def open_config(path: Path) -> Source:
+    """A config.json without its folder: all that is known of the weights is what it says of their type."""
+    source = Source("config", path, path, None)
+    source.config = read_json(path)
+    named = source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"
+    if not isinstance(named, str) or named not in TORCH_TYPES:
+        raise ExportError(f"{path}: torch_dtype is {shown(named)}: known are {', '.join(TORCH_TYPES)}: fetch it again")
+    source.type = source.expert_type = TORCH_TYPES[named]
+    settings = source.config.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # of the experts alone
+        source.expert_type = MXFP4_TYPE
     dequantize(source)
     return source
 
@@ -168,11 +184,14 @@ def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
     groups = scales.k
 
     def read(index: np.ndarray) -> Weight:
+        """ggml's blocks: the scale, then bytes of code i and, in the high half, code i + 16."""
         bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
-        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
-        return mxfp4(codes, scales.read(index).data)
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(-1, 2, GROUP // 2)
+        exponents = scales.read(index).data.reshape(-1, 1)
+        block = np.concatenate([exponents, codes[:, 0] | codes[:, 1] << 4], axis=1)
+        return Weight("mxfp4", block.reshape(len(index), -1))
 
-    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+    return Tensor((*scales.shape[:-1], groups * GROUP), MXFP4_TYPE, read)
 
 
 def dequantize_fp8(source: Source, settings: dict | None) -> None:

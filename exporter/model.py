@@ -10,7 +10,7 @@ from exporter.errors import ExportError
 from exporter.hyperparameters import hyperparameters
 from exporter.names import canonical_tensors
 from exporter.source import Source
-from exporter.tensors import arrange, check_shapes
+from exporter.tensors import arrange, check_shapes, tensors_of
 from exporter.weights import Tensor, of_array, same_values
 
 
@@ -57,6 +57,9 @@ def build(source: Source) -> Model:
     """Reads hardly any weights yet. Throws ExportError for a key or a tensor that is unknown, missing or wrong."""
     settings = read_config(source)
     architecture, config, tables = settings.architecture, settings.config, settings.tables
+    if source.kind == "config":
+        tensors = tensors_of(source, config, architecture, settings.biased, settings.tied)
+        return Model(config, tensors | {name: of_array(inv_freq) for name, inv_freq in tables.items()})
     if config["n_layers"] > len(source.tensors):  # before anything is made for each of them
         raise ExportError(
             f"{source.where}: num_hidden_layers is {config['n_layers']}, but there are {len(source.tensors)} tensors: "

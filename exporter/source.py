@@ -12,7 +12,8 @@ from exporter.weights import Tensor, Weight
 
 
 class Source:
-    """kind: 'gguf', 'hf' or 'llama2c'. path: as given. where: the file that holds the config, for error lines.
+    """kind: 'gguf', 'hf', 'llama2c' or 'config' (shapes without values). path: as given. where: the file that holds the
+    config, for error lines. type, expert_type: of the matrices of a 'config'.
 
     config: HF-style dictionary (its "model_type" picks the architecture). tensors: name -> Tensor.
     metadata: a GGUF file's key -> value (scalars, strings and lists), {} elsewhere.
@@ -30,6 +31,7 @@ class Source:
         self.config: dict = {}
         self.metadata: dict = {}
         self.tensors: dict[str, Tensor] = {}
+        self.type = self.expert_type = ""
         self.notes: list[str] = []
 
     @property

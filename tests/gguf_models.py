@@ -130,34 +130,40 @@ def write_config(w, c):
         ),
     ]
     if "kv_lora_rank" in c:
-        rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
-        gating = (
-            gguf.ExpertGatingFuncType.SIGMOID
-            if c.get("scoring_func") == "sigmoid"
-            else gguf.ExpertGatingFuncType.SOFTMAX
-        )
-        rows = [row for row in rows if row[0] != w.add_head_count_kv] + [
-            (w.add_head_count_kv, 1),
-            (w.add_q_lora_rank, c.get("q_lora_rank")),
-            (w.add_kv_lora_rank, rank),
-            (w.add_key_length, rank + rope),
-            (w.add_value_length, rank),
-            (w.add_key_length_mla, c["qk_nope_head_dim"] + rope),
-            (w.add_value_length_mla, c["v_head_dim"]),
-            (w.add_rope_dimension_count, rope),
-            (w.add_leading_dense_block_count, c["first_k_dense_replace"]),
-            (w.add_expert_shared_count, c["n_shared_experts"]),
-            (w.add_expert_weights_scale, c["routed_scaling_factor"]),
-            (w.add_expert_weights_norm, c["norm_topk_prob"]),
-            (w.add_expert_gating_func, gating),
-            (w.add_expert_group_count, c.get("n_group")),
-            (w.add_expert_group_used_count, c.get("topk_group")),
-        ]
+        rows = [row for row in rows if row[0] != w.add_head_count_kv] + mla_rows(w, c)
     elif "head_dim" in c:
         rows += [(w.add_key_length, c["head_dim"]), (w.add_value_length, c["head_dim"])]
     for add, value in rows:
         if value is not None:
             add(value)
+    write_rope(w, c)
+
+
+def mla_rows(w, c):
+    rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
+    gating = (
+        gguf.ExpertGatingFuncType.SIGMOID if c.get("scoring_func") == "sigmoid" else gguf.ExpertGatingFuncType.SOFTMAX
+    )
+    return [
+        (w.add_head_count_kv, 1),
+        (w.add_q_lora_rank, c.get("q_lora_rank")),
+        (w.add_kv_lora_rank, rank),
+        (w.add_key_length, rank + rope),
+        (w.add_value_length, rank),
+        (w.add_key_length_mla, c["qk_nope_head_dim"] + rope),
+        (w.add_value_length_mla, c["v_head_dim"]),
+        (w.add_rope_dimension_count, rope),
+        (w.add_leading_dense_block_count, c["first_k_dense_replace"]),
+        (w.add_expert_shared_count, c["n_shared_experts"]),
+        (w.add_expert_weights_scale, c["routed_scaling_factor"]),
+        (w.add_expert_weights_norm, c["norm_topk_prob"]),
+        (w.add_expert_gating_func, gating),
+        (w.add_expert_group_count, c.get("n_group")),
+        (w.add_expert_group_used_count, c.get("topk_group")),
+    ]
+
+
+def write_rope(w, c):
     if "partial_rotary_factor" in c:
         head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
         w.add_rope_dimension_count(int(c["partial_rotary_factor"] * head_dim))

@@ -13,6 +13,7 @@
 #include "batches.h"
 #include "kernels/build.h"
 #include "kernels/kv_cpu.h"
+#include "kernels/threads.h"
 
 namespace {
 
