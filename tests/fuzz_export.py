@@ -56,7 +56,7 @@ VALUES = (
 )
 SLOWEST = 20  # seconds for one damaged file, on a machine that others use too
 MEMORY = 4 << 30  # address space, most of which numpy's libraries have taken already
-OPTIONS = ([], ["--type", "q8"], ["--type", "f32"], ["--as", "mha"], ["--as", "mla"], ["--as", "gqa:2"])
+OPTIONS = ([], ["--type", "q8_0"], ["--type", "f32"], ["--as", "mha"], ["--as", "mla"], ["--as", "gqa:2"])
 PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 KINDS = [2, 3, 3] + [6] * 256  # of SentencePiece and GGUF alike
 
