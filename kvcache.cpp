@@ -9,13 +9,8 @@
 #include "kernels/kv_cpu.h"
 
 template <class Kv, int Block>
-KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
-    : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)} {}
-
-template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  return area(shape.n_layers, shape.n_kv_heads) * static_cast<size_t>(shape.n_blocks) *
-         HeadRows<Kv, Block>::block_bytes(shape);
+size_t KVCache<Kv, Block>::block_bytes(const CacheShape& shape) {
+  return HeadRows<Kv, Block>::block_bytes(shape);
 }
 
 // --- writing ---------------------------------------------------------------------------------------------------------
@@ -62,9 +57,14 @@ void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch,
         Codec<Kv>::store(k_row, k_dim, rows.k(block, slot));
       if (v_dim > 0) Codec<Kv>::store(v_row, v_dim, rows.v(block, slot));
       if (overflows<Kv>(k_row, k_dim) || overflows<Kv>(v_row, v_dim))
-        std::atomic_ref(overflowed_).store(true, std::memory_order_relaxed);
+        std::atomic_ref(*overflowed_).store(1, std::memory_order_relaxed);
     }
   });
+}
+
+template <class Kv, int Block>
+bool KVCache<Kv, Block>::overflowed() const {
+  return *overflowed_ != 0;
 }
 
 template <class Kv, int Block>

@@ -215,6 +215,12 @@ std::optional<WeightType> find_weight_type(std::string_view name) {
   return {};
 }
 
+std::string weight_type_names() {
+  std::string names;
+  for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
+  return names;
+}
+
 const char* kernel_level() {
 #if defined(SIMD_BF16_DOT)
   return "avx512-bf16";

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "kernels/arena.h"
@@ -29,6 +30,7 @@ struct WeightFormat {
 std::span<const WeightFormat> weight_formats();  // of all types, in order
 const WeightFormat& weight_format(WeightType type);
 std::optional<WeightType> find_weight_type(std::string_view name);
+std::string weight_type_names();  // "f32, bf16, ..."
 
 // A matrix [n, k] of the model file, row-major.
 struct TensorView {
