@@ -300,6 +300,7 @@ bool DeviceMemory::free(void* memory) {
   observer->free(memory, at->second);
   live_bytes_ -= at->second;
   live_.erase(at);
+  found_ = found_end_ = nullptr;
   return true;
 }
 
@@ -310,10 +311,12 @@ bool DeviceMemory::covers(const void* p) const {
 
 bool DeviceMemory::holds(const void* p, size_t bytes) const {
   const auto* b = static_cast<const std::byte*>(p);
+  if (b >= found_ && b + bytes <= found_end_) return true;
   auto at = live_.upper_bound(b);
   if (at == live_.begin()) return false;
   --at;
-  return b + bytes <= at->first + at->second;
+  found_ = at->first, found_end_ = at->first + at->second;
+  return b + bytes <= found_end_;
 }
 
 }  // namespace emulation
