@@ -12,8 +12,8 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := kvcache_test layers_test matmul_test
-RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test)
+EMULATED_TESTS := kvcache_test layers_test matmul_test experts_test
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test)
 TOOLS := tokenize render
 
 test: .venv/tests
