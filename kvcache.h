@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <tuple>
 
 #include "kernels/arena.h"
 #include "kernels/batch.h"
@@ -57,6 +58,8 @@ struct KvQ8 {
   static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + static_cast<size_t>(dim + dim % 2); }
 };
 
+using KvTypes = std::tuple<KvF32, KvF16, KvBF16, KvQ8>;
+
 struct CacheShape {
   int n_layers, n_kv_heads;
   int k_dim;       // elements of a K row
@@ -86,7 +89,10 @@ class KVCache {
   KVCache() = default;
   KVCache(Arena& arena, const CacheShape& shape);
 
-  static size_t bytes_per_token(const CacheShape& shape);  // all layers
+  static size_t bytes_per_token(const CacheShape& shape) {  // all layers
+    return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
+           (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  }
   static size_t bytes(const CacheShape& shape);
 
   const CacheShape& shape() const { return view_.shape; }

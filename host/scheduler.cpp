@@ -16,7 +16,13 @@ void insert_by_age(std::vector<Sequence*>* line, Sequence* s) {
 }  // namespace
 
 Scheduler::Scheduler(const Limits& limits, int block_size, int window, BlockHash hash)
-    : limits_(limits), block_size_(block_size), window_(window), pool_(limits.n_blocks, block_size, hash) {}
+    : limits_(limits), block_size_(block_size), window_(window), pool_(limits.n_blocks, block_size, hash) {
+  for (auto* list : {&running_, &scheduled_}) list->reserve(static_cast<size_t>(limits.max_sequences));
+  for (auto* array : {&query_start_, &context_len_, &copied_, &copy_from_, &copy_to_})
+    array->reserve(static_cast<size_t>(limits.max_sequences) + 1);
+  for (auto* array : {&tokens_, &positions_, &slot_mapping_}) array->reserve(static_cast<size_t>(limits.max_tokens));
+  logit_rows_.reserve(static_cast<size_t>(limits.max_logits));
+}
 
 // Blocks that `tokens` more tokens of a sequence need at once.
 int Scheduler::blocks_for(int tokens) const {
@@ -29,6 +35,9 @@ int Scheduler::max_tokens() const {
 }
 
 void Scheduler::add(Sequence* s) {
+  s->table.reserve(static_cast<size_t>(ceil_div(limits_.context, block_size_) + 1));
+  const size_t most = waiting_.size() + 1 + running_.capacity();  // once all that run are preempted
+  if (waiting_.capacity() < most) waiting_.reserve(2 * most);
   insert_by_age(&waiting_, s);
 }
 
@@ -219,6 +228,7 @@ void Scheduler::match(Sequence* s) {
 
 std::vector<Sequence*> Scheduler::fork(const Sequence& s) {
   std::vector<Sequence*> forked;
+  forked.reserve(static_cast<size_t>(limits_.max_sequences) - running_.size());
   auto can = [&](const Sequence* w) { return w->request == s.request && !w->begun; };
   for (;;) {
     auto place = std::find_if(waiting_.begin(), waiting_.end(), can);

@@ -16,6 +16,7 @@
 
 #include "batches.h"
 #include "kernels/kv_cpu.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -372,14 +373,12 @@ TEST(AttendRows, SameBitsAsAttend) {
     q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
     ScratchMemory<Flash> scratch(s, n + 1, context, 2);
     Threads(2).run(2, [&](const Team& team) {
-      Flash::begin(team, batch, 1, s, out.data(), scratch.workspace);
       for (int at_token = 0; at_token < context; at_token += ATTENTION_SPLIT) {
         const PlainRows rows{d.k[0].data() + at_token * s.n_kv_heads * s.k_dim,
                              d.v[0].data() + at_token * s.n_kv_heads * s.v_dim, at_token,
                              std::min(ATTENTION_SPLIT, context - at_token)};
         Flash::attend_rows(team, q.data(), rows, batch, 1, s, out.data(), scratch.workspace);
       }
-      Flash::end(team, batch, 1, s, out.data(), scratch.workspace);
     });
     for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
     out.erase(out.begin(), out.begin() + out_width);
@@ -428,10 +427,8 @@ TEST(AttendRows, ALargerTeamThanPlannedIsRefused) {
   Threads threads(2);
   const PlainRows rows{k.data(), v.data(), 0, 1};
   const Workspace& w = scratch.workspace;
-  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::begin(t, batch, 0, s, out.data(), w); }), Error);
   EXPECT_THROW(
       threads.run(2, [&](const Team& t) { Flash::attend_rows(t, q.data(), rows, batch, 0, s, out.data(), w); }), Error);
-  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::end(t, batch, 0, s, out.data(), w); }), Error);
   for (float x : out) ASSERT_EQ(x, -7);
 }
 

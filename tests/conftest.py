@@ -5,12 +5,18 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("SANITIZE", "0")
+
+# A shell's background job ignores them, and so would the programs under test.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make(*arguments: str) -> str:

@@ -155,7 +155,7 @@ def test_real_texts(name, tmp_path):
 
 
 # float32 differs by rounding alone; 8-bit keys and activations, and what --type takes away, may cost 1 %.
-@pytest.mark.parametrize("type, kv, tolerance", [("f32", "f32", 1e-4), (None, "f16", 0.01), ("q8", "q8", 0.01)])
+@pytest.mark.parametrize("type, kv, tolerance", [("f32", "f32", 1e-4), (None, "f16", 0.01), ("q8_0", "q8", 0.01)])
 @pytest.mark.parametrize("name", REAL)
 def test_real_perplexity(name, type, kv, tolerance):
     if not TEXT.exists():
