@@ -123,9 +123,9 @@ def begin(path: Path) -> Path:
     UNFINISHED[real] = part
     try:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except FileExistsError:
-        del UNFINISHED[real]  # another's, perhaps a link that was planted
-        raise
+    except OSError as error:
+        del UNFINISHED[real]  # what is there is another's, perhaps a link that was planted
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return part
 
 

@@ -87,13 +87,15 @@ template <class Kv, int Block>
 class KVCache {
  public:
   KVCache() = default;
-  KVCache(Arena& arena, const CacheShape& shape);
+  KVCache(Arena& arena, const CacheShape& shape)
+      : view_{arena.take<std::byte>(bytes(shape)), shape, block_bytes(shape)}, overflowed_(arena.take<int>(1)) {}
 
   static size_t bytes_per_token(const CacheShape& shape) {  // all layers
-    return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-           (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+    return area(shape.n_layers, shape.n_kv_heads) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
   }
-  static size_t bytes(const CacheShape& shape);
+  static size_t bytes(const CacheShape& shape) {
+    return area(shape.n_layers, shape.n_kv_heads) * static_cast<size_t>(shape.n_blocks) * block_bytes(shape);
+  }
 
   const CacheShape& shape() const { return view_.shape; }
   int block_size() const { return view_.block_size(); }
@@ -124,6 +126,8 @@ class KVCache {
   size_t size() const { return bytes(view_.shape); }
 
  private:
+  static size_t block_bytes(const CacheShape& shape);  // as CacheView has it: the layout is the device's
+
   CacheView<Kv, Block> view_;
   int* overflowed_ = nullptr;  // [1] in device memory
 };

@@ -99,18 +99,6 @@ bool fits(const Setup& s, size_t available) {
          s.kv_bytes + s.activation_bytes <= available;
 }
 
-int largest_context_that_fits(const Session& session, int most, size_t available) {
-  int low = 0, high = most;  // low fits, high + 1 does not
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (fits(setup_for(session, middle, available), available))
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // The context is -c, or what the mode wants; no more than the model and the free memory allow.
 Setup plan(const Session& session) {
   const Options& o = session.options;
@@ -129,8 +117,8 @@ Setup plan(const Session& session) {
   const char* why = o.context ? "-c" : "the model's longest";
   Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
-    const int largest = largest_context_that_fits(session, context, available);
-    if (asked || largest < wanted.least)
+    const int longest = largest(context, [&](int n) { return fits(setup_for(session, n, available), available); });
+    if (asked || longest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
           "beside "
@@ -138,8 +126,8 @@ Setup plan(const Session& session) {
           context, static_cast<double>(setup.kv_bytes_per_token) * context / 1e6,
           static_cast<double>(setup.activation_bytes) / 1e6, o.kv_memory ? "--kv-memory is set, " : "",
           static_cast<double>(available) / 1e6,
-          largest > 0 ? ("the largest context that fits is -c " + std::to_string(largest)).c_str() : "none fits");
-    context = largest;
+          longest > 0 ? ("the largest context that fits is -c " + std::to_string(longest)).c_str() : "none fits");
+    context = longest;
     setup = setup_for(session, context, available);
   }
   if (!o.perplexity.empty())

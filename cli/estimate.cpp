@@ -53,11 +53,6 @@ class Estimate {
   std::string head() const;
   std::string rows() const;  // a column for each variant
   std::string notes() const;
-  static std::string weight_type_names() {
-    std::string names;
-    for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
-    return names;
-  }
 
   Machine machine(const Model& model) const {
     if (!o_.gpu.empty()) try {
@@ -65,11 +60,9 @@ class Estimate {
       } catch (const Error& e) {
         throw Usage(e.what());
       }
-    if (o_.bandwidth > 0) {
-      Machine m = machine_of(
+    if (o_.bandwidth > 0)
+      return machine_of(
           {"as said", o_.memory, o_.bandwidth, o_.flops, o_.flops, o_.flops, "--bandwidth, --flops, --memory"});
-      return m;
-    }
     Threads threads(o_.threads);
     const Buffer<std::byte> memory = memory_to_read(threads);
     Machine m = probe(threads, threads.most(), {memory.data(), memory.size()}, model);

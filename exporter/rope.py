@@ -85,6 +85,8 @@ def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
     changes that of full attention alone.
     """
     both = {key: keys.get(key) for key in ("rope_parameters", "rope_scaling")}
+    if keys.values.get("rope_parameters") and not keys.values.get("rope_scaling"):
+        both["rope_scaling"] = None  # an architecture's default stands for neither
     for key, value in both.items():
         if not isinstance(value, dict | None):
             keys.refuse(key, "must be an object: fetch the file again")

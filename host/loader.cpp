@@ -23,14 +23,12 @@ using NamedTypes = std::map<std::string, WeightType>;
 NamedTypes read_types(const std::string& path, const std::string& text) {
   const Json json = parse_json(text, path + ": __metadata__ \"types\"");
   if (!json.object()) fail("%s: __metadata__ \"types\" is not a JSON object", path.c_str());
-  std::string known;
-  for (const WeightFormat& format : weight_formats()) known += (known.empty() ? "" : ", ") + std::string(format.name);
   NamedTypes types;
   for (const auto& [matrix, value] : *json.object()) {
     const auto type = value.string() ? find_weight_type(*value.string()) : std::nullopt;
     if (!type)
       fail("%s: __metadata__ \"types\": %s is %s, not one of %s", path.c_str(), matrix.c_str(), value.text().c_str(),
-           known.c_str());
+           weight_type_names().c_str());
     types.emplace(matrix, *type);
   }
   return types;

@@ -205,16 +205,6 @@ std::span<const WeightFormat> weight_formats() {
   return table;
 }
 
-const WeightFormat& weight_format(WeightType type) {
-  return weight_formats()[static_cast<size_t>(type)];
-}
-
-std::optional<WeightType> find_weight_type(std::string_view name) {
-  for (size_t i = 0; i < weight_formats().size(); i++)
-    if (weight_formats()[i].name == name) return static_cast<WeightType>(i);
-  return {};
-}
-
 const char* kernel_level() {
 #if defined(SIMD_BF16_DOT)
   return "avx512-bf16";

@@ -201,7 +201,9 @@ inline F32 load_i8(const int8_t* p) { return each([&](int i) { return static_cas
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }  // no fused instruction to count on: rounds twice
 inline F32 round(F32 x) { return each([&](int i) { return std::nearbyintf(x[i]); }); }
 inline I32 to_i32(F32 x) {
-  const auto lane = [](float y) { return std::fabs(y) < 0x1p31f ? static_cast<int32_t>(std::nearbyintf(y)) : INT32_MIN; };
+  const auto lane = [](float y) {
+    return std::fabs(y) < 0x1p31f ? static_cast<int32_t>(std::nearbyintf(y)) : INT32_MIN;
+  };
   return each<I32>([&](int i) { return lane(x[i]); });
 }
 inline void store_i8(int8_t* p, I32 x) {

@@ -29,52 +29,44 @@ bool pack_floats(const TensorView& source, bool transposed, int panel, std::byte
   return true;  // a float may be anything
 }
 
-struct WeightsF32 {
-  static constexpr const char* NAME = "f32";
-  static constexpr const char* DTYPE = "F32";
+// [k][PANEL] of T, multiplied as float32.
+template <class T>
+struct WeightsInOrder {
   static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
-  static constexpr int STEP = 1, STEP_BYTES = PANEL * 4;
+  static constexpr int STEP = 1, STEP_BYTES = PANEL * sizeof(T);
   using Input = float;
   static constexpr int ROWS = FLOAT_ROWS;
 
   static bool pack(const TensorView& source, bool transposed, int panel, std::byte* out) {
-    return pack_floats<uint32_t, 1>(source, transposed, panel, out);
+    return pack_floats<T, 1>(source, transposed, panel, out);
   }
   static void unpack(const std::byte* panel, int row, int k, float* out) {
-    for (int i = 0; i < k; i++) out[i] = reinterpret_cast<const float*>(panel)[float_index(1, row, i)];
+    for (int i = 0; i < k; i++) out[i] = widened(reinterpret_cast<const T*>(panel)[float_index(1, row, i)]);
   }
   template <int R>
   static void multiply(const std::byte* panel, int k, const float* const (&x)[R], Accumulators<R>& acc) {
-    const float* w = reinterpret_cast<const float*>(panel);  // [k][PANEL]
+    const T* w = reinterpret_cast<const T*>(panel);
     for (int i = 0; i < k; i++, w += PANEL) {
-      const F32 weights[VECTORS] = {simd::load(w), simd::load(w + LANES)};
+      const F32 weights[VECTORS] = {load(w), load(w + LANES)};
       multiply_add(weights, x, i, acc);
     }
   }
+
+ private:
+  static float widened(float x) { return x; }
+  static float widened(uint16_t half) { return f16_to_float(half); }
+  static F32 load(const float* w) { return simd::load(w); }
+  static F32 load(const uint16_t* w) { return simd::load_f16(w); }
 };
 
-struct WeightsF16 {
+struct WeightsF32 : WeightsInOrder<float> {
+  static constexpr const char* NAME = "f32";
+  static constexpr const char* DTYPE = "F32";
+};
+
+struct WeightsF16 : WeightsInOrder<uint16_t> {
   static constexpr const char* NAME = "f16";
   static constexpr const char* DTYPE = "F16";
-  static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
-  static constexpr int STEP = 1, STEP_BYTES = PANEL * 2;
-  using Input = float;
-  static constexpr int ROWS = FLOAT_ROWS;
-
-  static bool pack(const TensorView& source, bool transposed, int panel, std::byte* out) {
-    return pack_floats<uint16_t, 1>(source, transposed, panel, out);
-  }
-  static void unpack(const std::byte* panel, int row, int k, float* out) {
-    for (int i = 0; i < k; i++) out[i] = f16_to_float(reinterpret_cast<const uint16_t*>(panel)[float_index(1, row, i)]);
-  }
-  template <int R>
-  static void multiply(const std::byte* panel, int k, const float* const (&x)[R], Accumulators<R>& acc) {
-    const uint16_t* w = reinterpret_cast<const uint16_t*>(panel);  // [k][PANEL]
-    for (int i = 0; i < k; i++, w += PANEL) {
-      const F32 weights[VECTORS] = {simd::load_f16(w), simd::load_f16(w + LANES)};
-      multiply_add(weights, x, i, acc);
-    }
-  }
 };
 
 // One 32-bit lane holds 2 k.

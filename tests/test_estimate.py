@@ -4,26 +4,20 @@ refused.
 tests/data/configs/ holds the config.json of public models, as Hugging Face has them.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make, run_binary
-
-import export
+from conftest import ROOT, exported, make, run_binary
 
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
 GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
 
 
 def shapes(config, folder, type=None):
-    output = folder / (Path(config).stem + f"{type or ''}.safetensors")
-    options = argparse.Namespace(source=Path(config), output=output, type=type, layout=None, tokenizer=None, pre=None)
-    print(export.export(options))
-    return output
+    return exported(Path(config), folder / (Path(config).stem + f"{type or ''}.safetensors"), type)
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +136,8 @@ def test_what_fits(plan):
 def test_types_to_plan_with(plan, tmp_path):
     bf16, q8 = (estimate(plan("llama-3-8b"), "--gpu", "l4", *flags)[1] for flags in ((), ("--type", "q8_0")))
     assert q8["weight_bytes"] / bf16["weight_bytes"] == pytest.approx(34 / 64, rel=1e-3)  # 32 bytes and a float16
-    exported = shapes(CONFIGS / "llama-3-8b.json", tmp_path, "q8_0")
-    assert estimate(exported, "--gpu", "l4")[1] == q8
+    other = shapes(CONFIGS / "llama-3-8b.json", tmp_path, "q8_0")
+    assert estimate(other, "--gpu", "l4")[1] == q8
     kv = estimate(plan("llama-3-8b"), "--gpu", "l4", "--kv-type", "q8")[1]["kv_bytes_per_token"]
     assert kv == 131072 / 2 * 34 / 32
 

@@ -1,16 +1,13 @@
 """--explain counts what a look at the tensors of the model file counts."""
 
-import argparse
 import json
 import re
 import subprocess
 
 import checkpoints
 import pytest
-from conftest import run_binary
+from conftest import exported, run_binary
 from numpy_model import load
-
-import export
 
 PROMPT = "I like to eat"
 MODELS = ["llama_mha", "llama_mqa", "llama_gqa", "deepseek_v2", "gemma3", "gpt_oss", "gpt2", "qwen3_moe"]
@@ -37,10 +34,8 @@ def matrix_elements(config, tensors):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_totals(name, tmp_path):
-    checkpoints.build(checkpoints.load(name), tmp_path / "model")
-    weights = tmp_path / "model.safetensors"
-    source = tmp_path / "model"
-    export.export(argparse.Namespace(source=source, output=weights, type="f32", layout=None, tokenizer=None, pre=None))
+    source = checkpoints.build(checkpoints.load(name), tmp_path / "model")
+    weights = exported(source, tmp_path / "model.safetensors", "f32")
     config, tensors = load(weights)[:2]
     binary = run_binary(config["attention"], kv="f32")
     text = run(binary, weights, "-i", PROMPT, "--explain", "-q")

@@ -688,6 +688,17 @@ def test_an_original_length_beside_rope_scaling(stated, scaling, taken, tmp_path
             build(source)
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "llama_yarn", "qwen3_yarn", "olmo2"])
+def test_rope_parameters_as_transformers_5_saves_them(name, tmp_path):
+    """One object in place of rope_theta and rope_scaling, and of what the architecture has by default."""
+    source = open_source(checkpoints.build(checkpoints.load(name), tmp_path / "source"))
+    want, config = build(source), source.config
+    source.config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    source.config["rope_parameters"] = (config.get("rope_scaling") or {}) | {"rope_theta": config["rope_theta"]}
+    got, name = build(source), "rope.0.inv_freq"
+    assert got.config == want.config and np.array_equal(got.tensors[name].float32(), want.tensors[name].float32())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_are_taken(name):
     seq_len, config = PUBLISHED[name]

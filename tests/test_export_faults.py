@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import tracemalloc
 
 import checkpoints
@@ -88,6 +89,9 @@ def stopped_at(call, argv, log):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         for number in export.STOPPING:
             signal.signal(number, export.stop)
+        # tqdm's own lock is shared by forked processes, and stays locked where one ends within it.
+        writer.tqdm.set_lock(threading.RLock())
+        signal.alarm(60)  # a child that hangs is a failure
         sys.setprofile(profile)
         code = export.main(argv)
         sys.setprofile(None)

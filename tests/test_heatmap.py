@@ -1,17 +1,14 @@
 """--heatmap: the shades of the picture are the attention weights of a forward pass in numpy."""
 
-import argparse
 import re
 import subprocess
 
 import checkpoints
 import numpy as np
 import pytest
-from conftest import run_binary
+from conftest import exported, run_binary
 from numpy_model import NumpyModel, load
 from PIL import Image
-
-import export
 
 PROMPT = "I like to eat, and so I like to cook"
 WHITE, DARKEST = 255, 8  # red, of the weights 0 and 1
@@ -37,18 +34,13 @@ class Watched(NumpyModel):
         return v
 
 
-def exported(name, folder):
-    checkpoints.build(checkpoints.load(name), folder / name)
-    weights = folder / f"{name}.safetensors"
-    export.export(
-        argparse.Namespace(source=folder / name, output=weights, type="f32", layout=None, tokenizer=None, pre=None)
-    )
-    return weights
+def tiny(name, folder):
+    return exported(checkpoints.build(checkpoints.load(name), folder / name), folder / f"{name}.safetensors", "f32")
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
-    return exported(request.param, tmp_path_factory.mktemp("heatmap"))
+    return tiny(request.param, tmp_path_factory.mktemp("heatmap"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +48,7 @@ def cells(tmp_path_factory):
     """Reads the weights out of a picture of one head. Where the cells lie is found in the picture of a model without
     sinks, whose first token has the weight 1 on itself: it is the same for every picture of this prompt."""
     folder = tmp_path_factory.mktemp("place")
-    draw(exported("llama_gqa", folder), folder / "place.png", "--head", 0)
+    draw(tiny("llama_gqa", folder), folder / "place.png", "--head", 0)
     red = np.asarray(Image.open(folder / "place.png"))[..., 0]
     rows, columns = np.nonzero(red[40:] == DARKEST)  # below the scale
     top, left = rows[0] + 40, columns[rows == rows[0]][0]

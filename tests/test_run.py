@@ -1,6 +1,5 @@
 """The whole program on a tiny random model whose tokens are bytes: every flag, every wrong input, every way to end."""
 
-import argparse
 import json
 import os
 import pathlib
@@ -14,10 +13,8 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT, SANITIZE, make, run_binary
+from conftest import ROOT, SANITIZE, exported, make, run_binary
 from safetensors.numpy import load_file, save_file
-
-import export
 
 PROMPT = "The quick brown fox"
 CONTEXT = 256  # of the model
@@ -33,9 +30,7 @@ def export_tiny(name, folder, chat_template=None):
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings["chat_template"] = chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    weights = folder.with_suffix(".safetensors")
-    export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None))
-    return weights
+    return exported(folder, folder.with_suffix(".safetensors"), "f32")
 
 
 @pytest.fixture(scope="session")
@@ -1017,11 +1012,7 @@ def scaled(tmp_path_factory):
         checkpoints.build(reference, folder)
         tensors = load_file(folder / "model.safetensors")
         save_file({n: change(n, t.copy()) for n, t in tensors.items()}, folder / "model.safetensors")
-        weights = folder.with_suffix(".safetensors")
-        export.export(
-            argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None)
-        )
-        return weights
+        return exported(folder, folder.with_suffix(".safetensors"), "f32")
 
     return make
 

@@ -7,22 +7,8 @@ import numpy as np
 import pytest
 from conftest import tool
 
-# Where the half floats of a block are (ggml-common.h).
-HALVES = {
-    "q8_0": (0,),
-    "q4_0": (0,),
-    "q4_1": (0, 2),
-    "q5_0": (0,),
-    "q5_1": (0, 2),
-    "q2_k": (80, 82),
-    "q3_k": (108,),
-    "q4_k": (0, 2),
-    "q5_k": (0, 2),
-    "q6_k": (208,),
-    "iq4_nl": (0,),
-    "iq4_xs": (0,),
-    "mxfp4": (),
-}
+from exporter.weights import QUANTIZED
+
 N, K = 64, 2048
 
 
@@ -30,7 +16,7 @@ def random_rows(kind, random):
     """[N, bytes] of random bits. Half floats are any number, zero and subnormal ones too; a scale of MXFP4 is any."""
     inputs, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.randint(0, 256, (N * K // inputs, size)).astype(np.uint8)
-    for at in HALVES[kind.name.lower()]:
+    for at in QUANTIZED[kind.name.lower()]:
         exponent = random.randint(0, 31, (len(blocks), 1)) << 10
         blocks[:, at : at + 2] = (
             (random.randint(0, 1 << 16, (len(blocks), 1)) & 0x83FF | exponent).astype("<u2").view("u1")
@@ -41,7 +27,7 @@ def random_rows(kind, random):
     return blocks.reshape(N, -1)
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_the_same_bits(name):
     kind = gguf.GGMLQuantizationType[name.upper()]
     rows = random_rows(kind, np.random.RandomState(1))
