@@ -81,6 +81,21 @@ struct Tensor {
   }
 };
 
+// What at() and size() say of a whole tensor, or its transpose.
+struct Weights {
+  size_t k;
+  std::vector<double> values, sizes;  // [n, k]
+  explicit Weights(const Tensor& t, bool transposed = false) : k(static_cast<size_t>(transposed ? t.n : t.k)) {
+    for (int j = 0; j < (transposed ? t.k : t.n); j++)
+      for (int i = 0; i < int(k); i++) {
+        values.push_back(transposed ? t.at(i, j) : t.at(j, i));
+        sizes.push_back(transposed ? t.size(i, j) : t.size(j, i));
+      }
+  }
+  const double* row(size_t j) const { return &values[j * k]; }
+  const double* row_sizes(size_t j) const { return &sizes[j * k]; }
+};
+
 using Random = std::mt19937;
 
 std::vector<float> normal(size_t n, Random& random) {
@@ -259,12 +274,7 @@ void check(const Case& c) {
   const std::vector<float> before = o.y;
   run({o.product});
   const size_t n = size_t(c.n), k = size_t(c.k), y_stride = size_t(o.product.y_stride);
-  std::vector<double> w(n * k), size(n * k);
-  for (size_t j = 0; j < n; j++)
-    for (size_t i = 0; i < k; i++) {
-      w[j * k + i] = c.transposed ? o.w.at(int(i), int(j)) : o.w.at(int(j), int(i));
-      size[j * k + i] = c.transposed ? o.w.size(int(i), int(j)) : o.w.size(int(j), int(i));
-    }
+  const Weights w(o.w, c.transposed);
   const double steps = is_float(c.type) ? c.k + 3 : 3 * c.k / 16 + 6;
   std::vector<float> expected_bytes = before;  // where y may not be written
   for (size_t r = 0; r < size_t(c.rows); r++) {
@@ -272,7 +282,8 @@ void check(const Case& c) {
     const std::vector<double> input = as_multiplied(c.type, x, c.k);
     for (size_t j = 0; j < n; j++) {
       double sum = 0, magnitude = 0;
-      for (size_t i = 0; i < k; i++) sum += w[j * k + i] * input[i], magnitude += size[j * k + i] * std::fabs(input[i]);
+      for (size_t i = 0; i < k; i++)
+        sum += w.row(j)[i] * input[i], magnitude += w.row_sizes(j)[i] * std::fabs(input[i]);
       if (c.bias) sum += double(o.bias[j]), magnitude += std::fabs(double(o.bias[j]));
       if (c.add) sum += double(before[r * y_stride + j]), magnitude += std::fabs(double(before[r * y_stride + j]));
       ASSERT_NEAR(double(o.y[r * y_stride + j]), sum, 0x1p-24 * steps * magnitude)
@@ -333,13 +344,15 @@ std::vector<float> row_by_row(const Operands& o) {
 TEST(Matmul, ARowIsTheSameInAnyCompany) {
   Random random(4);
   for (const std::string& type : TYPES)
-    for (int rows : {2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 61})
+    for (int rows : {2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 61}) {
+      Operands o({type, 97, whole(type, 288), rows, true, rows % 2 == 0, rows % 3 == 0}, random);
+      const std::vector<float> before = o.y, alone = row_by_row(o);
       for (int threads : {1, 2, 3}) {
-        Operands o({type, 97, whole(type, 288), rows, true, rows % 2 == 0, rows % 3 == 0}, random);
-        const std::vector<float> alone = row_by_row(o);
+        o.y = before;
         run({o.product}, threads);
         ASSERT_EQ(o.y, alone) << type << " rows " << rows << " threads " << threads;
       }
+    }
 }
 
 // Products of several types, sizes and inputs in one call: those on one x are neighbours, some x come back later.
@@ -531,7 +544,8 @@ void check_groups(const std::string& type, const Stack& s, Product p, std::vecto
     run({p}, threads);
     ASSERT_EQ(y, expected) << type << ", threads " << threads;
   }
-  for (int g = 0; g < s.matrix.groups; g++)
+  for (int g = 0; g < s.matrix.groups; g++) {
+    const Weights w(s.w[size_t(g)]);
     for (int r = 0; r < (p.row_start ? p.row_start[g + 1] - p.row_start[g] : p.rows); r++) {
       const Place at = place(p, g, r);
       const std::vector<double> x = as_multiplied(type, at.x, s.matrix.k);
@@ -541,14 +555,13 @@ void check_groups(const std::string& type, const Stack& s, Product p, std::vecto
         const auto take = [&](double term, double magnitude) { sum += term, size += magnitude; };
         if (p.bias) take(double(p.bias[g * s.matrix.n + j]), std::fabs(double(p.bias[g * s.matrix.n + j])));
         if (p.add) take(double(before[out]), std::fabs(double(before[out])));
-        for (int i = 0; i < s.matrix.k; i++) {
-          const double w = s.w[size_t(g)].at(j, i), xi = x[size_t(i)];
-          take(w * xi, s.w[size_t(g)].size(j, i) * std::fabs(xi));
-        }
+        for (size_t i = 0; i < x.size(); i++)
+          take(w.row(size_t(j))[i] * x[i], w.row_sizes(size_t(j))[i] * std::fabs(x[i]));
         // As in check().
         ASSERT_NEAR(double(y[out]), sum, 0x1p-24 * (s.matrix.k + 8) * size) << type << " " << g << " " << r;
       }
     }
+  }
 }
 
 // MLA: each head a matrix, its rows a stretch of the token's row.
