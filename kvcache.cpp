@@ -10,7 +10,8 @@
 
 template <class Kv, int Block>
 KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
-    : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)} {}
+    : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)},
+      overflowed_(arena.take<int>(1)) {}
 
 template <class Kv, int Block>
 size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
@@ -69,9 +70,14 @@ void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch,
         Codec<Kv>::store(k_row, k_dim, rows.k(block, slot));
       if (v_dim > 0) Codec<Kv>::store(v_row, v_dim, rows.v(block, slot));
       if (overflows<Kv>(k_row, k_dim) || overflows<Kv>(v_row, v_dim))
-        std::atomic_ref(overflowed_).store(true, std::memory_order_relaxed);
+        std::atomic_ref(*overflowed_).store(1, std::memory_order_relaxed);
     }
   });
+}
+
+template <class Kv, int Block>
+bool KVCache<Kv, Block>::overflowed() const {
+  return *overflowed_ != 0;
 }
 
 template <class Kv, int Block>

@@ -8,7 +8,7 @@
 // addressing function, and the division disappears. Names follow vLLM: block_table, block_size, slot_mapping,
 // context_len, query_start.
 //
-// How a block's rows lie in it is the device's own choice: kernels/kv_cpu.h.
+// How a block's rows lie in it is the device's own choice: kernels/kv_cpu.h, kernels/kv_gpu.h.
 #pragma once
 
 #include <cstddef>
@@ -72,8 +72,8 @@ struct CacheView {
   CacheShape shape{};
   size_t block_bytes = 0;  // K and V rows of one head and the tokens of one block, and what the layout adds
 
-  int block_size() const { return Block ? Block : shape.block_size; }
-  std::byte* block(int layer, int block, int kv_head) const {
+  constexpr int block_size() const { return Block ? Block : shape.block_size; }
+  constexpr std::byte* block(int layer, int block, int kv_head) const {
     const auto size = [](int n) { return static_cast<size_t>(n); };
     const size_t head = size(layer) * size(shape.n_kv_heads) + size(kv_head);
     return memory + (head * size(shape.n_blocks) + size(block)) * block_bytes;
@@ -98,7 +98,7 @@ class KVCache {
   void append(const Team& team, int layer, const Batch& batch, const float* k, const float* v);
 
   // Whether anything finite was beyond Kv::largest, and so is NaN now.
-  bool overflowed() const { return overflowed_; }
+  bool overflowed() const;
 
   // One token's rows, for those who are not in a hurry: out [k_dim] float32 ...
   void load_k(int layer, int block, int kv_head, int slot, float* out) const;
@@ -113,11 +113,11 @@ class KVCache {
   // barrier.
   void copy_blocks(const Team& team, const Batch& batch);
 
-  // For the tests, which poison freed slots: [size()] bytes.
+  // For the tests, which poison freed slots: [size()] bytes of device memory.
   std::byte* memory() { return view_.memory; }
   size_t size() const { return bytes(view_.shape); }
 
  private:
   CacheView<Kv, Block> view_;
-  bool overflowed_ = false;
+  int* overflowed_ = nullptr;  // [1] in device memory
 };

@@ -3,6 +3,8 @@
 // Names follow vLLM: block_table, block_size, slot_mapping, context_len, query_start.
 #pragma once
 
+#include <memory>
+
 // Any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] .. query_start[s + 1] - 1, in
 // order of position, and are the last tokens of its context.
 struct Batch {
@@ -40,4 +42,8 @@ struct Limits {
 class DeviceBatch {
  public:
   const Batch& upload(const Batch& host);  // valid until the next
+
+ private:
+  struct Copy;
+  std::shared_ptr<Copy> copy_;  // null on the CPU
 };

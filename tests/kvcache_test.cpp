@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "batches.h"
+#include "device_memory.h"
 #include "kernels/build.h"
-#include "kernels/kv_cpu.h"
 
 namespace {
 
@@ -20,16 +20,28 @@ size_t at(int n) {
   return static_cast<size_t>(n);
 }
 
-// A row through the store and back, with a guard behind it.
+template <class Kv, int Block>
+size_t arena_bytes(const CacheShape& shape) {
+  return bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); });
+}
+
+// A row through the cache and back, with a guard behind it.
 template <class Kv>
-std::vector<float> round_trip(const std::vector<float>& x) {
-  const int dim = static_cast<int>(x.size());
-  std::vector<std::byte> row(Kv::row_bytes(dim));
+std::vector<float> round_trip(const std::vector<float>& x, bool* overflowed = nullptr) {
+  const CacheShape shape{1, 1, static_cast<int>(x.size()), 0, 1, 1};
+  Arena memory(arena_bytes<Kv, 1>(shape));
+  KVCache<Kv, 1> cache(memory, shape);
+  const int slot = 0;
+  Batch batch;
+  batch.n_tokens = 1;
+  batch.slot_mapping = &slot;
+  DeviceBatch on_device;
+  cache.append(Team{}, 0, on_device.upload(batch), device_copy(x).data(), nullptr);
   std::vector<float> y(x.size() + 1, -7);
-  Codec<Kv>::store(x.data(), dim, row.data());
-  load_row<Kv>(row.data(), dim, 0, dim, y.data());
+  cache.load_k(0, 0, 0, 0, y.data());
   EXPECT_EQ(y.back(), -7);
   y.pop_back();
+  if (overflowed) *overflowed = cache.overflowed();
   return y;
 }
 
@@ -112,6 +124,29 @@ TEST(Codec, InfinityAndNaNStayVisible) {
   expect_visible<KvBF16>(std::numeric_limits<float>::max());
 }
 
+// NaN and never infinite: an infinite key could give a weight of 0, and nobody would see it. The cache tells it.
+template <class Kv>
+void expect_overflow_is_nan(float fits, float beyond) {
+  for (const float sign : {1.0f, -1.0f})
+    for (const size_t place : {0, 5, 69}) {  // of whole registers and a rest
+      std::vector<float> x(70, 1.0f);
+      bool overflowed = true;
+      x[place] = sign * fits;
+      EXPECT_NEAR(round_trip<Kv>(x, &overflowed)[place] / fits, sign, 0.01f) << Kv::name;
+      EXPECT_FALSE(overflowed);
+      x[place] = sign * beyond;
+      EXPECT_TRUE(std::isnan(round_trip<Kv>(x, &overflowed)[place])) << Kv::name << " " << place;
+      EXPECT_TRUE(overflowed);
+    }
+}
+
+TEST(Codec, WhatATypeCannotHoldIsNaNAndReported) {
+  expect_overflow_is_nan<KvF16>(65504, 65520);
+  expect_overflow_is_nan<KvF16>(65504, 3e38f);
+  expect_overflow_is_nan<KvQ8>(KvQ8::largest, 1.01f * KvQ8::largest);
+  expect_overflow_is_nan<KvQ8>(KvQ8::largest, 3e38f);
+}
+
 template <class Kv>
 void expect_row_bytes(int dim, size_t bytes) {
   EXPECT_EQ(Kv::row_bytes(dim), bytes) << Kv::name << " " << dim;
@@ -130,11 +165,6 @@ TEST(Codec, RowBytes) {
 // A token's row is a whole number that tells where it belongs; every type keeps it to less than a half.
 float name_of(int layer, int t, int g, bool is_v) {
   return static_cast<float>((layer * 61 + t * 7 + g * 3 + is_v) % 127 + 1);
-}
-
-template <class Kv, int Block>
-size_t arena_bytes(const CacheShape& shape) {
-  return bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); });
 }
 
 template <class Kv, int Block>
@@ -163,8 +193,9 @@ class CacheModel {
         k.insert(k.end(), at(K_DIM), name_of(layer, t, g, false));
         v.insert(v.end(), at(v_dim), name_of(layer, t, g, true));
       }
-    threads.run(3,
-                [&](const Team& team) { cache.append(team, layer, batch, k.data(), v_dim > 0 ? v.data() : nullptr); });
+    const Buffer<float> device_k = device_copy(k), device_v = device_copy(v);
+    const Batch& uploaded = on_device.upload(batch);
+    threads.run(3, [&](const Team& team) { cache.append(team, layer, uploaded, device_k.data(), device_v.data()); });
   }
 
   void expect_token(int t, int block, int slot) {
@@ -188,7 +219,8 @@ class CacheModel {
     for (int b = 0; b < N_BLOCKS / 2; b++) from.push_back(b), to.push_back(b + (N_BLOCKS + 1) / 2);
     batch.n_copies = static_cast<int>(from.size());
     batch.copy_from = from.data(), batch.copy_to = to.data();
-    threads.run(3, [&](const Team& team) { cache.copy_blocks(team, batch); });
+    const Batch& uploaded = on_device.upload(batch);
+    threads.run(3, [&](const Team& team) { cache.copy_blocks(team, uploaded); });
     for (int t = 0; t < batch.n_tokens; t++) {
       const int block = slots[at(t)] / BLOCK_SIZE, slot = slots[at(t)] % BLOCK_SIZE;
       if (block >= N_BLOCKS / 2) continue;
@@ -203,6 +235,7 @@ class CacheModel {
   KVCache<Kv, Block> cache;
   std::vector<int> slots;
   Batch batch;
+  DeviceBatch on_device;
 };
 
 template <class Kv, int Block>
@@ -212,14 +245,25 @@ void check_cache() {
     for (int t = 0; t < model.batch.n_tokens; t++)
       model.expect_token(t, model.slots[at(t)] / model.BLOCK_SIZE, model.slots[at(t)] % model.BLOCK_SIZE);
     model.copy_and_check();
-    const CacheShape shape = model.cache.shape();
-    const size_t rows = at(model.LAYERS * model.HEADS);
-    EXPECT_EQ((KVCache<Kv, Block>::bytes_per_token(shape)), rows * (Kv::row_bytes(model.K_DIM) + Kv::row_bytes(v_dim)));
-    // A contiguous block of 20 tokens is rounded up to whole runs of 16.
-    EXPECT_EQ((KVCache<Kv, Block>::bytes(shape)),
-              (KVCache<Kv, Block>::bytes_per_token(shape)) * at(shape.n_blocks * (Block ? Block : 32)));
-    EXPECT_EQ(model.cache.size(), (KVCache<Kv, Block>::bytes(shape)));
+    EXPECT_EQ(model.cache.size(), (KVCache<Kv, Block>::bytes(model.cache.shape())));
   }
+}
+
+// Rows that are whole chunks of every device cost what they hold; a block may be filled up to 16 tokens (a contiguous
+// one) or 16 bytes.
+template <class Kv, int Block>
+void check_size(int v_dim) {
+  const CacheShape shape{3, 2, 64, v_dim, 7, Block ? Block : 20};
+  const size_t heads = at(shape.n_layers * shape.n_kv_heads), blocks = at(shape.n_blocks);
+  const size_t per_token = KVCache<Kv, Block>::bytes_per_token(shape), bytes = KVCache<Kv, Block>::bytes(shape);
+  EXPECT_EQ(per_token, heads * (Kv::row_bytes(64) + Kv::row_bytes(v_dim)));
+  EXPECT_GE(bytes, per_token * blocks * at(shape.block_size));
+  EXPECT_LE(bytes, per_token * blocks * at(Block ? Block : 32) + heads * blocks * 15);
+}
+
+TEST(KVCache, TakesWhatItsRowsHold) {
+#define CHECK_SIZE(Kv, Block) check_size<Kv, Block>(0), check_size<Kv, Block>(32);
+  FOR_EACH_CACHE(CHECK_SIZE)
 }
 
 TEST(KVCache, EveryRowHasItsPlace) {
@@ -237,12 +281,15 @@ void check_read_k() {
   KVCache<Kv, Block> cache(memory, shape);
   std::vector<float> k;
   for (int t = 0; t < context; t++) k.insert(k.end(), at(dim), static_cast<float>(t + 1));
-  const Batch& batch = batches.batch({{0, 0, context}});
-  std::vector<float> out(at(14 * dim));
+  DeviceBatch on_device;
+  const Batch& batch = on_device.upload(batches.batch({{0, 0, context}}));
+  const Buffer<float> device_k = device_copy(k);
+  Buffer<float> rows(at(14 * dim));
   Threads(2).run(2, [&](const Team& team) {
-    cache.append(team, 0, batch, k.data(), nullptr);
-    cache.read_k(team, 0, batch, 0, 5, 14, out.data());
+    cache.append(team, 0, batch, device_k.data(), nullptr);
+    cache.read_k(team, 0, batch, 0, 5, 14, rows.data());
   });
+  const std::vector<float> out = host_copy(rows);
   for (int i = 0; i < 14 * dim; i++)
     ASSERT_NEAR(out[at(i)], static_cast<float>(5 + i / dim + 1), 20.0 / 254 * (1 + 0x1p-9)) << Kv::name << " " << i;
 }

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "device_memory.h"
 #include "kernels/simd.h"
 
 namespace {
@@ -31,7 +33,7 @@ bool is_float(DType t) {
   return t == DType::f32 || t == DType::bf16 || t == DType::f16;
 }
 bool rounds_activations_to_bf16(DType t) {
-  return t == DType::bf16 && kernel_level() == std::string("avx512-bf16");
+  return t == DType::bf16 && (kernel_level() == std::string("avx512-bf16") || kernel_level() == std::string("cuda"));
 }
 
 // A tensor as it is in the model file, [n, k].
@@ -112,15 +114,60 @@ Tensor random_tensor(DType type, int n, int k, Random& random) {
 struct Packed {
   Buffer<std::byte> memory;
   Matrix matrix;
-  Packed(const TensorView& view, bool transposed = false) : memory(packed_bytes(view.type, view.n, view.k)) {
+  Packed(const TensorView& view, bool transposed = false) {
+    std::vector<std::byte> packed(packed_bytes(view.type, view.n, view.k));
+    for (int b = panels(view.n) - 1; b >= 0; b--) pack(view, transposed, b, packed.data());
+    memory = device_copy(packed);
     matrix = {view.type, view.n, view.k, 1, memory.data()};
-    for (int b = panels(view.n) - 1; b >= 0; b--) pack(view, transposed, b, memory.data());
   }
 };
 
 size_t input_rows(const Product& p) {
   return static_cast<size_t>(p.x_group ? p.weight->groups * p.x_rows : p.x_rows);
 }
+
+// Products whose operands lie in the host's memory, as products of copies in the device's.
+class OnDevice {
+ public:
+  explicit OnDevice(std::vector<Product> products) : host_(products), device_(std::move(products)) {
+    for (const Product& p : host_) floats_[p.x] = std::max(floats_[p.x], x_size(p));
+    for (const auto& [x, n] : floats_) x_[x] = device_copy(std::vector<float>(x, x + n));
+    for (Product& p : device_) {
+      const size_t groups = size_t(p.weight->groups);
+      p.x = x_[p.x].data();
+      if (p.bias) p.bias = keep(kept_, p.bias, groups * size_t(p.weight->n));
+      if (p.gather) p.gather = keep(ints_, p.gather, size_t(p.rows));
+      if (p.row_start) p.row_start = keep(ints_, p.row_start, groups + 1);
+      y_.push_back(device_copy(std::vector<float>(p.y, p.y + y_size(p))));
+      p.y = y_.back().data();
+    }
+  }
+  const std::vector<Product>& products() const { return device_; }
+  void bring_back() const {
+    for (size_t i = 0; i < y_.size(); i++)
+      if (y_[i].size() > 0) download(host_[i].y, y_[i].data(), y_[i].size() * sizeof(float));
+  }
+
+ private:
+  template <class T>
+  static const T* keep(std::vector<Buffer<T>>& where, const T* x, size_t n) {
+    where.push_back(device_copy(std::vector<T>(x, x + n)));
+    return where.back().data();
+  }
+  static size_t size(int rows, int stride, int groups, int group, int width) {
+    return rows == 0 ? 0 : size_t((rows - 1) * stride + (groups - 1) * group + width);
+  }
+  static size_t x_size(const Product& p) {
+    return size(p.x_rows, p.x_stride, p.weight->groups, p.x_group, p.weight->k);
+  }
+  static size_t y_size(const Product& p) { return size(p.rows, p.y_stride, p.weight->groups, p.y_group, p.weight->n); }
+
+  std::vector<Product> host_, device_;
+  std::map<const float*, size_t> floats_;  // of each x
+  std::map<const float*, Buffer<float>> x_;
+  std::vector<Buffer<float>> kept_, y_;
+  std::vector<Buffer<int>> ints_;
+};
 
 void run(const std::vector<Product>& products, int threads = 1) {
   static Threads team(3);
@@ -131,9 +178,11 @@ void run(const std::vector<Product>& products, int threads = 1) {
   workspace.plan(bytes);
   workspace.allocate(memory);
   Arena whole = workspace.begin();
-  if (bytes > 128)
-    std::fill_n(whole.take<std::byte>(bytes - 64), bytes - 64, std::byte(0xff));  // an earlier call's: NaN
-  team.run(threads, [&](const Team& t) { matmul(t, products.data(), static_cast<int>(products.size()), workspace); });
+  if (bytes > 128) fill(whole.take<std::byte>(bytes - 64), 0xff, bytes - 64);  // an earlier call's: NaN
+  const OnDevice copies(products);
+  const std::vector<Product>& p = copies.products();
+  team.run(threads, [&](const Team& t) { matmul(t, p.data(), static_cast<int>(p.size()), workspace); });
+  copies.bring_back();
 }
 
 // y = W x of one row.
@@ -419,14 +468,15 @@ struct Stack {
   Matrix matrix;
   std::vector<float> bias;  // [groups, n]
 
-  Stack(DType type, int groups, int n, int k, Random& random)
-      : memory(packed_bytes(weight_type(type), n, k) * size_t(groups)), bias(normal(size_t(groups * n), random)) {
-    matrix = {weight_type(type), n, k, groups, memory.data()};
+  Stack(DType type, int groups, int n, int k, Random& random) : bias(normal(size_t(groups * n), random)) {
+    std::vector<std::byte> packed(packed_bytes(weight_type(type), n, k) * size_t(groups));
     for (int g = 0; g < groups; g++) {
       w.push_back(random_tensor(type, n, k, random));
-      std::byte* at = memory.data() + packed_bytes(weight_type(type), n, k) * size_t(g);
+      std::byte* at = packed.data() + packed_bytes(weight_type(type), n, k) * size_t(g);
       for (int p = 0; p < panels(n); p++) pack(w.back().view(), false, p, at);
     }
+    memory = device_copy(packed);
+    matrix = {weight_type(type), n, k, groups, memory.data()};
   }
   Matrix one(int g) const {
     Matrix m = matrix;
@@ -542,10 +592,15 @@ TEST(Matmul, MoreRowsThanPlannedAreRefused) {
   workspace.allocate(memory);
   const std::vector<float> before = o.y;
   Threads threads(2);
-  EXPECT_THROW(threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); }), Error);
+  const auto multiply = [&] {
+    const OnDevice copies({o.product});
+    threads.run(2, [&](const Team& team) { matmul(team, copies.products().data(), 1, workspace); });
+    copies.bring_back();
+  };
+  EXPECT_THROW(multiply(), Error);
   EXPECT_EQ(o.y, before);
   o.product.rows = o.product.x_rows = 50;
-  threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); });
+  multiply();
   EXPECT_NE(o.y, before);
 }
 

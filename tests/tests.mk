@@ -11,7 +11,9 @@ PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
-TESTS := $(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp))
+TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
+EMULATED_TESTS := kvcache_test layers_test matmul_test experts_test logits_test
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test logits_test)
 TOOLS := tokenize render
 
 test: .venv/tests
@@ -20,16 +22,17 @@ test: .venv/tests
 	@$(PYTHON) -m pytest tests
 
 # One after the other: each uses all cores.
-gtest: $(TESTS:%=$(TEST)/%) $(TOOLS:%=$(TEST)/%)
-	@for t in $(TESTS); do echo "$(LEVEL) $$t"; $(TEST)/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
-	  [ -z "$$failed" ] || { echo "failed at $(LEVEL):$$failed"; exit 1; }
+GTESTS = $(TESTS:%=$(TEST)/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%)
+gtest: $(GTESTS) $(TOOLS:%=$(TEST)/%)
+	@for t in $(GTESTS:build/test/%=%); do echo "$$t"; build/test/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
+	  [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # The kernels again, at each lower level of vector instructions that this machine has.
 cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
 OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
-  HOST=host/error CLI=
+  EMULATED_TESTS= RACE_TESTS= HOST=host/error CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
@@ -38,8 +41,22 @@ $(TEST)/%_test: $(TEST)/tests/%_test.o $(TEST_STAGES)
 $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
+# ---- The .cu files without a GPU: the host's compiler and tests/emulation/, under the same tests. race: compiled with
+# -fsanitize=thread, but linked with our own answer to its calls (tests/emulation/race.cpp).
+EMULATION := $(patsubst %,$(TEST)/tests/emulation/%.o,machine emulation)
+SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU),$(KERNELS)) $(HOST))
+emulate = $(call compile,-x c++ -Wno-unknown-pragmas -DBUILD_EVERY_COMBINATION $1)
+RACE_FLAGS := -O1 -g1 -fsanitize=thread
+$(TEST)/emulated/%.o: %.cu $(COMMON)/flags ; $(call emulate)
+$(TEST)/race/%.o: %.cu $(COMMON)/flags ; $(call emulate,$(RACE_FLAGS))
+$(TEST)/tests/emulation_test.o: private CXXFLAGS += $(RACE_FLAGS)
+$(TEST)/emulated/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/emulated/%.o) $(EMULATION) $(SHARED)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+$(TEST)/race/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/race/%.o) $(EMULATION) $(TEST)/tests/emulation/race.o $(SHARED)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+
 lint: .venv/tests
-	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.cpp */*.h */*.cpp)
+	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.c[pu]* */*.h */*.c[pu]* tests/emulation/*)
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
