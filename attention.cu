@@ -118,10 +118,10 @@ struct Layout {
 
   // What the warps of 16 query rows have in common.
   struct alignas(CHUNK) Shared {
-    std::byte q[Op::Q_PARTS * Q_PART];                    // [parts, ROWS] rows of K 16-bit elements
-    float factor[ROWS];                                   // of the rows' scores
-    float reduced[SHARERS][ROWS];                         // one number of each row
-    float4 weights[SHARERS > 1 ? TILE / 8 : 1][32];       // [tokens / 8, lanes] as the lanes hold them
+    std::byte q[Op::Q_PARTS * Q_PART];               // [parts, ROWS] rows of K 16-bit elements
+    float factor[ROWS];                              // of the rows' scores
+    float reduced[SHARERS][ROWS];                    // one number of each row
+    float4 weights[SHARERS > 1 ? TILE / 8 : 1][32];  // [tokens / 8, lanes] as the lanes hold them
   };
   static constexpr int tile_bytes(bool v_is_k) { return TILE * (K_STRIDE + (v_is_k ? 0 : V_STRIDE)); }
   static size_t shared_bytes(const AttentionShape& shape, int n_warps) {
@@ -187,12 +187,15 @@ __device__ void copy_scales(const std::byte* from, int n, const TileRows& to) {
 template <class L>
 __device__ void start_copy(const Context<typename L::Kv>& context, int first, int block, bool v_is_k, std::byte* tile) {
   using Rows = HeadRows<typename L::Kv, 0>;
-  const int slot = (first + lane_id()) % context.cache.block_size, k_dim = context.cache.k_dim, v_dim = context.cache.v_dim;
+  const int slot = (first + lane_id()) % context.cache.block_size, k_dim = context.cache.k_dim,
+            v_dim = context.cache.v_dim;
   const bool is_there = block >= 0;
   const TileRows k = keys_of<L>(tile), v = values_of<L>(tile, v_is_k);
-  copy_rows<L::K * L::BYTES>(is_there ? context.rows.k(block, slot) : nullptr, static_cast<int>(Rows::stride(k_dim)), k);
+  copy_rows<L::K * L::BYTES>(is_there ? context.rows.k(block, slot) : nullptr, static_cast<int>(Rows::stride(k_dim)),
+                             k);
   if (!v_is_k)
-    copy_rows<L::V * L::BYTES>(is_there ? context.rows.v(block, slot) : nullptr, static_cast<int>(Rows::stride(v_dim)), v);
+    copy_rows<L::V * L::BYTES>(is_there ? context.rows.v(block, slot) : nullptr, static_cast<int>(Rows::stride(v_dim)),
+                               v);
   if constexpr (Rows::IS_QUANTISED) {
     copy_scales<L::K / GROUP>(is_there ? context.rows.k_scales(block, slot) : nullptr,
                               static_cast<int>(Rows::scales(k_dim)), k);
@@ -237,8 +240,8 @@ struct State {
   }
 };
 
-// Two parts with maxima m and `other` become one with the larger maximum, m: what each is multiplied by. A part in which
-// nothing was seen changes the other one in no bit.
+// Two parts with maxima m and `other` become one with the larger maximum, m: what each is multiplied by. A part in
+// which nothing was seen changes the other one in no bit.
 struct Factors {
   float mine, others;
 };
@@ -255,7 +258,8 @@ template <class L>
 __device__ void merge(State<L>& earlier, const State<L>& later) {
   Factors f[2];
 #pragma unroll
-  for (int r = 0; r < 2; r++) f[r] = join(earlier.m[r], later.m[r]), earlier.l[r] = join(earlier.l[r], later.l[r], f[r]);
+  for (int r = 0; r < 2; r++)
+    f[r] = join(earlier.m[r], later.m[r]), earlier.l[r] = join(earlier.l[r], later.l[r], f[r]);
 #pragma unroll
   for (int i = 0; i < L::COLUMNS / 8; i++)
 #pragma unroll
@@ -337,13 +341,12 @@ __device__ void multiply_keys(float (&s)[L::TOKENS / 8][4], const std::byte* q, 
       float d[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int step = 0; step < 2; step++) {
-        B<Op::KV_PARTS> b;
+        uint32_t b[2];
         Op::keys(b, k.row(first + n * 8 + g) + (group * GROUP + step * 16 + 4 * t) * L::BYTES);
         multiply<typename Op::Type>(L::IS_SCALED ? d : s[n], a[step], b);
       }
       if constexpr (L::IS_SCALED)
-        for (int j = 0; j < 4; j++)
-          s[n][j] = fmaf(d[j], k.scale(first + n * 8 + 2 * t + j % 2, group), s[n][j]);
+        for (int j = 0; j < 4; j++) s[n][j] = fmaf(d[j], k.scale(first + n * 8 + 2 * t + j % 2, group), s[n][j]);
     }
   }
 }
@@ -365,7 +368,8 @@ __device__ void weigh(float (&s)[L::TOKENS / 8][4], State<L>& state, const Span 
       s[n][j] = token >= span[r].begin && token < span[r].end ? x : NONE;
       m[r] = fmaxf(m[r], s[n][j]);
     }
-  reduce_row<L>(m, [](float a, float b) { return fmaxf(a, b); }, shared);
+  reduce_row<L>(
+      m, [](float a, float b) { return fmaxf(a, b); }, shared);
   float base[2], factor[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -429,7 +433,7 @@ __device__ void multiply_values(State<L>& state, const float (&weights)[TILE / 8
         }
         set<typename Op::Type>(a.part, i, low, high);
       }
-      B<Op::KV_PARTS> b[4];
+      uint32_t b[4][2];
       Op::values(b, v.row(step * 16) + (first + group * GROUP) * L::BYTES, v.stride);
 #pragma unroll
       for (int n = 0; n < 4; n++) multiply<typename Op::Type>(state.o[group * 4 + n], a, b[n]);
@@ -508,9 +512,11 @@ __global__ void __launch_bounds__(MOST_WARPS * 32)
   const int last_row = min(queries.first_row + n_row_groups * ROWS, queries.n_rows) - 1;
   const int begin = seen_by(batch, shape, queries.token(queries.first_row)).begin;
   const int end = seen_by(batch, shape, queries.token(last_row)).end, split = static_cast<int>(blockIdx.z);
-  const Context<typename L::Kv> context{
-      {view, layer, static_cast<int>(blockIdx.y)}, view.shape,
-      batch.block_table + to_size(queries.sequence) * to_size(batch.max_blocks), begin, end};
+  const Context<typename L::Kv> context{{view, layer, static_cast<int>(blockIdx.y)},
+                                        view.shape,
+                                        batch.block_table + to_size(queries.sequence) * to_size(batch.max_blocks),
+                                        begin,
+                                        end};
   int at = max(begin / TILE * TILE, partials.o ? split * SPLIT : 0);
   const int stop = min(end, partials.o ? (split + 1) * SPLIT : end);
   if (at >= stop) return;
@@ -547,7 +553,8 @@ __global__ void __launch_bounds__(MOST_WARPS * 32)
     share_weights<L>(scores, weights, shared);
     multiply_values<L>(part, weights, values_of<L>(tile, shape.v_is_k));
     if ((at + TILE) % SPLIT == 0 || at + TILE >= stop) {
-      reduce_row<L>(part.l, [](float a, float b) { return a + b; }, shared);
+      reduce_row<L>(
+          part.l, [](float a, float b) { return a + b; }, shared);
       merge(total, part);
       part.clear();
     }
@@ -599,7 +606,7 @@ void with_layout(const AttentionShape& shape, F f) {
        shape.k_dim, shape.v_dim);
 }
 
-constexpr int ENOUGH_BLOCKS = 256;                       // of threads: they fill a GPU
+constexpr int ENOUGH_BLOCKS = 256;  // of threads: they fill a GPU
 constexpr size_t MOST_PARTIAL_BYTES = size_t{128} << 20;
 
 }  // namespace
@@ -621,34 +628,49 @@ size_t Naive::workspace_bytes(const AttentionShape&, const Limits&) {
 template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  with_layout<Kv>(shape, [&](auto layout) {
-    using L = decltype(layout);
-    const int n_rows = batch.n_tokens * (shape.n_heads / shape.n_kv_heads), G = shape.n_kv_heads;
-    const int n_warps = n_rows > ROWS * batch.n_sequences ? MOST_WARPS : L::SHARERS;
-    const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
-    const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
-    Partials partials;
-    const auto take = [&](Arena& arena) { partials = Partials(arena, shape, batch.n_tokens, n_splits); };
-    Arena arena = workspace.begin();
-    if (n_splits > 1 && n_blocks * G < ENOUGH_BLOCKS && bytes_of(take) <= workspace.bytes())
-      take(arena);
-    else
-      partials = {};
-    const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(G), static_cast<unsigned>(partials.n_splits));
-    launch(team, flash<L>, grid, static_cast<unsigned>(n_warps) * 32, L::shared_bytes(shape, n_warps), q,
-           any_block_size(cache.view()), layer, batch, shape, partials, out);
-    if (!partials.o) return;
-    launch(team, merge_splits, static_cast<unsigned>(batch.n_tokens * shape.n_heads), 128, 0, batch, shape, partials,
-           out);
-  });
+  if constexpr (std::is_same_v<Kv, KvF32>)
+    return Naive::attend(team, q, cache, layer, batch, shape, out, workspace);  // tensor cores have no float32
+  else
+    with_layout<Kv>(shape, [&](auto layout) {
+      using L = decltype(layout);
+      const int n_rows = batch.n_tokens * (shape.n_heads / shape.n_kv_heads), G = shape.n_kv_heads;
+      const int n_warps = n_rows > ROWS * batch.n_sequences ? MOST_WARPS : L::SHARERS;
+      const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
+      const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
+      Partials partials;
+      const auto take = [&](Arena& arena) { partials = Partials(arena, shape, batch.n_tokens, n_splits); };
+      Arena arena = workspace.begin();
+      if (n_splits > 1 && n_blocks * G < ENOUGH_BLOCKS && bytes_of(take) <= workspace.bytes())
+        take(arena);
+      else
+        partials = {};
+      const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(G),
+                      static_cast<unsigned>(partials.n_splits));
+      launch(team, flash<L>, grid, static_cast<unsigned>(n_warps) * 32, L::shared_bytes(shape, n_warps), q,
+             any_block_size(cache.view()), layer, batch, shape, partials, out);
+      if (!partials.o) return;
+      launch(team, merge_splits, static_cast<unsigned>(batch.n_tokens * shape.n_heads), 128, 0, batch, shape, partials,
+             out);
+    });
 }
 
 size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
   with_layout<KvF16>(shape, [](auto) {});  // is there one?
   const int n_splits = divide_up(limits.context, SPLIT);
-  return min(MOST_PARTIAL_BYTES,
-             bytes_of([&](Arena& arena) { Partials(arena, shape, limits.max_tokens, n_splits); }));
+  return min(MOST_PARTIAL_BYTES, bytes_of([&](Arena& arena) { Partials(arena, shape, limits.max_tokens, n_splits); }));
 }
+
+template <class Kv>
+double Flash::operand_rounding() {
+  if constexpr (std::is_same_v<Kv, KvF32>)
+    return 0;
+  else
+    return Operands<Kv>::ROUNDING;
+}
+template double Flash::operand_rounding<KvF32>();
+template double Flash::operand_rounding<KvF16>();
+template double Flash::operand_rounding<KvBF16>();
+template double Flash::operand_rounding<KvQ8>();
 
 #define INSTANTIATE(Kv, Block)                                                                                    \
   template void Naive::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \

@@ -11,14 +11,10 @@
 //
 // two 16-bit elements in each register of A and B. So a lane has results of two rows, and a row's lie in the four lanes
 // of a quad; two D side by side lie as one A does: weights go from the first product into the second as they are.
-// An operand may be a sum of parts: the number as 16 bits hold it, and what rounding has lost.
+// A may be a sum of parts: the number as 16 bits hold it, and what rounding has lost.
 template <int PARTS>
 struct A {
   uint32_t part[PARTS][4];
-};
-template <int PARTS>
-struct B {
-  uint32_t part[PARTS][2];
 };
 
 __device__ inline int lane_id() {
@@ -48,95 +44,77 @@ __device__ inline void set(uint32_t (&part)[PARTS][N], int i, float low, float h
     part[1][i] = Type::pack(low - Type::unpack(part[0][i]), high - Type::unpack(part[0][i] >> 16));
 }
 
-// d += a b, but for the product of two second parts, which is too small to matter.
-template <class Type, int A_PARTS, int B_PARTS>
-__device__ void multiply(float (&d)[4], const A<A_PARTS>& a, const B<B_PARTS>& b) {
+// d += a b
+template <class Type, int PARTS>
+__device__ void multiply(float (&d)[4], const A<PARTS>& a, const uint32_t (&b)[2]) {
 #pragma unroll
-  for (int i = 0; i < A_PARTS; i++)
-#pragma unroll
-    for (int j = 0; j < B_PARTS && i + j < 2; j++) Type::mma(d, a.part[i], b.part[j]);
+  for (int i = 0; i < PARTS; i++) Type::mma(d, a.part[i], b);
 }
 
 // How rows of a KV type become B operands. `keys`: of 8 tokens, lane's token's elements at `from`, four of them (the
 // sum over k may go in any order that q shares: lane t takes elements 4t .. 4t + 3 of each 16, in one load). `values`:
 // 16 tokens by 32 columns; result c of product n is column `column(n, c)`.
 //
-//             operands      parts of q and of the weights, of K and V     error
-//     f16     f16           1, 1                                          2^-11 of q and of a weight
-//     bf16    bf16          1, 1                                          2^-8 of q and of a weight
-//     q8      bf16          2, 1: integers, exact; scales stay float      2^-16 of q and of a weight
-//     f32     bf16          2, 2                                          2^-16 of each
+//             operands                                       parts of q, weights     their error
+//     f16     f16                                            1                       2^-11
+//     bf16    bf16                                           1                       2^-8
+//     q8      bf16: integers, exact; scales stay float       2                       2^-16
 template <class Kv>
 struct Operands;
 
-template <class T>
+template <class T, int BITS>
 struct HalfOperands {
   using Type = T;
-  static constexpr int Q_PARTS = 1, KV_PARTS = 1;
-  static __device__ void keys(B<1>& b, const std::byte* from) {
+  static constexpr int Q_PARTS = 1;
+  static constexpr double ROUNDING = 1.0 / (1 << BITS);
+  static __device__ void keys(uint32_t (&b)[2], const std::byte* from) {
     const uint2 x = load_vector<uint2>(from);
-    b.part[0][0] = x.x, b.part[0][1] = x.y;
+    b[0] = x.x, b[1] = x.y;
   }
   // Row i of matrix m: token 8 (m % 2) + i, columns 8 (m / 2) .. + 7; "trans" gives a lane two tokens of a column.
-  static __device__ void values(B<1> (&b)[4], const std::byte* from, int stride) {
+  static __device__ void values(uint32_t (&b)[4][2], const std::byte* from, int stride) {
     const std::byte* row = from + lane_id() % 16 * stride + lane_id() / 16 * 16;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       uint32_t x[4];
       ldmatrix_x4_trans(x, row + half * 32);
 #pragma unroll
-      for (int i = 0; i < 4; i++) b[half * 2 + i / 2].part[0][i % 2] = x[i];
+      for (int i = 0; i < 4; i++) b[half * 2 + i / 2][i % 2] = x[i];
     }
   }
-  static __device__ int column(int product, int c) { return product * 8 + c; }
+  static __device__ int column(int product, int c) {
+    return product * 8 + c;
+  }
 };
 template <>
-struct Operands<KvF16> : HalfOperands<F16> {};
+struct Operands<KvF16> : HalfOperands<F16, 11> {};
 template <>
-struct Operands<KvBF16> : HalfOperands<BF16> {};
+struct Operands<KvBF16> : HalfOperands<BF16, 8> {};
 
 template <>
 struct Operands<KvQ8> {
   using Type = BF16;
-  static constexpr int Q_PARTS = 2, KV_PARTS = 1;
+  static constexpr int Q_PARTS = 2;
+  static constexpr double ROUNDING = 0x1p-16;
   static __device__ uint32_t pair(uint32_t bytes, int i, int j) {
     const auto element = [&](int n) { return static_cast<float>(static_cast<int8_t>(bytes >> 8 * n)); };
     return pack_bf16(element(i), element(j));
   }
-  static __device__ void keys(B<1>& b, const std::byte* from) {
+  static __device__ void keys(uint32_t (&b)[2], const std::byte* from) {
     const uint32_t x = load_vector<uint32_t>(from);
-    b.part[0][0] = pair(x, 0, 1), b.part[0][1] = pair(x, 2, 3);
+    b[0] = pair(x, 0, 1), b[1] = pair(x, 2, 3);
   }
   // The same matrices, of 16 bits that are two columns: the even columns make one product, the odd ones another.
-  static __device__ void values(B<1> (&b)[4], const std::byte* from, int stride) {
+  static __device__ void values(uint32_t (&b)[4][2], const std::byte* from, int stride) {
     uint32_t x[4];
     ldmatrix_x4_trans(x, from + lane_id() % 16 * stride + lane_id() / 16 * 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      b[i / 2 * 2].part[0][i % 2] = pair(x[i], 0, 2);
-      b[i / 2 * 2 + 1].part[0][i % 2] = pair(x[i], 1, 3);
+      b[i / 2 * 2][i % 2] = pair(x[i], 0, 2);
+      b[i / 2 * 2 + 1][i % 2] = pair(x[i], 1, 3);
     }
   }
-  static __device__ int column(int product, int c) { return product / 2 * 16 + 2 * c + product % 2; }
-};
-
-template <>
-struct Operands<KvF32> {
-  using Type = BF16;
-  static constexpr int Q_PARTS = 2, KV_PARTS = 2;
-  static __device__ void keys(B<2>& b, const std::byte* from) {
-    const float4 x = load_vector<float4>(from);
-    set<Type>(b.part, 0, x.x, x.y), set<Type>(b.part, 1, x.z, x.w);
+  static __device__ int column(int product, int c) {
+    return product / 2 * 16 + 2 * c + product % 2;
   }
-  static __device__ void values(B<2> (&b)[4], const std::byte* from, int stride) {
-    const std::byte* at = from + lane_id() % 4 * 2 * stride + lane_id() / 4 * 4;
-#pragma unroll
-    for (int product = 0; product < 4; product++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const std::byte* x = at + half * 8 * stride + product * 32;
-        set<Type>(b[product].part, half, load_vector<float>(x), load_vector<float>(x + stride));
-      }
-  }
-  static __device__ int column(int product, int c) { return product * 8 + c; }
 };

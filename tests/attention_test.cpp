@@ -11,49 +11,12 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstring>
-#include <random>
 #include <utility>
 #include <vector>
 
-#include "batches.h"
-#include "device_memory.h"
-#include "kernels/build.h"
+#include "attention_world.h"
 
 namespace {
-
-size_t at(int n) {
-  return static_cast<size_t>(n);
-}
-
-AttentionShape make_shape(int n_heads, int n_kv_heads, int k_dim, int v_dim, bool v_is_k = false) {
-  AttentionShape s;
-  s.n_heads = n_heads, s.n_kv_heads = n_kv_heads, s.k_dim = k_dim, s.v_dim = v_dim, s.v_is_k = v_is_k;
-  s.scale = 1 / std::sqrt(static_cast<float>(k_dim));
-  return s;
-}
-
-// Queries, keys and values of every token of some sequences.
-struct Data {
-  AttentionShape shape;
-  std::vector<int> contexts;
-  std::vector<std::vector<float>> q, k, v;  // a sequence each: [context, n_heads, k_dim], [context, n_kv_heads, ...]
-
-  Data(const AttentionShape& s, std::vector<int> lengths, float k_size = 1) : shape(s), contexts(std::move(lengths)) {
-    std::mt19937 random(1);
-    const auto fill = [&](int n, float size) {
-      std::normal_distribution<float> normal(0, size);
-      std::vector<float> x(at(n));
-      for (float& value : x) value = normal(random);
-      return x;
-    };
-    for (int n : contexts) {
-      q.push_back(fill(n * s.n_heads * s.k_dim, 1 / k_size));
-      k.push_back(fill(n * s.n_kv_heads * s.k_dim, k_size));
-      v.push_back(s.v_is_k ? std::vector<float>() : fill(n * s.n_kv_heads * s.v_dim, 1));
-    }
-  }
-};
 
 // What the cache makes of row `row` of rows [.., dim], written from the types' definitions.
 double as_f16(float x) {
@@ -76,7 +39,8 @@ std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim)
     float amax = 0;
     for (int j = i; j < end; j++) amax = std::max(amax, std::fabs(x[j]));
     _Float16 scale = static_cast<_Float16>(amax / 127);
-    if (double(scale) * 127 < double(amax)) scale = std::bit_cast<_Float16>(static_cast<uint16_t>(std::bit_cast<uint16_t>(scale) + 1));
+    if (double(scale) * 127 < double(amax))
+      scale = std::bit_cast<_Float16>(static_cast<uint16_t>(std::bit_cast<uint16_t>(scale) + 1));
     for (int j = i; j < end; j++)
       y[at(j)] = amax > 0 ? double(scale) * std::nearbyint(double(x[j] * (1 / static_cast<float>(scale)))) : 0;
   }
@@ -88,19 +52,6 @@ std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim)
 struct Reference {
   std::vector<double> out, bound, of_rounding;  // [tokens, n_heads, v_dim]
 };
-
-// How far Flash rounds a query's element and a weight. Tensor cores take 16-bit numbers: float16 and bfloat16 as they
-// are, of q8 and float32 the sum of two bfloat16, of which float32 has three products that are not exact (attention.cu).
-template <class Kv>
-double operand_rounding() {
-#ifdef EMULATED
-  if (std::is_same_v<Kv, KvF16>) return 0x1p-11;
-  if (std::is_same_v<Kv, KvBF16>) return 0x1p-8;
-  return std::is_same_v<Kv, KvQ8> ? 0x1p-16 : 3 * 0x1p-16;
-#else
-  return 0;
-#endif
-}
 
 template <class Kv>
 Reference reference(const Data& d, const std::vector<Piece>& chunks) {
@@ -154,105 +105,6 @@ Reference reference(const Data& d, const std::vector<Piece>& chunks) {
   return result;
 }
 
-constexpr int LAYERS = 2, LAYER = 1;
-
-// What a kernel plans for such a call and no more, filled with NaN.
-template <class Kernel>
-struct ScratchMemory {
-  ScratchMemory(const AttentionShape& shape, int n_tokens, int context, int n_threads) {
-    Limits limits;
-    limits.max_tokens = n_tokens, limits.context = context, limits.max_threads = n_threads;
-    const size_t bytes = Kernel::workspace_bytes(shape, limits);
-    workspace.plan(bytes);
-    memory = Arena(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
-    workspace.allocate(memory);
-    if (bytes > 0) fill(workspace.begin().take<std::byte>(0), 0xff, bytes);
-  }
-  Arena memory;
-  Workspace workspace;
-};
-
-// A cache in which the sequences' blocks are permuted and every byte that no token wrote makes a NaN.
-template <class Kv, int Block>
-class World {
- public:
-  explicit World(const Data& data)
-      : d(data),
-        batches(static_cast<int>(data.contexts.size()),
-                std::max(1, *std::max_element(data.contexts.begin(), data.contexts.end())), Block, 3) {
-    const AttentionShape& s = d.shape;
-    const CacheShape shape{
-        LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, batches.n_blocks(), batches.block_size()};
-    memory = Arena(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); }));
-    cache = KVCache<Kv, Block>(memory, shape);
-    fill(cache.memory(), 0xff, cache.size());
-  }
-
-  // The tokens enter the cache, no more.
-  void append(const Piece& chunk) {
-    const Batch& batch = gather({chunk});
-    const Buffer<float> device_k = device_copy(k), device_v = device_copy(v);
-    cache.append(Team{}, LAYER, on_device.upload(batch), device_k.data(), device_v.data());
-    synchronize();
-  }
-
-  // One step, by n_threads in memory for `planned`: the chunks' tokens enter the cache, then attend.
-  template <class Kernel>
-  const std::vector<float>& step(const std::vector<Piece>& chunks, int n_threads, int planned) {
-    const Batch& batch = on_device.upload(gather(chunks));
-    AttentionShape s = d.shape;
-    const Buffer<float> device_q = device_copy(q), device_k = device_copy(k), device_v = device_copy(v);
-    const Buffer<float> sinks =
-        device_copy(s.sinks ? std::vector<float>(s.sinks, s.sinks + s.n_heads) : std::vector<float>());
-    s.sinks = sinks.data();
-    out.assign(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
-    Buffer<float> device_out = device_copy(out);
-    ScratchMemory<Kernel> scratch(s, batch.n_tokens, longest_context, planned);
-    Threads threads(n_threads);
-    threads.run(n_threads, [&](const Team& team) {
-      cache.append(team, LAYER, batch, device_k.data(), device_v.data());
-      Kernel::attend(team, device_q.data(), cache, LAYER, batch, s, device_out.data(), scratch.workspace);
-    });
-    return out = host_copy(device_out);
-  }
-
-  std::vector<float> out;  // [tokens, n_heads, v_dim] of the last step
-
- private:
-  const Batch& gather(const std::vector<Piece>& chunks) {
-    const AttentionShape& s = d.shape;
-    q.clear(), k.clear(), v.clear();
-    longest_context = 0;
-    const auto append = [](std::vector<float>& to, const std::vector<float>& from, int first, int n, int width) {
-      if (!from.empty()) to.insert(to.end(), from.begin() + first * width, from.begin() + (first + n) * width);
-    };
-    for (const Piece& c : chunks) {
-      append(q, d.q[at(c.sequence)], c.first, c.n, s.n_heads * s.k_dim);
-      append(k, d.k[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.k_dim);
-      append(v, d.v[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.v_dim);
-      longest_context = std::max(longest_context, c.first + c.n);
-    }
-    return batches.batch(chunks, {}, s.window);
-  }
-
-  const Data& d;
-  Batches batches;
-  DeviceBatch on_device;
-  Arena memory;
-  KVCache<Kv, Block> cache;
-  int longest_context = 0;
-  std::vector<float> q, k, v;
-};
-
-// One step, with the tokens before the chunks in the cache.
-template <class Kernel, class Kv, int Block>
-std::vector<float> attention_of(const Data& d, const std::vector<Piece>& chunks, int n_threads) {
-  World<Kv, Block> world(d);
-  for (const Piece& c : chunks)
-    if (c.first > 0) world.append({c.sequence, 0, c.first});
-  return world.template step<Kernel>(chunks, n_threads, n_threads);
-}
-
 void expect_near(const std::vector<float>& out, const Reference& expected, double rounding, const char* what,
                  int block) {
   ASSERT_EQ(out.size(), expected.out.size());
@@ -265,7 +117,7 @@ void expect_near(const std::vector<float>& out, const Reference& expected, doubl
 template <class Kv, int Block>
 void check_kernels(const Data& d, const std::vector<Piece>& chunks, const Reference& expected) {
   expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, 0, "naive", Block);
-  const double rounding = operand_rounding<Kv>();
+  const double rounding = Flash::operand_rounding<Kv>();
   expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, rounding, "flash", Block);
 }
 
@@ -343,23 +195,14 @@ TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
       if (j > t) continue;
       const std::vector<double> row = stored_row<TypeParam>(d.v[0], j, dim);
       for (int i = 0; i < dim; i++) {
-        // Only float32 is more than an operand holds.
-        const double value_rounding =
-            std::is_same_v<TypeParam, KvF32> ? operand_rounding<TypeParam>() * std::fabs(row[at(i)]) : 0;
         ASSERT_NEAR(double(naive[at((t * 2 + h) * dim + i)]), row[at(i)], row[at(i)] == 0 ? 1e-35 : 0)
             << t << " " << h << " " << i;
-        ASSERT_NEAR(double(flash[at((t * 2 + h) * dim + i)]), row[at(i)], row[at(i)] == 0 ? 1e-35 : value_rounding)
+        ASSERT_NEAR(double(flash[at((t * 2 + h) * dim + i)]), row[at(i)], row[at(i)] == 0 ? 1e-35 : 0)
             << t << " " << h << " " << i;
       }
     }
 }
 
-void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b, const std::string& what) {
-  ASSERT_EQ(a.size(), b.size());
-  EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0) << what;
-}
-
-// All of sequence 0, in chunks of n tokens; `beside` other sequences decode a token in the same steps.
 template <class Kernel, class Kv, int Block>
 std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
   World<Kv, Block> world(d);
@@ -405,40 +248,6 @@ TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
   }
 }
 
-#ifndef EMULATED
-// Rows in plain memory, a split at a time, give what attend gives for a float32 cache of the same rows.
-TEST(AttendRows, SameBitsAsAttend) {
-  const float sinks[] = {1, -3, 20, 0};
-  for (int window : {0, 300}) {
-    AttentionShape s = make_shape(4, 2, 24, 20);
-    s.window = window;
-    s.sinks = window > 0 ? sinks : nullptr;
-    const int context = 700, first = 640, n = context - first;
-    const Data d(s, {context});
-    const std::vector<float> expected = attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    Batches batches(2, context, 0);
-    const Batch& batch = batches.batch({{0, 0, 1}, {1, first, n}});
-    const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
-    std::vector<float> q(at(q_width)), out(at((n + 1) * out_width), -7);
-    q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
-    ScratchMemory<Flash> scratch(s, n + 1, context, 2);
-    Threads(2).run(2, [&](const Team& team) {
-      Flash::begin(team, batch, 1, s, out.data(), scratch.workspace);
-      for (int at_token = 0; at_token < context; at_token += ATTENTION_SPLIT) {
-        const PlainRows rows{d.k[0].data() + at_token * s.n_kv_heads * s.k_dim,
-                             d.v[0].data() + at_token * s.n_kv_heads * s.v_dim, at_token,
-                             std::min(ATTENTION_SPLIT, context - at_token)};
-        Flash::attend_rows(team, q.data(), rows, batch, 1, s, out.data(), scratch.workspace);
-      }
-      Flash::end(team, batch, 1, s, out.data(), scratch.workspace);
-    });
-    for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
-    out.erase(out.begin(), out.begin() + out_width);
-    expect_same_bits(out, expected, "window " + std::to_string(window));
-  }
-}
-#endif
-
 // A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
 // behaviour.
 TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
@@ -452,41 +261,5 @@ TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
     attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
   }
 }
-
-#ifndef EMULATED
-// Scratch memory that was planned for a smaller team is refused, on every thread, before anything is written.
-template <class Kernel>
-void expect_team_refused(int planned, int used) {
-  const Data d(make_shape(4, 2, 24, 20), {40});
-  World<KvF16, 16> world(d);
-  EXPECT_THROW(world.template step<Kernel>({{0, 0, 40}}, used, planned), Error) << Kernel::name;
-  for (float x : world.out) ASSERT_EQ(x, -7) << Kernel::name;
-  EXPECT_NO_THROW(world.template step<Kernel>({{0, 0, 40}}, planned, planned)) << Kernel::name;
-}
-
-TEST(AttentionMemory, ALargerTeamThanPlannedIsRefused) {
-  expect_team_refused<Naive>(1, 2);
-  expect_team_refused<Naive>(2, 3);
-  expect_team_refused<Flash>(1, 2);
-  expect_team_refused<Flash>(2, 3);
-}
-
-TEST(AttendRows, ALargerTeamThanPlannedIsRefused) {
-  const AttentionShape s = make_shape(4, 2, 24, 20);
-  Batches batches(1, 1, 0);
-  const Batch& batch = batches.batch({{0, 0, 1}});
-  const std::vector<float> q(at(4 * 24)), k(at(2 * 24)), v(at(2 * 20));
-  std::vector<float> out(at(4 * 20), -7);
-  ScratchMemory<Flash> scratch(s, 1, 1, 1);
-  Threads threads(2);
-  const PlainRows rows{k.data(), v.data(), 0, 1};
-  const Workspace& w = scratch.workspace;
-  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::begin(t, batch, 0, s, out.data(), w); }), Error);
-  EXPECT_THROW(
-      threads.run(2, [&](const Team& t) { Flash::attend_rows(t, q.data(), rows, batch, 0, s, out.data(), w); }), Error);
-  EXPECT_THROW(threads.run(2, [&](const Team& t) { Flash::end(t, batch, 0, s, out.data(), w); }), Error);
-  for (float x : out) ASSERT_EQ(x, -7);
-}
-#endif
 
 }  // namespace
