@@ -27,7 +27,7 @@
 #include "kernels/gpu.h"
 #include "kernels/mma.h"
 
-namespace {
+namespace attention {  // a name: nvcc warns of what a build with another KV leaves unused in one without
 
 constexpr int SPLIT = ATTENTION_SPLIT;
 constexpr float NONE = -INFINITY;  // the maximum of no scores
@@ -592,24 +592,47 @@ CacheView<Kv, 0> any_block_size(const CacheView<Kv, Block>& view) {
   return {view.memory, view.shape, view.block_bytes};
 }
 
-// f(the narrowest layout that holds the heads).
-template <class Kv, class F>
-void with_layout(const AttentionShape& shape, F f) {
+// f<K, V>() of the narrowest widths that hold the heads.
+template <class F>
+void with_widths(const AttentionShape& shape, F f) {
   const auto holds = [&](int k, int v) { return shape.k_dim <= k && shape.v_dim <= v; };
-  if (holds(64, 64)) return f(Layout<Kv, 64, 64>());
-  if (holds(96, 96)) return f(Layout<Kv, 96, 96>());
-  if (holds(128, 128)) return f(Layout<Kv, 128, 128>());
-  if (holds(192, 128)) return f(Layout<Kv, 192, 128>());
-  if (holds(256, 256)) return f(Layout<Kv, 256, 256>());
-  if (holds(576, 512)) return f(Layout<Kv, 576, 512>());
-  fail("attention: heads are %d wide and their values %d: the flash kernel holds 576 and 512, the naive one any",
-       shape.k_dim, shape.v_dim);
+  if (holds(64, 64)) return f.template operator()<64, 64>();
+  if (holds(96, 96)) return f.template operator()<96, 96>();
+  if (holds(128, 128)) return f.template operator()<128, 128>();
+  if (holds(192, 128)) return f.template operator()<192, 128>();
+  if (holds(256, 256)) return f.template operator()<256, 256>();
+  if (holds(576, 512)) return f.template operator()<576, 512>();
+  fail("attention: heads are %d wide and their values %d: flash holds 576 and 512, make KERNEL=naive any", shape.k_dim,
+       shape.v_dim);
 }
 
-constexpr int ENOUGH_BLOCKS = 256;  // of threads: they fill a GPU
 constexpr size_t MOST_PARTIAL_BYTES = size_t{128} << 20;
 
-}  // namespace
+// Blocks of threads take a split each where they would be too few otherwise, and the workspace holds their results.
+// Neither this nor the number of rows of a block changes a bit.
+template <class L, int Block>
+void launch_flash(const Team& team, const float* q, const KVCache<typename L::Kv, Block>& cache, int layer,
+                  const Batch& batch, const AttentionShape& shape, float* out, const Workspace& workspace) {
+  const int n_rows = batch.n_tokens * (shape.n_heads / shape.n_kv_heads), G = shape.n_kv_heads;
+  const int n_warps = n_rows > ROWS * batch.n_sequences ? MOST_WARPS : L::SHARERS;
+  const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
+  const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
+  const auto partials_in = [&](Arena& arena) { return Partials(arena, shape, batch.n_tokens, n_splits); };
+  Partials partials;
+  if (n_splits > 1 && n_blocks * G < 2 * multiprocessors() && bytes_of(partials_in) <= workspace.bytes()) {
+    Arena arena = workspace.begin();
+    partials = partials_in(arena);
+  }
+  const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(G), static_cast<unsigned>(partials.n_splits));
+  launch(team, flash<L>, grid, static_cast<unsigned>(n_warps) * 32, L::shared_bytes(shape, n_warps), q,
+         any_block_size(cache.view()), layer, batch, shape, partials, out);
+  const unsigned merges = partials.o ? static_cast<unsigned>(batch.n_tokens * shape.n_heads) : 0;
+  launch(team, merge_splits, merges, 128, 0, batch, shape, partials, out);
+}
+
+}  // namespace attention
+
+using namespace attention;
 
 template <class Kv, int Block>
 void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
@@ -623,39 +646,19 @@ size_t Naive::workspace_bytes(const AttentionShape&, const Limits&) {
   return 0;
 }
 
-// Blocks of threads take a split each where they would be too few otherwise, and the workspace holds their results.
-// Neither this nor the number of rows of a block changes a bit.
 template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  if constexpr (std::is_same_v<Kv, KvF32>)
-    return Naive::attend(team, q, cache, layer, batch, shape, out, workspace);  // tensor cores have no float32
+  if constexpr (std::is_same_v<Kv, KvF32>)  // tensor cores have none
+    Naive::attend(team, q, cache, layer, batch, shape, out, workspace);
   else
-    with_layout<Kv>(shape, [&](auto layout) {
-      using L = decltype(layout);
-      const int n_rows = batch.n_tokens * (shape.n_heads / shape.n_kv_heads), G = shape.n_kv_heads;
-      const int n_warps = n_rows > ROWS * batch.n_sequences ? MOST_WARPS : L::SHARERS;
-      const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
-      const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
-      Partials partials;
-      const auto take = [&](Arena& arena) { partials = Partials(arena, shape, batch.n_tokens, n_splits); };
-      Arena arena = workspace.begin();
-      if (n_splits > 1 && n_blocks * G < ENOUGH_BLOCKS && bytes_of(take) <= workspace.bytes())
-        take(arena);
-      else
-        partials = {};
-      const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(G),
-                      static_cast<unsigned>(partials.n_splits));
-      launch(team, flash<L>, grid, static_cast<unsigned>(n_warps) * 32, L::shared_bytes(shape, n_warps), q,
-             any_block_size(cache.view()), layer, batch, shape, partials, out);
-      if (!partials.o) return;
-      launch(team, merge_splits, static_cast<unsigned>(batch.n_tokens * shape.n_heads), 128, 0, batch, shape, partials,
-             out);
+    with_widths(shape, [&]<int K, int V>() {
+      launch_flash<Layout<Kv, K, V>>(team, q, cache, layer, batch, shape, out, workspace);
     });
 }
 
 size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
-  with_layout<KvF16>(shape, [](auto) {});  // is there one?
+  with_widths(shape, [&]<int, int>() {});  // refuses what is too wide
   const int n_splits = divide_up(limits.context, SPLIT);
   return min(MOST_PARTIAL_BYTES, bytes_of([&](Arena& arena) { Partials(arena, shape, limits.max_tokens, n_splits); }));
 }

@@ -34,6 +34,15 @@ cudaStream_t device_stream() {
   return stream;
 }
 
+int multiprocessors() {
+  static const int n = [] {
+    int count = 0;
+    CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+    return count;
+  }();
+  return n;
+}
+
 void* device_allocate(size_t bytes) {
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);

@@ -137,6 +137,9 @@ void check_cuda(cudaError_t error, const char* call, const char* file, int line)
 // The device's one stream: what was put there first is done first. device.cu
 cudaStream_t device_stream();
 
+// How many blocks of threads, at least, work at the same time. device.cu
+int multiprocessors();
+
 // Runs kernel(arguments...) on the device's stream, of the team's threads on behalf of the first. An empty grid is no
 // work. shared_bytes: of dynamic_shared.
 template <class... P, class... A>
