@@ -51,9 +51,11 @@ __device__ void multiply(float (&d)[4], const A<PARTS>& a, const uint32_t (&b)[2
   for (int i = 0; i < PARTS; i++) Type::mma(d, a.part[i], b);
 }
 
-// How rows of a KV type become B operands. `keys`: of 8 tokens, lane's token's elements at `from`, four of them (the
-// sum over k may go in any order that q shares: lane t takes elements 4t .. 4t + 3 of each 16, in one load). `values`:
-// 16 tokens by 32 columns; result c of product n is column `column(n, c)`.
+// How rows of a KV type become B operands, 32 elements at a time. A row is `stride` bytes behind the one before.
+//
+//     keys      8 tokens' rows from `rows` on: a product over 32 elements, in two steps of 16
+//     values    16 tokens' rows: four products of 8 columns; result c of product n is column `column(n, c)`
+//     place     where element i of q lies, so that a step's k means the same element in both operands
 //
 //             operands                                       parts of q, weights     their error
 //     f16     f16                                            1                       2^-11
@@ -67,22 +69,26 @@ struct HalfOperands {
   using Type = T;
   static constexpr int Q_PARTS = 1;
   static constexpr double ROUNDING = 1.0 / (1 << BITS);
-  static __device__ void keys(uint32_t (&b)[2], const std::byte* from) {
-    const uint2 x = load_vector<uint2>(from);
-    b[0] = x.x, b[1] = x.y;
+  static __device__ void keys(uint32_t (&b)[2][2], const std::byte* rows, int stride) {
+    uint32_t x[4];  // matrix m: elements 8 m .. 8 m + 7
+    ldmatrix_x4(x, rows + lane_id() % 8 * stride + lane_id() / 8 * 16);
+#pragma unroll
+    for (int i = 0; i < 4; i++) b[i / 2][i % 2] = x[i];
+  }
+  static __device__ constexpr int place(int i) {
+    return i;
   }
   // Row i of matrix m: token 8 (m % 2) + i, columns 8 (m / 2) .. + 7; "trans" gives a lane two tokens of a column.
-  static __device__ void values(uint32_t (&b)[4][2], const std::byte* from, int stride) {
-    const std::byte* row = from + lane_id() % 16 * stride + lane_id() / 16 * 16;
+  static __device__ void values(uint32_t (&b)[4][2], const std::byte* rows, int stride) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       uint32_t x[4];
-      ldmatrix_x4_trans(x, row + half * 32);
+      ldmatrix_x4_trans(x, rows + lane_id() % 16 * stride + lane_id() / 16 * 16 + half * 32);
 #pragma unroll
       for (int i = 0; i < 4; i++) b[half * 2 + i / 2][i % 2] = x[i];
     }
   }
-  static __device__ int column(int product, int c) {
+  static __device__ constexpr int column(int product, int c) {
     return product * 8 + c;
   }
 };
@@ -100,21 +106,28 @@ struct Operands<KvQ8> {
     const auto element = [&](int n) { return static_cast<float>(static_cast<int8_t>(bytes >> 8 * n)); };
     return pack_bf16(element(i), element(j));
   }
-  static __device__ void keys(uint32_t (&b)[2], const std::byte* from) {
-    const uint32_t x = load_vector<uint32_t>(from);
-    b[0] = pair(x, 0, 1), b[1] = pair(x, 2, 3);
+  // Lane t takes elements 4t .. 4t + 3 of 16 in one load: k 2t, 2t+1, 2t+8 and 2t+9.
+  static __device__ void keys(uint32_t (&b)[2][2], const std::byte* rows, int stride) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      const auto x = load_vector<uint32_t>(rows + lane_id() / 4 * stride + lane_id() % 4 * 4 + step * 16);
+      b[step][0] = pair(x, 0, 1), b[step][1] = pair(x, 2, 3);
+    }
   }
-  // The same matrices, of 16 bits that are two columns: the even columns make one product, the odd ones another.
-  static __device__ void values(uint32_t (&b)[4][2], const std::byte* from, int stride) {
+  static __device__ constexpr int place(int i) {
+    return i / 16 * 16 + i % 4 / 2 * 8 + i % 16 / 4 * 2 + i % 2;
+  }
+  // The matrices of 16 tokens by 16 bits, each two columns: the even columns make one product, the odd ones another.
+  static __device__ void values(uint32_t (&b)[4][2], const std::byte* rows, int stride) {
     uint32_t x[4];
-    ldmatrix_x4_trans(x, from + lane_id() % 16 * stride + lane_id() / 16 * 16);
+    ldmatrix_x4_trans(x, rows + lane_id() % 16 * stride + lane_id() / 16 * 16);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       b[i / 2 * 2][i % 2] = pair(x[i], 0, 2);
       b[i / 2 * 2 + 1][i % 2] = pair(x[i], 1, 3);
     }
   }
-  static __device__ int column(int product, int c) {
+  static __device__ constexpr int column(int product, int c) {
     return product / 2 * 16 + 2 * c + product % 2;
   }
 };

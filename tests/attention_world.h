@@ -49,6 +49,15 @@ struct Data {
   }
 };
 
+// Whether this device multiplies 16-bit numbers.
+inline bool on_tensor_cores() {
+  return Flash::operand_rounding<KvBF16>() > 0;
+}
+template <class Kv>
+bool flash_takes() {
+  return !std::is_same_v<Kv, KvF32> || !on_tensor_cores();
+}
+
 constexpr int LAYERS = 2, LAYER = 1;
 
 // What a kernel plans for such a call and no more, filled with NaN.
