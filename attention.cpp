@@ -12,63 +12,67 @@ namespace {
 
 // A team's scratch memory.
 struct Scratch {
-  size_t context, width;
-  float* scores;  // [n_threads, context]
-  float* rows;    // [n_threads, width] a K or V row each
+  int context, width;
+  float* weights;  // [n_threads, context]
+  float* rows;     // [n_threads, width] a K or V row each
 
   Scratch(Arena& arena, const AttentionShape& shape, int longest_context, int n_threads)
-      : context(static_cast<size_t>(longest_context)),
-        width(static_cast<size_t>(std::max(shape.k_dim, shape.v_dim))),
-        scores(arena.take<float>(static_cast<size_t>(n_threads) * context)),
-        rows(arena.take<float>(static_cast<size_t>(n_threads) * width)) {}
+      : context(longest_context),
+        width(std::max(shape.k_dim, shape.v_dim)),
+        weights(arena.take<float>(area(n_threads, context))),
+        rows(arena.take<float>(area(n_threads, width))) {}
 };
 
-int sequence_of(const Batch& batch, int token) {
-  int s = 0;
-  while (token >= batch.query_start[s + 1]) s++;
-  return s;
+int first_seen(const AttentionShape& shape, int position) {
+  return shape.window > 0 ? std::max(0, position - shape.window + 1) : 0;
 }
 
 }  // namespace
 
 template <class Kv, int Block>
+void attention_weights(const float* q, const KVCache<Kv, Block>& cache, int layer, const int* blocks, int head,
+                       int position, const AttentionShape& shape, float* row, float* weights) {
+  const int g = head / (shape.n_heads / shape.n_kv_heads), block_size = cache.block_size();
+  const int first = first_seen(shape, position);
+  std::fill_n(weights, first, 0.0f);
+  float largest = shape.sinks ? shape.sinks[head] : -INFINITY;
+  for (int p = first; p <= position; p++) {
+    cache.load_k(layer, blocks[p / block_size], g, p % block_size, row);
+    float score = 0;
+    for (int i = 0; i < shape.k_dim; i++) score += q[i] * row[i];
+    score *= shape.scale;
+    if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
+    weights[p] = score;
+    largest = std::max(largest, score);
+  }
+  float sum = shape.sinks ? std::exp(shape.sinks[head] - largest) : 0;
+  for (int p = first; p <= position; p++) sum += weights[p] = std::exp(weights[p] - largest);
+  for (int p = first; p <= position; p++) weights[p] /= sum;
+}
+
+template <class Kv, int Block>
 void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  const int H = shape.n_heads, k_dim = shape.k_dim, v_dim = shape.v_dim, block_size = cache.block_size();
+  const int H = shape.n_heads, block_size = cache.block_size();
   const int longest = std::max(0, *std::max_element(batch.context_len, batch.context_len + batch.n_sequences));
   Arena arena = workspace.begin();
   const Scratch scratch(arena, shape, longest, team.size);
-  float* scores = scratch.scores + static_cast<size_t>(team.rank) * scratch.context;
-  float* row = scratch.rows + static_cast<size_t>(team.rank) * scratch.width;
+  float* weights = scratch.weights + area(team.rank, scratch.context);
+  float* row = scratch.rows + area(team.rank, scratch.width);
   const int first_token = batch.query_start[0], n_tokens = batch.query_start[batch.n_sequences] - first_token;
 
   team.for_each_dynamic(n_tokens * H, [&](int index) {
     const int t = first_token + index / H, h = index % H, g = h / (H / shape.n_kv_heads);
-    const size_t at = static_cast<size_t>(t) * static_cast<size_t>(H) + static_cast<size_t>(h);
-    const float* query = q + at * static_cast<size_t>(k_dim);
-    float* result = out + at * static_cast<size_t>(v_dim);
-    const int* table =
-        batch.block_table + static_cast<size_t>(sequence_of(batch, t)) * static_cast<size_t>(batch.max_blocks);
-    const int last = batch.positions[t], first = shape.window > 0 ? std::max(0, last - shape.window + 1) : 0;
-
-    float largest = shape.sinks ? shape.sinks[h] : -INFINITY;
-    for (int p = first; p <= last; p++) {
-      cache.load_k(layer, table[p / block_size], g, p % block_size, row);
-      float score = 0;
-      for (int i = 0; i < k_dim; i++) score += query[i] * row[i];
-      score *= shape.scale;
-      if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
-      scores[p] = score;
-      largest = std::max(largest, score);
-    }
-
-    float sum = shape.sinks ? std::exp(shape.sinks[h] - largest) : 0;
-    for (int p = first; p <= last; p++) sum += scores[p] = std::exp(scores[p] - largest);
-
-    std::fill_n(result, v_dim, 0.0f);
-    for (int p = first; p <= last; p++) {
-      cache.load_v(layer, table[p / block_size], g, p % block_size, v_dim, row);
-      for (int i = 0; i < v_dim; i++) result[i] += scores[p] / sum * row[i];
+    const int* next = std::upper_bound(batch.query_start, batch.query_start + batch.n_sequences, t);
+    const int sequence = static_cast<int>(next - batch.query_start) - 1;
+    const int* blocks = batch.block_table + area(sequence, batch.max_blocks);
+    const int position = batch.positions[t];
+    attention_weights(q + area(t * H + h, shape.k_dim), cache, layer, blocks, h, position, shape, row, weights);
+    float* result = out + area(t * H + h, shape.v_dim);
+    std::fill_n(result, shape.v_dim, 0.0f);
+    for (int p = first_seen(shape, position); p <= position; p++) {
+      cache.load_v(layer, blocks[p / block_size], g, p % block_size, shape.v_dim, row);
+      for (int i = 0; i < shape.v_dim; i++) result[i] += weights[p] * row[i];
     }
   });
 }
@@ -78,6 +82,8 @@ size_t Naive::workspace_bytes(const AttentionShape& shape, const Limits& limits)
 }
 
 #define INSTANTIATE(Kv, Block)                                                                                    \
+  template void attention_weights(const float*, const KVCache<Kv, Block>&, int, const int*, int, int,             \
+                                  const AttentionShape&, float*, float*);                                         \
   template void Naive::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
                                          const AttentionShape&, float*, const Workspace&);
 FOR_EACH_CACHE(INSTANTIATE)

@@ -34,6 +34,12 @@ struct PlainRows {
   int n = 0;                 // rows: up to the end of a split, or of the context
 };
 
+// What one query row q [k_dim] of a head, at this position of a sequence whose block table is given, looks at: weights
+// [position + 1], the softmax of its scores; 0 for what is behind the window. row: scratch, [k_dim].
+template <class Kv, int Block>
+void attention_weights(const float* q, const KVCache<Kv, Block>& cache, int layer, const int* blocks, int head,
+                       int position, const AttentionShape& shape, float* row, float* weights);
+
 // A kernel's `attend`: q [T, n_heads, k_dim], out [T, n_heads, v_dim]. Every row's arithmetic depends on its position
 // and its sequence's cache rows alone, so the result is the same bit for bit for any batch, chunking, block size and
 // number of threads. Every thread of the team calls it; it ends with a barrier. context_len 0 and sequences without
@@ -52,7 +58,7 @@ struct Naive {
 };
 
 // kernels/flash.cpp: online softmax over tiles (FlashAttention, arXiv 2205.14135): a tile of rows is read once for its
-// group. Splits and tiles of the context have a fixed size in tokens, and results merge in order of position.
+// group.
 struct Flash {
   static constexpr const char* name = "flash";
   static constexpr bool takes_rows = true;
@@ -66,19 +72,9 @@ struct Flash {
   template <class Kv>
   static double operand_rounding();
 
-  // The same over PlainRows, for one sequence of the batch: out holds the running sum and the workspace the running
-  // maximum and denominator, merged by the same arithmetic.
-  //
-  //     begin(...)                                                          once
-  //     for first = 0, ATTENTION_SPLIT, ... : make rows; attend_rows(...)   in order of position
-  //     end(...)                                                            once
-  //
-  // Batch, shape, out and workspace stay the same from begin to end; several sequences of the batch may be under way
-  // together.
-  static void begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                    const Workspace& workspace);
+  // The same over PlainRows, for one sequence of the batch: called for each split of its context that a query sees, in
+  // order of position, with all else the same. Between the calls out holds the running sum and the workspace the
+  // running maximum and denominator; several sequences of the batch may be under way together.
   static void attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                           const AttentionShape& shape, float* out, const Workspace& workspace);
-  static void end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  const Workspace& workspace);
 };

@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin."""
+"""Turns a checkpoint (GGUF file, Hugging Face folder, llama2.c .bin) into NAME.safetensors and NAME.tokenizer.bin.
+
+Of a config.json alone it makes a NAME.safetensors of shapes without weights, for ./run --estimate.
+"""
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback of theirs
 
 import argparse
+import contextlib
 import os
 import secrets
 import sys
@@ -18,9 +22,10 @@ from exporter.made_from import export_name, inputs, is_current, metadata, record
 from exporter.model import Model, build
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
-from exporter.weights import TYPES, size
+from exporter.weights import CHOICES, size
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+UNFINISHED: dict[Path, Path] = {}  # file -> what is written meanwhile, beside it
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +42,10 @@ def existing(text: str) -> Path:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="export.py", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "source", type=existing, metavar="SOURCE", help="a .gguf file, a Hugging Face folder or a llama2.c .bin"
+        "source",
+        type=existing,
+        metavar="SOURCE",
+        help="a .gguf file, a Hugging Face folder or a llama2.c .bin; a config.json: shapes alone",
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("-o", "--output", type=Path, metavar="NAME.safetensors")
@@ -47,7 +55,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="choose the name, export only if the source has changed since, and print the model file's path alone",
     )
-    parser.add_argument("--type", choices=TYPES, help="weights' type (default: the source's own, tensor by tensor)")
+    parser.add_argument("--type", choices=CHOICES, help="weights' type (default: the source's own, tensor by tensor)")
     parser.add_argument(
         "--as",
         dest="layout",
@@ -84,47 +92,67 @@ def tokenizer_of(output: Path) -> Path:
 
 
 def export(options: argparse.Namespace) -> str:
-    """Writes options.output and its tokenizer, both or neither; returns the summary."""
-    made_from = record(options.source, options.tokenizer, options.type, options.layout, options.pre)
+    """Writes options.output and its tokenizer (of shapes alone there is none), both or neither; returns the summary."""
+    made_of = options.source, options.tokenizer, options.type, options.layout, options.pre
+    made_from = record(*made_of)
     source = open_source(options.source, options.tokenizer)
     source.pre = options.pre
     model = build(source)
     if options.layout:
         model = rewrite.rewrite(model, *options.layout)
     output, tokenizer = options.output, tokenizer_of(options.output)
-    for path in (tokenizer, output):
+    wanted = (output,) if source.kind == "config" else (tokenizer, output)
+    for path in wanted:
         check_output(path, options.source, inputs(options.source, options.tokenizer))
-    unfinished = {}
     try:
-        for path in (tokenizer, output):
-            real = Path(os.path.realpath(path))  # a link stays a link
-            unfinished[real] = real.with_name(f".{real.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-            os.close(os.open(unfinished[real], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # follows no planted link
-        parts = list(unfinished.values())
-        chat, ends = write_tokenizer(source, parts[0])
-        counts = writer.write(model, options.type, parts[1], parts[0], source.name, made_from)
-        finish(unfinished)
+        *texts, weights = (begin(path) for path in wanted)
+        chat, ends = write_tokenizer(source, texts[0]) if texts else ("", [])
+        counts = writer.write(model, options.type, weights, texts[0] if texts else None, source.name, made_from)
+        if record(*made_of) != made_from:
+            raise ExportError(f"{options.source}: was changed while it was exported: export it again")
+        finish()
     finally:
-        for part in unfinished.values():
-            part.unlink(missing_ok=True)
+        discard()
     return summary(source, model, counts, chat, ends, output, tokenizer)
 
 
-def finish(unfinished: dict[Path, Path]) -> None:
-    """Gives all files their names: a signal that comes meanwhile is too late to stop the export."""
+def begin(path: Path) -> Path:
+    """An empty file beside `path`, in the end of its name; where `path` is a link, that of what it links to."""
+    real = Path(os.path.realpath(path))
+    part = real.with_name(f".{real.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    UNFINISHED[real] = part
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        del UNFINISHED[real]  # what is there is another's, perhaps a link that was planted
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return part
+
+
+def finish() -> None:
+    """Gives all files their names: from here on a signal is too late to stop the export."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
-        for path, part in unfinished.items():
+        for path, part in UNFINISHED.items():
             part.replace(path)
-        while signal.sigtimedwait(STOPPING, 0):
-            pass
+        for number in STOPPING:
+            if signal.getsignal(number) is stop:
+                signal.signal(number, signal.SIG_IGN)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def discard() -> None:
+    for part in UNFINISHED.values():
+        part.unlink(missing_ok=True)
+    UNFINISHED.clear()
 
 
 def check_output(path: Path, source: Path, read: list[Path]) -> None:
     """An export replaces neither what it reads nor anything else that makes up the checkpoint."""
     real, folder = Path(os.path.realpath(path)), Path(os.path.realpath(source))
+    if path.is_symlink() and path.lstat().st_uid != os.geteuid():
+        raise ExportError(f"{path}: a link that another user has made: give another name to -o")
     if path.exists() and not path.is_file():
         raise ExportError(f"{path}: a folder, a pipe or a device: give the name of a file to -o")
     if path.exists() and any(os.path.samefile(path, file) for file in read):
@@ -148,19 +176,16 @@ def summary(source, model: Model, counts, chat: str, ends: list[str], output: Pa
         widths = f"{c['n_kv_heads']} KV heads of {c['head_dim']}"
         cached = 2 * c["n_kv_heads"] * c["head_dim"]
     lines = [
-        f"{output} and {tokenizer.name}, from {source.name}",
+        f"{output}{' (shapes alone)' if source.kind == 'config' else f' and {tokenizer.name}'}, from {source.name}",
         f"  attention   {c['attention']}: {c['n_layers']} layers, {c['n_heads']} heads, {widths}",
         f"  parameters  {parameters / 1e6:.1f} million",
         "  weights     " + ", ".join(f"{kind} {count / 1e6:.1f} MB" for kind, count in sorted(counts.items())),
         f"  KV cache    {2 * cached * c['n_layers']} bytes per token (f16)",
         f"  context     {c['seq_len']} tokens",
-        f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}",
-        f"  chat        {chat}",
     ]
-    notes = {tensor.note for tensor in model.tensors.values()}
-    lost = sorted(notes - {"", "MXFP4"})
-    if "MXFP4" in notes:
-        lines.append("  widened     MXFP4 tensors: no type here has their four bits; q8 holds their values as they are")
+    if source.kind != "config":
+        lines += [f"  ends        {', '.join(map(repr, ends)) or 'no token ends a text'}", f"  chat        {chat}"]
+    lost = sorted({tensor.note for tensor in model.tensors.values()} - {""})
     if lost:
         lines.append(f"  converted   {', '.join(lost)} tensors were dequantised: no type here holds them as they are")
     lines += [f"  note        {note}" for note in source.notes]
@@ -168,35 +193,49 @@ def summary(source, model: Model, counts, chat: str, ends: list[str], output: Pa
 
 
 def stop(number: int, frame):
-    for other in STOPPING:  # one is enough: a second would end the cleaning up
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    """Ends the program where it stands: an exception might be caught, or be lost in a destructor."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    discard()
+    with contextlib.suppress(OSError):
+        bar = b"\r\x1b[K" if os.isatty(2) else b""
+        os.write(2, bar + b"export.py: interrupted: nothing was written\n")  # sys.stderr may be in the middle of a line
+    os._exit(130)
 
 
 def main(argv: list[str] | None = None) -> int:
-    code = 1
     try:
         options = arguments(argv)
-        print(export_into(options) if options.into else export(options))
+        text = str(export_into(options) if options.into else export(options))
     except ExportError as error:
         line = str(error)
-    except KeyboardInterrupt:
-        line, code = "interrupted: nothing was written", 130
     except MemoryError:
         line = f"{options.source}: not enough memory for its largest tensor: free some, or export on another machine"
     except OSError as error:
         place = error.filename or options.output
         line = f"{place}: {error.strerror}: give a place that is there, can be read or written, and has room"
     else:
-        return 0
+        return say(text)
     print(f"export.py: {printable(line)}", file=sys.stderr)
-    return code
+    return 1
+
+
+def say(text: str) -> int:
+    try:
+        print(text, flush=True)
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the rest is tried again at the end
+        print(f"export.py: standard output: {error.strerror}: the files are written, this is lost", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file that is opened must not take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")  # names of files are bytes
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="surrogateescape")  # names of files are bytes
     sys.exit(main())

@@ -9,20 +9,8 @@
 #include "kernels/kv_cpu.h"
 
 template <class Kv, int Block>
-KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
-    : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)},
-      overflowed_(arena.take<int>(1)) {}
-
-template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
-}
-
-template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         static_cast<size_t>(shape.n_blocks) * HeadRows<Kv, Block>::block_bytes(shape);
+size_t KVCache<Kv, Block>::block_bytes(const CacheShape& shape) {
+  return HeadRows<Kv, Block>::block_bytes(shape);
 }
 
 // --- writing ---------------------------------------------------------------------------------------------------------
@@ -61,8 +49,7 @@ void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch,
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const HeadRows<Kv, Block> rows(view_, layer, g);
-      const size_t from = static_cast<size_t>(t) * static_cast<size_t>(G) + static_cast<size_t>(g);
-      const float *k_row = k + from * static_cast<size_t>(k_dim), *v_row = v + from * static_cast<size_t>(v_dim);
+      const float *k_row = k + area(t * G + g, k_dim), *v_row = v + area(t * G + g, v_dim);
       const int lane = slot % KEY_LANES;
       if (rows.k_major())
         store_column<Kv>(k_row, k_dim, rows.k(block, slot - lane), lane);
@@ -98,7 +85,8 @@ void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, flo
   const int dim = shape().k_dim, lane = slot % KEY_LANES;
   if (!rows.k_major()) return load_row<Kv>(rows.k(block, slot), dim, 0, dim, out);
   const std::byte* matrix = rows.k(block, slot - lane);
-  for (int i = 0; i < dim; i++) out[i] = Codec<Kv>::key(matrix, dim, i, lane);
+  const int among = lane % simd::LANES;
+  for (int i = 0; i < dim; i++) out[i] = Codec<Kv>::keys(matrix, dim, i, lane - among)[among];
 }
 
 template <class Kv, int Block>
@@ -113,10 +101,10 @@ void KVCache<Kv, Block>::load_v(int layer, int block, int kv_head, int slot, int
 template <class Kv, int Block>
 void KVCache<Kv, Block>::read_k(const Team& team, int layer, const Batch& batch, int s, int first, int n,
                                 float* out) const {
-  const int* table = batch.block_table + static_cast<size_t>(s) * static_cast<size_t>(batch.max_blocks);
+  const int* table = batch.block_table + area(s, batch.max_blocks);
   team.for_each(n, [&](int i) {
     const int block = table[(first + i) / block_size()], slot = (first + i) % block_size();
-    load_k(layer, block, 0, slot, out + static_cast<size_t>(i) * static_cast<size_t>(shape().k_dim));
+    load_k(layer, block, 0, slot, out + area(i, shape().k_dim));
   });
 }
 
@@ -128,21 +116,19 @@ static uint16_t store_quant_group(const float* x, int8_t* q) {
   simd::F32 largest = simd::zero(), not_finite = simd::zero();
   for (int i = 0; i < N; i += simd::LANES) {
     const simd::F32 a = simd::load(x + i);
-    largest = simd::max(largest, simd::max(a, simd::sub(simd::zero(), a)));
-    not_finite = simd::fma(a, simd::zero(), not_finite);  // NaN for an infinity or NaN
+    largest = simd::max(largest, simd::max(a, -a));
+    not_finite += a * 0.0f;  // NaN for an infinity or NaN
   }
   const float amax = simd::largest(largest);
   uint16_t scale = float_to_f16(amax / 127 + simd::sum(not_finite));
   if (f16_to_float(scale) * 127 < amax) scale++;
   if (scale == 0x7c00) scale = 0x7e00;  // infinity: NaN
-  const simd::F32 inverse = simd::set(scale == 0 ? 0 : 1 / f16_to_float(scale));
-  float rounded[N];
+  const float inverse = scale == 0 ? 0 : 1 / f16_to_float(scale);
   for (int i = 0; i < N; i += simd::LANES) {
-    // min gives its second operand for a NaN, whose conversion to an integer would be undefined
-    const simd::F32 y = simd::min(simd::mul(simd::load(x + i), inverse), simd::set(127));
-    simd::store(rounded + i, simd::round(simd::max(y, simd::set(-127))));
+    // min gives its second operand for a NaN
+    const simd::F32 bounded = simd::max(simd::min(simd::load(x + i) * inverse, simd::set(127)), simd::set(-127));
+    simd::store_i8(q + i, simd::to_i32(bounded));
   }
-  for (int i = 0; i < N; i++) q[i] = static_cast<int8_t>(rounded[i]);
   return scale;
 }
 

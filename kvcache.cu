@@ -7,20 +7,8 @@
 static constexpr int WARP = 32;
 
 template <class Kv, int Block>
-KVCache<Kv, Block>::KVCache(Arena& arena, const CacheShape& shape)
-    : view_{arena.take<std::byte>(bytes(shape)), shape, HeadRows<Kv, Block>::block_bytes(shape)},
-      overflowed_(arena.take<int>(1)) {}
-
-template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes_per_token(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         HeadRows<Kv, Block>::bytes_per_token(shape);
-}
-
-template <class Kv, int Block>
-size_t KVCache<Kv, Block>::bytes(const CacheShape& shape) {
-  return static_cast<size_t>(shape.n_layers) * static_cast<size_t>(shape.n_kv_heads) *
-         static_cast<size_t>(shape.n_blocks) * HeadRows<Kv, Block>::block_bytes(shape);
+size_t KVCache<Kv, Block>::block_bytes(const CacheShape& shape) {
+  return HeadRows<Kv, Block>::block_bytes(shape);
 }
 
 // --- writing ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <tuple>
 
 #include "kernels/arena.h"
 #include "kernels/batch.h"
@@ -57,6 +58,8 @@ struct KvQ8 {
   static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + static_cast<size_t>(dim + dim % 2); }
 };
 
+using KvTypes = std::tuple<KvF32, KvF16, KvBF16, KvQ8>;
+
 struct CacheShape {
   int n_layers, n_kv_heads;
   int k_dim;       // elements of a K row
@@ -84,10 +87,15 @@ template <class Kv, int Block>
 class KVCache {
  public:
   KVCache() = default;
-  KVCache(Arena& arena, const CacheShape& shape);
+  KVCache(Arena& arena, const CacheShape& shape)
+      : view_{arena.take<std::byte>(bytes(shape)), shape, block_bytes(shape)}, overflowed_(arena.take<int>(1)) {}
 
-  static size_t bytes_per_token(const CacheShape& shape);  // all layers
-  static size_t bytes(const CacheShape& shape);
+  static size_t bytes_per_token(const CacheShape& shape) {  // all layers
+    return area(shape.n_layers, shape.n_kv_heads) * (Kv::row_bytes(shape.k_dim) + Kv::row_bytes(shape.v_dim));
+  }
+  static size_t bytes(const CacheShape& shape) {
+    return area(shape.n_layers, shape.n_kv_heads) * static_cast<size_t>(shape.n_blocks) * block_bytes(shape);
+  }
 
   const CacheShape& shape() const { return view_.shape; }
   int block_size() const { return view_.block_size(); }
@@ -118,6 +126,8 @@ class KVCache {
   size_t size() const { return bytes(view_.shape); }
 
  private:
+  static size_t block_bytes(const CacheShape& shape);  // as CacheView has it: the layout is the device's
+
   CacheView<Kv, Block> view_;
   int* overflowed_ = nullptr;  // [1] in device memory
 };

@@ -1,14 +1,13 @@
 // model.h: the model file as data: hyper-parameters, and every tensor by name with its expected type and
-// shape.
+// shape. host/loader.h makes it of a file.
 //
-// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 2"), "config" (one JSON object, whose keys are
+// The file is plain safetensors. `__metadata__` holds "format" ("attn.cu 3"), "config" (one JSON object, whose keys are
 // the fields of Config below, to the letter), "types" (the weight type of each matrix that is not plain floats),
 // "tokenizer_sha256" (of NAME.tokenizer.bin) and "source" (for people). All that differs between GPT-2, Llama, Gemma or
 // DeepSeek is in there or in which tensors are present; the runtime has no per-architecture code. docs/model-file.md
 // lists every key and tensor.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -62,7 +61,7 @@ struct Norm {
 };
 
 struct Linear {
-  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads
+  Matrix weight;                // [groups, n, k]; one group but for experts and MLA's heads; n 0: absent
   const float* bias = nullptr;  // [groups, n] or null
   explicit operator bool() const { return static_cast<bool>(weight); }
 };
@@ -112,35 +111,10 @@ struct Model {
   std::vector<Layer> layers;
 
   // For the report: bytes of the packed weights, parameters.
-  size_t weight_bytes = 0;
+  size_t weight_bytes = 0, vector_bytes = 0;
   double n_parameters = 0;
-  // Bytes of weights a step of one token reads: all matrices once, but of embed_tokens only where it is the
-  // classifier, and of the experts only num_experts_per_tok.
-  size_t weight_bytes_per_token = 0;
-  std::string types;  // "q8 134.5M, f32 0.04M"
+  std::string types;  // "f32 0.04M, q8_0 134.5M"
 
   Buffer<std::byte> packed;  // all matrices
   Buffer<float> vectors;     // all norms, biases and tables
 };
-
-// A model file, mapped and checked. All but the weights is known, so that what they take can be told, and refused,
-// before it is taken.
-class ModelFile {
- public:
-  // Checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter. Throws Error with
-  // one line naming the file, the field, the value and the fix.
-  explicit ModelFile(const std::string& path);
-  ~ModelFile();
-  // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
-  // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
-  void pack(Threads& threads);
-
-  Model model;  // without weights until pack()
-
- private:
-  struct Contents;
-  std::unique_ptr<Contents> contents_;  // until pack()
-};
-
-// Both steps.
-Model load_model(const std::string& path, Threads& threads);

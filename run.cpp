@@ -9,8 +9,13 @@
 #include <limits>
 #include <optional>
 
+#include "cli/estimate.h"
+#include "cli/explain.h"
+#include "cli/heatmap.h"
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "host/error.h"
+#include "host/loader.h"
 #include "transformer.h"
 #include "variants.h"
 
@@ -94,18 +99,6 @@ bool fits(const Setup& s, size_t available) {
          s.kv_bytes + s.activation_bytes <= available;
 }
 
-int largest_context_that_fits(const Session& session, int most, size_t available) {
-  int low = 0, high = most;  // low fits, high + 1 does not
-  while (low < high) {
-    const int middle = low + (high - low + 1) / 2;
-    if (fits(setup_for(session, middle, available), available))
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // The context is -c, or what the mode wants; no more than the model and the free memory allow.
 Setup plan(const Session& session) {
   const Options& o = session.options;
@@ -124,8 +117,8 @@ Setup plan(const Session& session) {
   const char* why = o.context ? "-c" : "the model's longest";
   Setup setup = setup_for(session, context, available);
   if (!fits(setup, available)) {
-    const int largest = largest_context_that_fits(session, context, available);
-    if (asked || largest < wanted.least)
+    const int longest = largest(context, [&](int n) { return fits(setup_for(session, n, available), available); });
+    if (asked || longest < wanted.least)
       fail(
           "a context of %d tokens needs %.1f MB for the KV cache and %.1f MB for activations; %s%.1f MB are free "
           "beside "
@@ -133,8 +126,8 @@ Setup plan(const Session& session) {
           context, static_cast<double>(setup.kv_bytes_per_token) * context / 1e6,
           static_cast<double>(setup.activation_bytes) / 1e6, o.kv_memory ? "--kv-memory is set, " : "",
           static_cast<double>(available) / 1e6,
-          largest > 0 ? ("the largest context that fits is -c " + std::to_string(largest)).c_str() : "none fits");
-    context = largest;
+          longest > 0 ? ("the largest context that fits is -c " + std::to_string(longest)).c_str() : "none fits");
+    context = longest;
     setup = setup_for(session, context, available);
   }
   if (!o.perplexity.empty())
@@ -144,6 +137,34 @@ Setup plan(const Session& session) {
          session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
   setup.free_bytes = free_bytes;
   return setup;
+}
+
+// Of a model of any variant: what its constructors would take.
+size_t activation_bytes(const Model& model, const Limits& limits) {
+  size_t bytes = Engine::bytes(limits, model.config.vocab_size);
+  with_variant(model.config.attention, [&](auto v) {
+    using Planned = Transformer<typename decltype(v)::type, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>;
+    bytes += Planned::bytes(model, limits).activations;
+  });
+  return bytes;
+}
+
+// The machine as the last steps of decode had it, for the report's prediction: over the weights themselves.
+std::optional<Machine> probed(const Session& session) {
+  constexpr size_t MOST = size_t{128} << 20;  // bytes: a few ms
+  const Stats& stats = session.measured.stats;
+  const Buffer<std::byte>& weights = session.model.packed;
+  if (stats.decode_steps == 0) return {};
+  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
+  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
+               session.model);
+}
+
+// What one token's attention is handed; of MLA the absorbed form's.
+AttentionWidths attention_widths(const Config& c) {
+  const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
+  const bool v_is_k = shape.v_dim == 0;
+  return {c.n_heads, shape.n_kv_heads, shape.k_dim, v_is_k ? c.kv_lora_rank : shape.v_dim, v_is_k};
 }
 
 using Mode = void (*)(Session&);
@@ -156,6 +177,18 @@ Mode mode(const Options& o) {
   return continue_text;
 }
 
+void check_mla(const Options& o, const Config& c) {
+  if (!o.mla.empty() && c.attention != "mla") fail("--mla %s: this model uses %s", o.mla.c_str(), c.attention.c_str());
+  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
+    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
+}
+
+void estimate_speed(const Options& o) {
+  check_outputs(o);
+  ModelFile shapes(o.model);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+}
+
 int run(const Options& o) {
   check_outputs(o);
   Threads threads(o.threads);
@@ -165,21 +198,28 @@ int run(const Options& o) {
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
   ModelFile file(o.model);
+  file.require_weights();
   const Model& model = file.model;
   Runtime::check(model);
-  if (!o.mla.empty() && model.config.attention != "mla")
-    fail("--mla %s: this model uses %s", o.mla.c_str(), model.config.attention.c_str());
-  if (o.mla == "expanded" && !BUILD_KERNEL::takes_rows)
-    fail("--mla expanded: the %s kernel has the absorbed form alone: make KERNEL=flash", BUILD_KERNEL::name);
+  check_mla(o, model.config);
   const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
   Session session{
       .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
   read_input(session);
+  if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   file.pack(threads);
   blame_for_lost_pages("");
+  if (!o.heatmap.empty()) {
+    draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
+    return 0;
+  }
+  if (o.explain) {
+    explain(session, attention_widths(model.config));
+    return 0;
+  }
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
@@ -190,6 +230,7 @@ int run(const Options& o) {
   mode(o)(session);
 
   session.measured.stats = engine.stats();
+  if (!o.quiet || stats) session.measured.machine = probed(session);
   if (!o.quiet) print_measured(model, session.setup, session.measured);
   if (stats) {
     const std::string json = stats_json(model, session.setup, session.measured);
@@ -205,16 +246,17 @@ int main(int argc, char** argv) {
   try {
     prepare_process();
     const Options options = parse(argc, argv);
-    return options.model.empty() ? 0 : run(options);
+    if (options.gpu == "list") return list_machines(), 0;
+    if (options.model.empty()) return 0;
+    if (options.estimate) return estimate_speed(options), 0;
+    return run(options);
   } catch (const Usage& e) {
     std::fprintf(stderr, "run: %s\n", e.what());
     return 2;
   } catch (const ClosedPipe&) {
     return 141;  // 128 + SIGPIPE
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "run: out of memory\n");
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "run: %s\n", e.what());
+    std::fprintf(stderr, "run: %s\n", reason(e));
   }
   return 1;
 }

@@ -6,6 +6,7 @@
 
 #include "kernels/logits.h"
 #include "kernels/mlp.h"
+#include "kernels/threads.h"
 #include "variants.h"
 
 template <class Attention, class Kernel, class Kv, int Block>
@@ -15,7 +16,9 @@ class Transformer {
   struct Bytes {
     size_t kv, activations;
   };
+  // Throws Error as check does.
   static Bytes bytes(const Model& model, const Limits& limits) {
+    check(model);
     Arena kv, activations;
     Parts(model, limits, kv, activations);
     return {kv.bytes(), activations.bytes()};
@@ -32,12 +35,7 @@ class Transformer {
   }
 
   // The model must outlive it. Throws Error as check does, or where memory cannot be had.
-  Transformer(const Model& model, const Limits& limits)
-      : model_(checked(model)),
-        limits_(limits),
-        kv_(bytes(model, limits).kv),
-        activations_(bytes(model, limits).activations),
-        parts_(model, limits, kv_, activations_) {}
+  Transformer(const Model& model, const Limits& limits) : Transformer(model, limits, bytes(model, limits)) {}
 
   // One step: appends the batch's tokens to the cache and returns the logits of its logit_rows, [n_logits,
   // vocab_size], which stay until the next call. A row's logits depend on its own sequence alone, bit for bit. n_logits
@@ -45,8 +43,8 @@ class Transformer {
   const float* forward(const Batch& batch, Threads& threads, int n_threads) {
     if (n_threads > limits_.max_threads)
       fail("a step of %d threads, in memory that was made for %d", n_threads, limits_.max_threads);
-    const Batch& on_device = parts_.batch.upload(batch);
-    threads.run(n_threads, [&](const Team& team) { step(team, on_device, batch); });
+    parts_.batch.run(batch, threads, n_threads,
+                     [&](const Team& team, const Batch& on_device) { step(team, on_device, batch); });
     return parts_.logits.host();
   }
 
@@ -55,6 +53,13 @@ class Transformer {
   Bytes taken() const { return {kv_.bytes(), activations_.bytes()}; }
 
  private:
+  Transformer(const Model& model, const Limits& limits, const Bytes& planned)
+      : model_(model),
+        limits_(limits),
+        kv_(planned.kv),
+        activations_(planned.activations),
+        parts_(model, limits, kv_, activations_) {}
+
   void step(const Team& team, const Batch& batch, const Batch& host) {
     Parts& p = parts_;
     const Config& c = model_.config;
@@ -88,7 +93,8 @@ class Transformer {
     std::vector<Angles> angles;  // one for each RoPE table
 
     Parts(const Model& m, const Limits& limits, Arena& kv, Arena& arena)
-        : cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
+        : batch(limits),
+          cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
           attention(arena, matmul_workspace, m.config, limits),
           mlp(arena, matmul_workspace, m.config, limits),
           logits(arena, matmul_workspace, m.config, limits),
@@ -104,11 +110,6 @@ class Transformer {
       attention_workspace.allocate(arena);
     }
   };
-
-  static const Model& checked(const Model& model) {
-    check(model);
-    return model;
-  }
 
   const Model& model_;
   Limits limits_;

@@ -17,7 +17,7 @@ class Gqa {
  public:
   static constexpr const char* name = "gqa";
 
-  // What the model file's config must say (Fields: host/loader.cpp).
+  // What the model file's config must say (Fields: host/config.cpp).
   template <class Fields>
   static void read(Fields& f, Config& c) {
     f.integer("n_kv_heads", c.n_kv_heads, 1, c.n_heads);
@@ -45,6 +45,12 @@ class Gqa {
     return {c.n_layers, c.n_kv_heads, c.head_dim, c.head_dim, n_blocks, block_size};
   }
 
+  // FLOP (2 a multiply-add) of a layer's attention: t query tokens of a context of n, `pairs` of a query and a key that
+  // it sees.
+  static double attention_flop(const Config& c, double /*t*/, double /*n*/, double pairs) {
+    return 4.0 * c.n_heads * c.head_dim * pairs;
+  }
+
   template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
     return Kernel::workspace_bytes(shape(c, 0, nullptr), limits);
@@ -55,8 +61,8 @@ class Gqa {
         k_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         v_(arena.take<float>(area(limits.max_tokens, c.n_kv_heads * c.head_dim))),
         out_(arena.take<float>(area(limits.max_tokens, c.n_heads * c.head_dim))) {
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
-    workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.n_heads * c.head_dim));
+    for (const int width : {c.dim, c.n_heads * c.head_dim})
+      workspace.plan(matmul_workspace_bytes(limits.max_tokens, width));
   }
 
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
@@ -70,15 +76,14 @@ class Gqa {
 
  private:
   static AttentionShape shape(const Config& c, int layer, const float* sinks) {
-    AttentionShape s;
-    s.n_heads = c.n_heads;
-    s.n_kv_heads = c.n_kv_heads;
-    s.k_dim = s.v_dim = c.head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    s.sinks = sinks;
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_kv_heads,
+            .k_dim = c.head_dim,
+            .v_dim = c.head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)],
+            .sinks = sinks};
   }
 
   // x [T, width], in runs as long as the norm's weight: heads, or whole rows
@@ -173,12 +178,16 @@ class Mla {
     t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
     t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
-    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk);
-    t.heads_transposed(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, l.w_uk_t);
-    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, l.w_uv);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, false, l.w_uk);
+    t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, true, l.w_uk_t);
+    t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, false, l.w_uv);
   }
 
   static int rotated(const Config& c) { return c.qk_rope_head_dim; }
+
+  static double attention_flop(const Config& c, double t, double n, double pairs) {
+    return std::min(form_flop(c, false, t, n, pairs), form_flop(c, true, t, n, pairs));
+  }
 
   static CacheShape cache_shape(const Config& c, int n_blocks, int block_size) {
     return {c.n_layers, 1, c.kv_lora_rank + c.qk_rope_head_dim, 0, n_blocks, block_size};
@@ -236,27 +245,32 @@ class Mla {
   }
 
   static AttentionShape expanded(const Config& c, int layer) {
-    AttentionShape s;
-    s.n_heads = s.n_kv_heads = c.n_heads;
-    s.k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim;
-    s.v_dim = c.v_head_dim;
-    s.scale = c.attention_scale;
-    s.softcap = c.attention_softcap;
-    s.window = c.window[static_cast<size_t>(layer)];
-    return s;
+    return {.n_heads = c.n_heads,
+            .n_kv_heads = c.n_heads,
+            .k_dim = c.qk_nope_head_dim + c.qk_rope_head_dim,
+            .v_dim = c.v_head_dim,
+            .scale = c.attention_scale,
+            .softcap = c.attention_softcap,
+            .window = c.window[static_cast<size_t>(layer)]};
   }
 
-  // Whether sequence s takes the expanded form: the one with fewer FLOP. For t query tokens, a context of n tokens, of
-  // which a query sees n - t / 2 on average, and a head (times 2 for multiply and add, which both have):
-  //   absorbed  t (nope r + r v)  +  t (n - t / 2) ((r + p) + r)
-  //   expanded  n (nope r + r v)  +  t (n - t / 2) ((nope + p) + v)
+  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average. A
+  // single token takes the absorbed form: to expand a context for it never pays.
   bool expands(const Step& step, int s) const {
     if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
-    const Config& c = step.config;
     const double t = step.host.query_start[s + 1] - step.host.query_start[s], n = step.host.context_len[s];
+    if (t == 1) return false;
+    const double pairs = t * (n - t / 2);
+    return form_flop(step.config, true, t, n, pairs) < form_flop(step.config, false, t, n, pairs);
+  }
+
+  // The attention itself, and the products that carry queries and results (absorbed), or rebuild K and V (expanded):
+  //   absorbed  t (nope r + r v)  +  pairs ((r + p) + r)
+  //   expanded  n (nope r + r v)  +  pairs ((nope + p) + v)        multiply-adds of each head
+  static double form_flop(const Config& c, bool expanded, double t, double n, double pairs) {
     const double r = c.kv_lora_rank, p = c.qk_rope_head_dim, nope = c.qk_nope_head_dim, v = c.v_head_dim;
-    const double pairs = t * (n - t / 2), carry = nope * r + r * v;
-    return n * carry + pairs * (nope + p + v) < t * carry + pairs * (2 * r + p);
+    const double carry = nope * r + r * v;
+    return 2.0 * c.n_heads * (expanded ? n * carry + pairs * (nope + p + v) : t * carry + pairs * (2 * r + p));
   }
 
   // q [T, n_heads, nope + p] and kv [T, r + p], normed and rotated.
@@ -319,7 +333,6 @@ class Mla {
     const int first_query = step.host.positions[step.host.query_start[s]];
     const int seen = shape.window > 0 ? std::max(0, first_query - shape.window + 1) : 0;
     const int context = step.host.context_len[s];
-    Kernel::begin(team, step.batch, s, shape, out_, workspace);
     for (int split = seen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
       const int rows = std::min(ATTENTION_SPLIT, context - split), unseen = std::max(0, seen - split);
       const int n = rows - unseen;
@@ -331,7 +344,6 @@ class Mla {
       copy_rows(team, rows_ + r, r + p, n, p, H, k + nope, nope + p);
       Kernel::attend_rows(team, q_, {k_, v_, split, rows}, step.batch, s, shape, out_, workspace);
     }
-    Kernel::end(team, step.batch, s, shape, out_, workspace);
   }
 
   // Head h of y [rows, n_heads, y_width] = group h of the weight times x, whose rows are x_stride apart and whose heads
@@ -359,3 +371,12 @@ class Mla {
 };
 
 using Variants = std::tuple<Mha, Mqa, Gqa, Mla>;
+
+// f(std::type_identity<V>()) for the variant V of this name; false: there is none.
+template <class F>
+bool with_variant(const std::string& name, F f) {
+  const auto try_each = [&]<class... V>(std::type_identity<std::tuple<V...>>) {
+    return ((name == V::name && (f(std::type_identity<V>()), true)) || ...);
+  };
+  return try_each(std::type_identity<Variants>());
+}

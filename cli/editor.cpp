@@ -72,7 +72,7 @@ bool Editor::Impl::wait_for_bytes() {
   typed.erase(0, std::exchange(begin, 0));
   for (;;) {
     if (interrupted()) return false;
-    if (resumed()) take_terminal_again();
+    if (must_redraw()) take_terminal_again();
     pollfd ready = {STDIN_FILENO, POLLIN, 0};
     if (poll(&ready, 1, 50) <= 0) continue;  // a Ctrl-C just before it would not end a poll without an end
     char piece[65536];
@@ -83,8 +83,9 @@ bool Editor::Impl::wait_for_bytes() {
   }
 }
 
-// A shell that went on meanwhile has set its own mode.
+// A shell that went on meanwhile has set its own mode; the window may have another size.
 void Editor::Impl::take_terminal_again() {
+  el_resize(edit);
   el_set(edit, EL_PREP_TERM, 0);
   el_set(edit, EL_PREP_TERM, 1);
   if (marks_pastes) std::fputs(MARK_PASTES, screen);
@@ -134,11 +135,11 @@ Editor::Editor() : impl_(new Impl) {
   between.c_lflag &= ~static_cast<tcflag_t>(ICANON | ECHO);
   between.c_cc[VMIN] = 1;
   between.c_cc[VTIME] = 0;
-  restore_on_death(&impl_->before);
   impl_->screen = std::fopen("/dev/tty", "we");  // wherever standard output and error go
   if (!impl_->screen) impl_->screen = stderr;
   const char* term = std::getenv("TERM");
   impl_->marks_pastes = term && *term && std::string(term) != "dumb";
+  restore_on_death(impl_->before, fileno(impl_->screen), impl_->marks_pastes ? MARK_NONE : "");
   impl_->start_libedit();
   tcsetattr(STDIN_FILENO, TCSANOW, &between);  // libedit knows line editing of its own, and of the terminal
 }
@@ -148,7 +149,7 @@ Editor::~Editor() {
   if (impl_->history) history_end(impl_->history);
   if (impl_->screen != stderr) std::fclose(impl_->screen);
   tcsetattr(STDIN_FILENO, TCSANOW, &impl_->before);
-  restore_on_death(nullptr);
+  keep_terminal_on_death();
 }
 
 bool Editor::read(const char* prompt, std::string& line) {

@@ -1,14 +1,14 @@
 // measure.cpp: perplexity, logits, speed.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <random>
 
+#include "cli/probe.h"
 #include "cli/session.h"
 #include "host/json.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -20,40 +20,9 @@ double negative_log_probability(const float* logits, int n, int id) {
   double sum = 0;
   int i = 0;
   for (; i + simd::LANES <= n; i += simd::LANES)
-    sum += static_cast<double>(simd::sum(simd::exp(simd::sub(simd::load(logits + i), simd::set(largest)))));
+    sum += static_cast<double>(simd::sum(simd::exp(simd::load(logits + i) - largest)));
   for (; i < n; i++) sum += std::exp(static_cast<double>(logits[i] - largest));
   return std::log(sum) - static_cast<double>(logits[id] - largest);
-}
-
-// Sum of n floats (a multiple of 4 registers): four chains of additions, so that memory and not the adder is the limit.
-float sum_of(const float* x, size_t n) {
-  simd::F32 sum[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
-  for (size_t i = 0; i < n; i += 4 * simd::LANES)
-    for (int j = 0; j < 4; j++) sum[j] = simd::add(sum[j], simd::load(x + i + static_cast<size_t>(j) * simd::LANES));
-  return simd::sum(simd::add(simd::add(sum[0], sum[1]), simd::add(sum[2], sum[3])));
-}
-
-// Bytes a second that the threads read together from memory that no cache holds.
-double read_bandwidth(Threads& threads) {
-  constexpr size_t PIECE = size_t{1} << 16;
-  constexpr int PIECES = 2048;  // 512 MB
-  Buffer<float> data(PIECE * PIECES);
-  const auto piece = [&](int i) { return data.data() + static_cast<size_t>(i) * PIECE; };
-  threads.run(threads.most(),
-              [&](const Team& team) { team.for_each(PIECES, [&](int i) { std::fill_n(piece(i), PIECE, 1.0f); }); });
-  double best = 0;
-  std::atomic<float> total = 0;  // the sum is used, or the loop would go
-  for (int repeat = 0; repeat < 5; repeat++) {
-    const auto began = std::chrono::steady_clock::now();
-    threads.run(threads.most(), [&](const Team& team) {
-      float sum = 0;
-      team.for_each(PIECES, [&](int i) { sum += sum_of(piece(i), PIECE); });
-      total = total + sum;
-    });
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
-    best = std::max(best, static_cast<double>(data.size() * sizeof(float)) / seconds.count());
-  }
-  return total > 0 ? best : 0;
 }
 
 // One request of random tokens; what it added to the statistics.
@@ -88,9 +57,8 @@ Json bench_decode(Session& s, int context, double bandwidth) {
     run = run_random(s, context, BENCH_DECODE, 1);
     speeds.push_back(run.decode_steps / run.decode_seconds);
   }
-  const double read = tokens_read(s.model.config, static_cast<int>(run.decode_context / run.decode_steps));
-  const double bytes =
-      static_cast<double>(s.model.weight_bytes_per_token) + read * static_cast<double>(s.setup.kv_bytes_per_token);
+  const StepShape step{.context = run.decode_context / run.decode_steps};
+  const double bytes = work_of(s.model, step, static_cast<double>(s.setup.kv_bytes_per_token)).bytes();
   const double speed = percentile(speeds, 0.5);
   return Json::Object{{"test", "tg" + std::to_string(BENCH_DECODE)},
                       {"context", context},
@@ -105,7 +73,7 @@ Json bench_decode(Session& s, int context, double bandwidth) {
 void check_perplexity(const Session& s, int context) {
   if (context < 3) fail("-c %d: a chunk needs at least 3 tokens, or none of it is scored", context);
   if (static_cast<int>(s.prompt.size()) < 2 * context)
-    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", s.options.perplexity.c_str(),
+    fail("%s has %zu tokens: at least %d are needed with a context of %d (-c)", shown(s.options.perplexity).c_str(),
          s.prompt.size(), 2 * context, context);
 }
 
@@ -173,7 +141,10 @@ void write_logits(Session& s) {
 
 void bench(Session& s) {
   const int longest = s.engine->max_request_tokens();
-  const double bandwidth = read_bandwidth(s.threads);
+  const double bandwidth = [&] {
+    const Buffer<std::byte> memory = memory_to_read(s.threads);
+    return read_bandwidth(s.threads, s.threads.most(), {memory.data(), memory.size()});
+  }();
   Json::Array tests;
   std::vector<double> speeds;
   const int n_prompt = std::min(BENCH_PROMPT, longest - 1);

@@ -8,8 +8,9 @@
 #include <cmath>
 #include <random>
 
-#include "host/cpus.h"
+#include "cli/output.h"
 #include "host/error.h"
+#include "host/machine.h"
 
 namespace {
 
@@ -60,6 +61,12 @@ std::string unescape(const char* flag, const std::string& text) {
   return out;
 }
 
+void unescape_texts(Options& o) {
+  o.prompt = unescape("--prompt", o.prompt);
+  o.system = unescape("--system", o.system);
+  for (std::string& stop : o.stop) stop = unescape("--stop", stop);
+}
+
 void check(const Options& o) {
   const auto require = [](bool right, const char* flag, auto value, const char* fix) {
     if (!right) throw Usage(complaint(flag, CLI::detail::to_string(value), fix));
@@ -68,15 +75,19 @@ void check(const Options& o) {
   require(o.n >= -2, "-n", o.n, "must be > 0 (0, -1 or -2: until the context is full)");
   require(o.samples >= 1 && o.samples <= 65536, "--samples", o.samples, "must be 1 .. 65536");
   require(o.parallel >= 1 && o.parallel <= 65536, "--parallel", o.parallel, "must be 1 .. 65536");
+  require(o.layer >= 0, "--layer", o.layer, "must be >= 0");
+  require(o.head >= -1, "--head", o.head, "must be >= 0 (-1: all)");
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
+  for (const auto& [flag, figure] :
+       {std::pair("--bandwidth", o.bandwidth), {"--flops", o.flops}, {"--memory", o.memory}})
+    require(figure >= 0, flag, figure, "must be a number > 0");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 
 void add_text_flags(CLI::App& app, Options& o) {
-  app.add_option("-m,--model,MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it")
-      ->required();
+  app.add_option("-m,--model,MODEL", o.model, "NAME.safetensors, made by export.py; NAME.tokenizer.bin lies beside it");
   app.add_option("-i,-p,--prompt", o.prompt, "the text to continue; without it: standard input");
   app.add_option("-f,--prompt-file,--file", o.prompt_file, "read it from a file; -: standard input");
   app.add_option("-n,--n-predict,--predict", o.n,
@@ -132,10 +143,15 @@ void add_mode_flags(CLI::App& app, Options& o, std::string& max_line) {
   app.add_option("--system", o.system, "the system message of --chat");
   app.add_option("--prompts", o.prompts, "a file of requests, one JSON object a line; -: standard input");
   app.add_option("--max-line", max_line, "longest line of --prompts or --chat (16M)");
-  app.add_option("--parallel", o.parallel, "requests of --prompts at once")->capture_default_str();
+  app.add_option("--parallel", o.parallel, "requests of --prompts at once, sequences of --estimate")
+      ->capture_default_str();
   app.add_option("--perplexity", o.perplexity, "of this text file, by llama-perplexity's protocol");
   app.add_option("--chunks", o.chunks, "of --perplexity, each of the context's size; 0: all");
   app.add_option("--logits", o.logits, "write the logits of the prompt's tokens to this .npy file");
+  app.add_option("--heatmap", o.heatmap, "draw what each head looks at in the prompt to this .png file");
+  app.add_flag("--explain", o.explain, "print the step of the prompt's last token as shapes, multiply-adds and bytes");
+  app.add_option("--layer", o.layer, "of --heatmap and --explain")->capture_default_str();
+  app.add_option("--head", o.head, "of --heatmap (all)");
   app.add_flag("--bench", o.bench, "measure the speed at several contexts; JSON");
 }
 
@@ -151,6 +167,25 @@ void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
   app.add_flag("-q,--quiet", o.quiet, "no report");
 }
 
+void add_estimate_flags(CLI::App& app, Options& o) {
+  app.add_flag("--estimate", o.estimate, "no run: what the model takes, and how fast it can be; for -c and --parallel");
+  app.add_option("--gpu", o.gpu, "on this GPU instead of this machine; list: all that are known");
+  app.add_option("--bandwidth", o.bandwidth, "... on one that reads this many GB/s,")->check(CLI::PositiveNumber);
+  app.add_option("--flops", o.flops, "... does this many TFLOP/s (dense)")->check(CLI::PositiveNumber);
+  app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)")->check(CLI::PositiveNumber);
+  app.add_option("--type", o.weight_type, "... with weights of this type instead of the file's");
+  app.add_option("--kv-type", o.kv_type, "... with this KV type instead of the build's")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8"}));
+}
+
+// CLI11 takes nothing for 0.
+void refuse_empty(const CLI::App& app) {
+  for (const CLI::Option* option : app.get_options())
+    for (const std::string& value : option->results())
+      if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")
+        throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
+}
+
 // A flag that another one would silently ignore is refused.
 void check_together(const CLI::App& app) {
   using Names = std::vector<std::string>;
@@ -159,22 +194,38 @@ void check_together(const CLI::App& app) {
       for (const std::string& b : others)
         if (a != b && app.count(a) > 0 && app.count(b) > 0) throw Usage(a + " makes no sense with " + b);
   };
-  const Names modes = {"--chat", "--prompts", "--perplexity", "--logits", "--bench"};
+  const Names modes = {"--chat",    "--prompts", "--perplexity", "--logits",
+                       "--heatmap", "--explain", "--bench",      "--estimate"};
+  const Names figures = {"--bandwidth", "--flops", "--memory"};
   refuse(modes, modes);
   refuse({"--tokens", "--samples"}, modes);
-  refuse({"--prompt", "--prompt-file"}, {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench"});
-  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--bench"});
-  refuse({"--special"}, {"--chat", "--bench"});
-  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{
-           {"--system", "--chat"}, {"--parallel", "--prompts"}, {"--chunks", "--perplexity"}})
+  refuse({"--prompt", "--prompt-file"},
+         {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench", "--estimate"});
+  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--heatmap", "--explain", "--bench", "--estimate"});
+  refuse({"--stats", "--context"}, {"--heatmap", "--explain"});
+  refuse({"--special"}, {"--chat", "--bench", "--estimate"});
+  refuse({"--kv-memory", "--mla"}, {"--estimate"});
+  refuse({"--gpu"}, figures);
+  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
+                                                                                   {"--chunks", "--perplexity"},
+                                                                                   {"--head", "--heatmap"},
+                                                                                   {"--gpu", "--estimate"},
+                                                                                   {"--type", "--estimate"},
+                                                                                   {"--kv-type", "--estimate"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+  for (const std::string& flag : figures)
+    for (const std::string& other : {figures[0], figures[1], figures[2], std::string("--estimate")})
+      if (app.count(flag) > 0 && app.count(other) == 0) throw Usage(flag + " needs " + other);
   const auto any = [&](const Names& flags) {
     return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
   };
+  if (app.count("--parallel") > 0 && !any({"--prompts", "--estimate"}))
+    throw Usage("--parallel needs --prompts or --estimate");
   for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
     if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
   if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
     throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
+  if (app.count("--layer") > 0 && !any({"--heatmap", "--explain"})) throw Usage("--layer needs --heatmap or --explain");
   if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
 }
 
@@ -217,20 +268,18 @@ Options parse(int argc, char** argv) {
   add_mode_flags(app, o, max_line);
   add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
+  add_estimate_flags(app, o);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);
+    print(app.help());
     return {};
   } catch (const CLI::ParseError& e) {
-    std::string line = e.what();
-    for (char& c : line) c = c == '\n' ? ' ' : c;
-    throw Usage(line + " (run --help lists the flags)");
+    throw Usage(e.what() + std::string(" (run --help lists the flags)"));
   }
-  for (const CLI::Option* option : app.get_options())  // CLI11 takes nothing for 0
-    for (const std::string& value : option->results())
-      if (value.empty() && option->get_name() != "--prompt" && option->get_name() != "--system")
-        throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
+  if (o.gpu == "list") return o;
+  if (app.count("--model") == 0) throw Usage("MODEL is required (run --help lists the flags)");
+  refuse_empty(app);
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
@@ -241,11 +290,7 @@ Options parse(int argc, char** argv) {
   o.model_context = app.count("--context") > 0 && o.context == 0;
   if (o.sampler.temperature < 0) o.sampler.temperature = 0;
   check(o);
-  if (o.escape) {
-    o.prompt = unescape("--prompt", o.prompt);
-    o.system = unescape("--system", o.system);
-    for (std::string& stop : o.stop) stop = unescape("--stop", stop);
-  }
+  if (o.escape) unescape_texts(o);
   o.n = std::max(0, o.n);
   return o;
 }

@@ -6,14 +6,15 @@
 #include <string>
 #include <vector>
 
+#include "host/error.h"
 #include "host/json.h"
 #include "host/sampler.h"
 
 struct Options {
   std::string model;
   // what to do; without any of these: continue the prompt
-  bool chat = false, bench = false, tokens = false;
-  std::string prompts, perplexity, logits;
+  bool chat = false, bench = false, explain = false, estimate = false, tokens = false;
+  std::string prompts, perplexity, logits, heatmap;
 
   std::string prompt, prompt_file;
   bool has_prompt = false;
@@ -28,6 +29,7 @@ struct Options {
   int samples = 1, parallel = 1;
   size_t max_line = size_t{16} << 20;  // bytes
   int chunks = 0;                      // of --perplexity; 0: all
+  int layer = 0, head = -1;            // of --heatmap and --explain; -1: all heads
 
   int context = 0;             // 0: chosen by plan()
   bool model_context = false;  // the model's longest
@@ -36,13 +38,16 @@ struct Options {
   std::string mla;             // "absorbed" or "expanded" forces that form
   int threads = 0;             // at most; default: one a physical core that affinity and the cgroup's quota allow
   bool choose_threads = true;  // for every step anew, up to that many; not with -t
+  // of --estimate: the machine, by name or as figures (GB/s, TFLOP/s, GB), and the types; empty: what is here
+  std::string gpu, weight_type, kv_type;
+  double bandwidth = 0, flops = 0, memory = 0;
   std::string stats;
   bool quiet = false;
 };
 
 // A command line that makes no sense: exit code 2.
 struct Usage : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit Usage(const std::string& line) : std::runtime_error(one_line(line)) {}
 };
 
 // What is wrong with them: "top-p 0: must be ..."; empty: nothing.
@@ -50,5 +55,5 @@ std::string problem(const SamplerOptions& s);
 
 uint64_t random_seed();
 
-// Throws Usage with one line. After --help, which is printed, the model is empty.
+// Throws Usage with one line. After --help, which is printed, and with --gpu list the model is empty.
 Options parse(int argc, char** argv);

@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <climits>
+#include <cstdarg>
 #include <cstring>
 #include <filesystem>
 #include <utility>
@@ -82,6 +83,17 @@ void check_output(const std::string& flag, const std::string& path, const Option
 
 }  // namespace
 
+std::string format(const char* pattern, ...) {
+  va_list arguments, again;
+  va_start(arguments, pattern);
+  va_copy(again, arguments);
+  std::string text(static_cast<size_t>(std::vsnprintf(nullptr, 0, pattern, arguments)), '\0');
+  std::vsnprintf(text.data(), text.size() + 1, pattern, again);
+  va_end(again);
+  va_end(arguments);
+  return text;
+}
+
 void print(std::string_view text) {
   if (text.empty()) return;
   if (std::fwrite(text.data(), 1, text.size(), stdout) == text.size() && std::fflush(stdout) == 0) return;
@@ -90,12 +102,13 @@ void print(std::string_view text) {
 }
 
 void note(const std::string& line) {
-  std::fprintf(stderr, "run: %s\n", line.c_str());
+  std::fprintf(stderr, "run: %s\n", one_line(line).c_str());
 }
 
 void check_outputs(const Options& o) {
   if (!o.stats.empty()) check_output("--stats", o.stats, o);
   if (!o.logits.empty()) check_output("--logits", o.logits, o);
+  if (!o.heatmap.empty()) check_output("--heatmap", o.heatmap, o);
   if (!o.stats.empty() && !o.logits.empty() && same_file(o.stats, o.logits))
     throw Usage("--stats " + o.stats + ": --logits writes there: give another name");
 }
@@ -123,6 +136,10 @@ OutputFile::OutputFile(const std::string& path) : path_(path) {
 void OutputFile::open_beside() {
   constexpr int MAX_TRIES = 1000;
   const fs::path target(target_);
+  if (target.filename().string().size() > NAME_MAX) {
+    errno = ENAMETOOLONG;
+    return;
+  }
   for (int i = 0; i < MAX_TRIES; i++) {
     const std::string suffix = ".partial." + std::to_string(getpid()) + (i ? "." + std::to_string(i) : "");
     const std::string name = target.filename().string().substr(0, NAME_MAX - suffix.size()) + suffix;

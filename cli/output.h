@@ -12,6 +12,9 @@ struct ClosedPipe {};
 // To standard output, seen at once. Throws ClosedPipe, Error.
 void print(std::string_view text);
 
+// printf-style.
+std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+
 // One line on stderr beside the report: what was done else than asked, though it is no error.
 void note(const std::string& line);
 

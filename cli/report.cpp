@@ -27,18 +27,9 @@ void HashOfAll::add(uint64_t hash) {
   folded_ = (folded_ ^ hash) * 0x100000001b3u;
 }
 
-double tokens_read(const Config& config, int context) {
-  double read = 0;
-  for (const int window : config.window) read += window > 0 ? std::min(window, context) : context;
-  return read / config.n_layers;
-}
-
-void Measured::use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits) {
-  open[sequence].add(logits, config.vocab_size);
+void Measured::use_logits(size_t sequence, const float* logits, int n) {
+  open[sequence].add(logits, n);
   logit_rows++;
-  if (!generated) return;
-  context_seen += position + 1;
-  context_read += tokens_read(config, position + 1);
 }
 
 uint64_t Measured::hash_of(size_t sequence) const {
@@ -58,13 +49,13 @@ uint64_t logits_hash(const Measured& measured) {
   return all.value();
 }
 
-double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& measured) {
+Work decode_work(const Model& model, const Setup& setup, const Measured& measured) {
   const Stats& s = measured.stats;
-  if (s.decode_steps == 0) return 0;
-  const double read = measured.context_seen > 0 ? measured.context_read / measured.context_seen : 1;
-  const double kv = static_cast<double>(s.decode_context) * read * static_cast<double>(setup.kv_bytes_per_token);
-  const double weights = static_cast<double>(s.decode_steps) * static_cast<double>(model.weight_bytes_per_token);
-  return (weights + kv) / s.decode_seconds;
+  const double steps = static_cast<double>(s.decode_steps), tokens = static_cast<double>(s.decode_tokens);
+  if (steps == 0) return {};
+  const StepShape mean{
+      .sequences = tokens / steps, .context = static_cast<double>(s.decode_context) / tokens, .logits = tokens / steps};
+  return work_of(model, mean, static_cast<double>(setup.kv_bytes_per_token));
 }
 
 namespace {
@@ -80,6 +71,21 @@ double ratio(double a, double b) {
 // Of one sequence: tokens.
 double decode_steps_per_second(const Stats& s) {
   return ratio(static_cast<double>(s.decode_steps), s.decode_seconds);
+}
+
+double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& m) {
+  return decode_work(model, setup, m).bytes() * decode_steps_per_second(m.stats);
+}
+
+// Beside what was measured, where the machine was probed.
+void print_predicted(const Model& model, const Setup& setup, const Measured& m, const char* step) {
+  if (!m.machine || m.stats.decode_steps == 0) return;
+  const StepTime t = time_of(decode_work(model, setup, m), *m.machine);
+  std::fprintf(stderr,
+               "predict  %.1f %s/s: weights %.3f ms, KV %.3f, compute %.3f, barriers %.3f; measured %.0f %% of it; "
+               "probed now: %.2f GB/s of these weights\n",
+               1 / t.total(), step, t.weights * 1e3, t.kv * 1e3, (t.products + t.attention) * 1e3, t.launches * 1e3,
+               100 * decode_steps_per_second(m.stats) * t.total(), m.machine->bandwidth / 1e9);
 }
 
 double total_tokens_per_second(const Stats& s) {
@@ -118,6 +124,7 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
   std::fprintf(stderr, "decode   %" PRId64 " %s in %.3f s: %.1f %s/s, %.2f GB/s; first token %.0f ms after the start\n",
                s.decode_steps, step, s.decode_seconds, decode_steps_per_second(s), step,
                decode_bytes_per_second(model, setup, m) / 1e9, m.first_token * 1e3);
+  print_predicted(model, setup, m, step);
   std::fprintf(stderr, "threads  %.2f for prompts, %.2f for decode: the mean of the steps, of %d\n", prompt_threads(s),
                decode_threads(s), setup.threads);
   std::fprintf(stderr, "logits   hash %016" PRIx64 " of %" PRId64 " rows\n", logits_hash(m), m.logit_rows);
@@ -135,57 +142,70 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
                s.peak_used, s.blocks, s.peak_shared, s.copies, s.evicted, s.waste * 100);
 }
 
+namespace {
+
+Json::Object setup_json(const Model& model, const Setup& setup) {
+  return {{"model", model.path},
+          {"attention", model.config.attention},
+          {"cache", setup.cache},
+          {"kernel", setup.kernel},
+          {"kv", setup.kv},
+          {"device", setup.device},
+          {"kernels", kernel_level()},
+          {"threads", setup.threads},
+          {"seed", setup.seed},
+          {"parameters", model.n_parameters},
+          {"weights", model.types},
+          {"weight_bytes", model.weight_bytes},
+          {"weight_bytes_per_token", work_of(model, {}, 0).weight_bytes},
+          {"context", setup.limits.context},
+          {"kv_bytes_per_token", setup.kv_bytes_per_token},
+          {"kv_bytes", setup.kv_bytes},
+          {"activation_bytes", setup.activation_bytes},
+          {"free_bytes", setup.free_bytes}};
+}
+
+}  // namespace
+
 std::string stats_json(const Model& model, const Setup& setup, const Measured& m) {
   const Stats& s = m.stats;
   char hash[17];
   std::snprintf(hash, sizeof hash, "%016" PRIx64, logits_hash(m));
-  Json::Object j = {{"model", model.path},
-                    {"attention", model.config.attention},
-                    {"cache", setup.cache},
-                    {"kernel", setup.kernel},
-                    {"kv", setup.kv},
-                    {"device", setup.device},
-                    {"kernels", kernel_level()},
-                    {"threads", setup.threads},
-                    {"prompt_threads", prompt_threads(s)},
-                    {"decode_threads", decode_threads(s)},
-                    {"seed", setup.seed},
-                    {"parameters", model.n_parameters},
-                    {"weights", model.types},
-                    {"weight_bytes", model.weight_bytes},
-                    {"weight_bytes_per_token", model.weight_bytes_per_token},
-                    {"context", setup.limits.context},
-                    {"kv_bytes_per_token", setup.kv_bytes_per_token},
-                    {"kv_bytes", setup.kv_bytes},
-                    {"activation_bytes", setup.activation_bytes},
-                    {"free_bytes", setup.free_bytes},
-                    {"prompt_tokens", s.prompt_tokens},
-                    {"prompt_seconds", s.prompt_seconds},
-                    {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
-                    {"cached_tokens", s.cached_tokens},
-                    {"generated_tokens", s.generated_tokens},
-                    {"steps", s.steps},
-                    {"decode_steps", s.decode_steps},
-                    {"decode_seconds", s.decode_seconds},
-                    {"decode_steps_per_second", decode_steps_per_second(s)},
-                    {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
-                    {"total_tokens_per_second", total_tokens_per_second(s)},
-                    {"first_token_after_start", m.first_token},
-                    {"logits_hash", hash},
-                    {"logits_rows", m.logit_rows},
-                    {"peak_sequences", s.peak_sequences},
-                    {"preemptions", s.preemptions},
-                    {"blocks", s.blocks},
-                    {"block_size", setup.block_size},
-                    {"peak_blocks", s.peak_used},
-                    {"peak_shared_blocks", s.peak_shared},
-                    {"copied_blocks", s.copies},
-                    {"evicted_blocks", s.evicted},
-                    {"waste", s.waste},
-                    {"first_token_p50", s.first_token.percentile(0.5)},
-                    {"first_token_p99", s.first_token.percentile(0.99)},
-                    {"between_tokens_p50", s.between_tokens.percentile(0.5)},
-                    {"between_tokens_p99", s.between_tokens.percentile(0.99)}};
+  Json::Object j = setup_json(model, setup);
+  const Json::Object run = {{"prompt_threads", prompt_threads(s)},
+                            {"decode_threads", decode_threads(s)},
+                            {"prompt_tokens", s.prompt_tokens},
+                            {"prompt_seconds", s.prompt_seconds},
+                            {"prompt_tokens_per_second", ratio(static_cast<double>(s.prompt_tokens), s.prompt_seconds)},
+                            {"cached_tokens", s.cached_tokens},
+                            {"generated_tokens", s.generated_tokens},
+                            {"steps", s.steps},
+                            {"decode_steps", s.decode_steps},
+                            {"decode_seconds", s.decode_seconds},
+                            {"decode_steps_per_second", decode_steps_per_second(s)},
+                            {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
+                            {"total_tokens_per_second", total_tokens_per_second(s)},
+                            {"first_token_after_start", m.first_token},
+                            {"logits_hash", hash},
+                            {"logits_rows", m.logit_rows},
+                            {"peak_sequences", s.peak_sequences},
+                            {"preemptions", s.preemptions},
+                            {"blocks", s.blocks},
+                            {"block_size", setup.block_size},
+                            {"peak_blocks", s.peak_used},
+                            {"peak_shared_blocks", s.peak_shared},
+                            {"copied_blocks", s.copies},
+                            {"evicted_blocks", s.evicted},
+                            {"waste", s.waste},
+                            {"first_token_p50", s.first_token.percentile(0.5)},
+                            {"first_token_p99", s.first_token.percentile(0.99)},
+                            {"between_tokens_p50", s.between_tokens.percentile(0.5)},
+                            {"between_tokens_p99", s.between_tokens.percentile(0.99)}};
+  j.insert(j.end(), run.begin(), run.end());
+  if (m.machine && s.decode_steps > 0) {
+    j.emplace_back("probed_bytes_per_second", m.machine->bandwidth);
+    j.emplace_back("predicted_decode_steps_per_second", 1 / time_of(decode_work(model, setup, m), *m.machine).total());
+  }
   if (m.perplexity) j.emplace_back("perplexity", *m.perplexity);
   return Json(j).text(true) + "\n";
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "host/engine.h"
+#include "host/roofline.h"
 #include "model.h"
 
 // What the run is made of: known before the weights, the cache and the activations are allocated.
@@ -45,29 +46,25 @@ class HashOfAll {
   int64_t n_ = 0;
 };
 
-// Tokens whose rows a layer reads for one at the end of this context, the mean of the layers: windows hide some.
-double tokens_read(const Config& config, int context);
-
 // What came of it.
 struct Measured {
   Stats stats;
   HashOfAll closed;                   // of the logits used
   std::map<size_t, LogitsHash> open;  // ... by the sequences that may go on, or wait for one before them
   int64_t logit_rows = 0;
-  // Sums over the generated tokens: of the context, and of tokens_read.
-  double context_seen = 0, context_read = 0;
   double first_token = 0;  // seconds from the start of the process
   std::optional<double> perplexity;
+  std::optional<Machine> machine;  // probed after the run, for the prediction beside what was measured
 
-  // The logits [vocab_size] of a sequence at this position were used; generated: not the prompt's.
-  void use_logits(const Config& config, size_t sequence, int position, bool generated, const float* logits);
+  // The logits [n] of a sequence were used.
+  void use_logits(size_t sequence, const float* logits, int n);
   uint64_t hash_of(size_t sequence) const;  // of one that is open
   void close(size_t sequence);              // it has ended; to be called in the order of the sequences
 };
 
 uint64_t logits_hash(const Measured& measured);
-// Bytes a second that the steps of decode read: the weights once a step, each token's KV rows once.
-double decode_bytes_per_second(const Model& model, const Setup& setup, const Measured& measured);
+// What a step of decode read and multiplied, of the mean number of sequences and context.
+Work decode_work(const Model& model, const Setup& setup, const Measured& measured);
 
 void print_setup(const Model& model, const Setup& setup);
 void print_measured(const Model& model, const Setup& setup, const Measured& measured);

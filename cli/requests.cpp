@@ -258,7 +258,7 @@ void take_line(Session& s, Answers& answers, size_t i, LineReader::Got got, cons
     if (interrupted()) fail("%s", INTERRUPTED);
     submit(s, answers, i, json, begin);
   } catch (const std::exception& e) {
-    answers.refuse(i, begin, e.what());
+    answers.refuse(i, begin, reason(e));
   }
 }
 

@@ -13,6 +13,7 @@
 
 namespace {
 
+constexpr size_t MOST_TEXT = size_t{256} << 20;  // bytes: more than any context, and what is measured within a day
 constexpr int DEFAULT_N = 256, DEFAULT_CONTEXT = 4096, PERPLEXITY_CONTEXT = 512;
 
 const auto start = std::chrono::steady_clock::now();
@@ -30,23 +31,29 @@ std::string read_all(const std::string& path) {
   FILE* file = path == "-" ? stdin : std::fopen(path.c_str(), "rb");
   std::string text;
   char piece[65536];
-  for (size_t n; file && (n = std::fread(piece, 1, sizeof piece, file)) > 0;) text.append(piece, n);
+  for (size_t n; file && text.size() <= MOST_TEXT && (n = std::fread(piece, 1, sizeof piece, file)) > 0;)
+    text.append(piece, n);
   const bool bad = !file || std::ferror(file) != 0;
   const int error = errno;
   if (file && file != stdin) std::fclose(file);
-  if (bad) fail("cannot read %s: %s", path == "-" ? "standard input" : path.c_str(), std::strerror(error));
+  if (bad) fail("cannot read %s: %s", shown(path).c_str(), std::strerror(error));
+  if (text.size() > MOST_TEXT) fail("%s has more than %zu MB: give a part of it", shown(path).c_str(), MOST_TEXT >> 20);
   return text;
 }
 
 // As llama.cpp does, one newline at the end is not part of a text read from a file.
 std::string read_text(const std::string& path) {
   std::string text = read_all(path);
-  require_utf8(text, path == "-" ? "standard input" : path);
+  require_utf8(text, shown(path));
   if (!text.empty() && text.back() == '\n') text.pop_back();
   return text;
 }
 
 }  // namespace
+
+std::string shown(const std::string& path) {
+  return path == "-" ? "standard input" : path;
+}
 
 std::string valid_utf8(const std::string& text) {
   Utf8Stream stream;
@@ -100,7 +107,7 @@ void read_input(Session& s) {
   } else {
     const std::string path = !o.perplexity.empty() ? o.perplexity : !o.prompt_file.empty() ? o.prompt_file : "-";
     s.text = path == "-" && isatty(STDIN_FILENO) ? typed_text() : read_text(path);
-    source = path == "-" ? "standard input" : path;
+    source = shown(path);
   }
   s.prompt = s.tokenizer.encode(s.text, o.special, true);
   if (const std::string token = o.special ? "" : looks_special(s.tokenizer, s.text); !token.empty())
@@ -114,7 +121,7 @@ WantedContext wanted_context(const Session& s) {
   const int n_prompt = static_cast<int>(s.prompt.size());
   const int n = std::min(o.n, std::numeric_limits<int>::max() - n_prompt);  // no overflow: no context is as long
   if (!o.perplexity.empty()) return {PERPLEXITY_CONTEXT, PERPLEXITY_CONTEXT};
-  if (!o.logits.empty()) return {n_prompt, n_prompt};
+  if (!o.logits.empty() || !o.heatmap.empty() || o.explain) return {n_prompt, n_prompt};
   if (o.bench) return {2, BENCH_CONTEXTS[std::size(BENCH_CONTEXTS) - 1] + BENCH_DECODE};
   if (o.chat || !o.prompts.empty()) return {2, DEFAULT_CONTEXT};
   if (n > 0) return {n_prompt + n, n_prompt + n};
@@ -132,11 +139,9 @@ Request make_request(Session& s, std::vector<int> prompt, int n, size_t first_se
   r.on_finish = [](const Result& result) {
     if (result.finish == Finish::error) fail("%s", result.error.c_str());
   };
-  r.on_logits = [&s, first_sequence, n_prompt = static_cast<int>(r.prompt.size())](int sample, int position,
-                                                                                   const float* logits) {
+  r.on_logits = [&s, first_sequence](int sample, int, const float* logits) {
     require_finite(s, logits);
-    s.measured.use_logits(s.model.config, first_sequence + static_cast<size_t>(sample), position, position >= n_prompt,
-                          logits);
+    s.measured.use_logits(first_sequence + static_cast<size_t>(sample), logits, s.model.config.vocab_size);
   };
   return r;
 }

@@ -58,6 +58,8 @@ void check_perplexity(const Session& session, int context);
 
 constexpr int BENCH_CONTEXTS[] = {128, 1024, 4096}, BENCH_DECODE = 128;
 
+// What lines for the reader call a file.
+std::string shown(const std::string& path);
 void require_utf8(const std::string& text, const std::string& what);
 // The text with U+FFFD for each wrong byte.
 std::string valid_utf8(const std::string& text);

@@ -7,6 +7,7 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 
@@ -20,12 +21,16 @@ volatile sig_atomic_t interrupt_came = 0, interrupt_caught = 0;
 char unfinished[MAX_FILES][MAX_PATH];  // paths; empty: free
 char lost_pages[MAX_PATH + 256];       // the line to print
 termios terminal;
-volatile sig_atomic_t terminal_changed = 0, resume_came = 0;
+int screen = -1;        // where the line below is written
+char leave_screen[64];  // what brings the terminal's screen back
+volatile sig_atomic_t terminal_changed = 0, redraw_came = 0;
 
 void clean_up() {
   for (const char* path : unfinished)
     if (*path) unlink(path);
-  if (terminal_changed) tcsetattr(STDIN_FILENO, TCSANOW, &terminal);
+  if (!terminal_changed) return;
+  tcsetattr(STDIN_FILENO, TCSANOW, &terminal);
+  [[maybe_unused]] const ssize_t written = write(screen, leave_screen, std::strlen(leave_screen));
 }
 
 // The handler is gone already (SA_RESETHAND): the signal ends the process as it would have without one.
@@ -42,7 +47,10 @@ void interrupt(int number) {
   interrupt_came = 1;
 }
 
+// Several threads may come to the lost pages at once: the first one speaks and ends them all.
 void page_lost(int) {
+  static std::atomic_flag told;
+  while (told.test_and_set()) pause();
   clean_up();
   [[maybe_unused]] const ssize_t written = write(STDERR_FILENO, lost_pages, std::strlen(lost_pages));
   _exit(1);
@@ -65,8 +73,9 @@ void prepare_process() {
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
   handle(SIGINT, interrupt, static_cast<int>(SA_RESTART));  // no write is cut short; who waits for input polls
-  handle(
-      SIGCONT, [](int) { resume_came = 1; }, static_cast<int>(SA_RESTART));
+  for (const int number : {SIGCONT, SIGWINCH})
+    handle(
+        number, [](int) { redraw_came = 1; }, static_cast<int>(SA_RESTART));
   for (const int number : {SIGTERM, SIGHUP, SIGQUIT}) handle(number, die, static_cast<int>(SA_RESETHAND));
 }
 
@@ -79,9 +88,9 @@ bool interrupted() {
   return interrupt_came != 0;
 }
 
-bool resumed() {
-  const bool came = resume_came != 0;
-  resume_came = 0;
+bool must_redraw() {
+  const bool came = redraw_came != 0;
+  redraw_came = 0;
   return came;
 }
 
@@ -101,9 +110,15 @@ void keep_on_death(const std::string& path) {
     if (path == place) *place = '\0';
 }
 
-void restore_on_death(const termios* mode) {
-  if (mode) terminal = *mode;
-  terminal_changed = mode != nullptr;
+void restore_on_death(const termios& mode, int screen_fd, const std::string& leave) {
+  terminal = mode;
+  screen = screen_fd;
+  std::snprintf(leave_screen, sizeof leave_screen, "%s", leave.c_str());
+  terminal_changed = 1;
+}
+
+void keep_terminal_on_death() {
+  terminal_changed = 0;
 }
 
 void blame_for_lost_pages(const std::string& path) {

@@ -16,13 +16,15 @@ void prepare_process();
 // again, it forgets the Ctrl-C that came.
 void catch_interrupt();
 bool interrupted();
-// Whether the process was stopped (Ctrl-Z) and goes on: true once.
-bool resumed();
+// Whether the process was stopped (Ctrl-Z) and goes on, or the window has another size: true once.
+bool must_redraw();
 
 // What a signal that ends the process does before.
 void remove_on_death(const std::string& path);  // at most 4 files; throws Error
 void keep_on_death(const std::string& path);    // no more
-void restore_on_death(const termios* mode);     // of the terminal on standard input; null: no more
+// The mode of the terminal on standard input, and what is written to the screen.
+void restore_on_death(const termios& mode, int screen_fd, const std::string& leave);
+void keep_terminal_on_death();
 // The file that is read as memory: where a part of it is not there any more, one line names it and the run ends.
 // Empty: there is none any more.
 void blame_for_lost_pages(const std::string& path);

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <exception>
 
-#include "model.h"
+#include "host/loader.h"
 
 int main(int argc, char** argv) try {
   if (argc != 2) return std::fprintf(stderr, "usage: variant NAME.safetensors\n"), 2;

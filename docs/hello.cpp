@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <numeric>
 
+#include "host/loader.h"
 #include "host/sampler.h"
 #include "host/tokenizer.h"
 #include "transformer.h"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.source import Source
 
 
@@ -115,7 +115,9 @@ DEEPSEEK = LLAMA | dict(
 )
 MIXTRAL_MODULES = {"block_sparse_moe.gate": "router"}
 QK_NORMS = r"[qk]_norm\.weight"
+A_NORMS = r"(kv|q)_a_norm\.weight"
 GPT2_NEEDS = r"(norm|[qkvo]_proj|up_proj|down_proj)\.bias|position_embedding\.weight"
+GATE = r"gate_proj\.(weight|bias)"
 GEMMA_MODULES = {"post_attention_layernorm": "attention_post_norm"}
 POST_NORMS = r"(attention|mlp)_post_norm\.weight"
 GLM4_MODULES = {"post_self_attn_layernorm": "attention_post_norm", "post_mlp_layernorm": "mlp_post_norm"}
@@ -194,7 +196,13 @@ ARCHITECTURES = {
         experts=dict(norm_topk_prob=True),
     ),
     "gpt2": Architecture(
-        GPT2 | dict(hidden_act="gelu_new"), norm="layer", rotates=False, fused="blocks", conv1d=True, needs=GPT2_NEEDS
+        GPT2 | dict(hidden_act="gelu_new"),
+        norm="layer",
+        rotates=False,
+        fused="blocks",
+        conv1d=True,
+        needs=GPT2_NEEDS,
+        lacks=GATE,
     ),
     "gpt_bigcode": Architecture(
         GPT2 | dict(hidden_act="gelu_pytorch_tanh", multi_query=True),
@@ -202,6 +210,7 @@ ARCHITECTURES = {
         rotates=False,
         fused="heads",
         needs=GPT2_NEEDS,
+        lacks=GATE,
     ),
     "mixtral": Architecture(
         LLAMA | dict(norm_eps=1e-5, rope_theta=1e6, sliding_window=None, layer_types=None, num_experts=None),
@@ -236,7 +245,7 @@ ARCHITECTURES = {
         interleaved=True,
         gguf_interleaved=True,
         biased="(kv_a|q_a|o)_proj",
-        needs=r"_a_norm\.weight",
+        needs=A_NORMS,
         experts=dict(group_score="max", scoring_func="softmax", topk_methods=("greedy", "group_limited_greedy")),
     ),
     "deepseek_v3": Architecture(
@@ -254,7 +263,7 @@ ARCHITECTURES = {
         interleaved=True,
         gguf_interleaved=True,
         biased="(kv_a|q_a|o)_proj",
-        needs=r"_a_norm\.weight",
+        needs=A_NORMS,
         experts=dict(group_score="top2_sum", scoring_func="sigmoid", topk_methods=("noaux_tc",)),
     ),
 }
@@ -264,7 +273,9 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
     """The architecture and the config of its text part."""
     values = dict(source.config)
     text = values.pop("text_config", None)  # Gemma 3 with a vision tower, of which the text is exported
-    values |= text if isinstance(text, dict) else {}
+    if not isinstance(text, dict | None):
+        raise ExportError(f"{source.where}: text_config is {shown(text)}: must be an object: fetch the file again")
+    values |= text or {}
     name = values.get("model_type")
     name = "gemma3_text" if name == "gemma3" else name
     if name == "gemma" and values.get("hidden_act") == "gelu":  # its first release says so and means tanh's form
@@ -272,7 +283,7 @@ def architecture_of(source: Source) -> tuple[Architecture, dict]:
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
         raise ExportError(
-            f"{source.where}: model_type is {name!r}: known are {', '.join(ARCHITECTURES)}: export one of these"
+            f"{source.where}: model_type is {shown(name)}: known are {', '.join(ARCHITECTURES)}: export one of these"
         )
     if source.kind == "gguf":
         # ggml's converter has turned GPT-2's matrices and added 1 to Gemma's norms.

@@ -8,6 +8,7 @@ import jinja2
 from jinja2.ext import Extension
 
 from exporter.errors import ExportError
+from exporter.source import whole_file
 
 MAX_BYTES = 1 << 20
 
@@ -26,7 +27,7 @@ class ChatTemplate:
             return self.refusal
         try:
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(self.source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
             return f"the model's chat template is no Jinja: {' '.join(str(error).split())[:200]}: give --chat-template"
         return "the model's own template"
 
@@ -77,7 +78,4 @@ def find_template(folder: Path, settings: dict):
 
 
 def read(path: Path) -> str:
-    if path.stat().st_size > MAX_BYTES:
-        raise ExportError(f"{path}: larger than {MAX_BYTES} bytes: no chat template is")
-    with path.open(encoding="utf-8", newline="") as file:
-        return file.read()
+    return whole_file(path, MAX_BYTES).decode("utf-8")

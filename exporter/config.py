@@ -212,6 +212,30 @@ FIXED = {
 }
 
 
+# Values by which a key that nothing has read says that the model has no such thing.
+NEUTRAL = {
+    "num_experts_per_tok": (0,),
+    "n_shared_experts": (0,),
+    "moe_intermediate_size": (0,),
+    "norm_topk_prob": (False,),
+    "routed_scaling_factor": (1,),
+    "n_group": (0, 1),
+    "topk_group": (0, 1),
+    "first_k_dense_replace": (0,),
+    "decoder_sparse_step": (0, 1),
+    "mlp_only_layers": ([],),
+    "sliding_window": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "attn_temperature_tuning": (False,),
+    "attention_out_bias": (False,),
+    "num_logits_to_keep": (0,),
+    "shared_intermediate_size": (0,),
+    "yarn_ext_factor": (1,),
+}
+OF_WINDOWS = {"sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern"}
+
+
 # More than any model has: what is made for each of these is made before a tensor's shape is looked at.
 MOST = dict.fromkeys(
     (
@@ -298,12 +322,19 @@ class Keys:
 
     def finish(self):
         for key, value in self.values.items():
-            off = value is None or (key in OF_SOME and value == OF_SOME[key])
-            if key == "layer_types" and isinstance(value, list):
-                off = all(layer_type == "full_attention" for layer_type in value)
-            if not off and key not in self.read and not {key, self.names[key]} & NO_EFFECT:
+            if key not in self.read and not {key, self.names[key]} & NO_EFFECT and not self.is_off(key, value):
                 self.refuse(
                     key,
                     "this key is not known, and a key that is dropped silently makes a wrong model: "
                     "export a model without it, or teach exporter/config.py what it means",
                 )
+
+    def is_off(self, key: str, value) -> bool:
+        """Whether a key that no part of the model asked for says that there is no such thing."""
+        if key == "layer_types":
+            return isinstance(value, list) and all(layer_type == "full_attention" for layer_type in value)
+        if key in OF_WINDOWS and (
+            self.values.get("use_sliding_window") is False or self.values.get("sliding_window") in (None, 0)
+        ):
+            return True
+        return value is None or (key in OF_SOME and value == OF_SOME[key]) or value in NEUTRAL.get(key, ())

@@ -8,11 +8,12 @@ import numpy as np
 
 from exporter.errors import ExportError, shown
 from exporter.rope import yarn_mscale
-from exporter.source import Source, map_file
-from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
+from exporter.source import File, Source
+from exporter.weights import GROUP, QUANTIZED, Tensor, Weight, size, unreadable
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LONGEST_ARRAY = 1 << 26  # of a vocabulary of some hundred thousand tokens there are as many merges
 
 # GGUF key, after the architecture's name -> Hugging Face's, or a name of our own that gguf_config resolves.
 GGUF_KEYS = {
@@ -34,10 +35,12 @@ GGUF_KEYS = {
     "rope.dimension_count": "rope_dim",
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
+    "rope.scale_linear": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
     "rope.scaling.attn_factor": "attn_factor",
     "rope.scaling.yarn_attn_factor": "attention_factor",
     "rope.scaling.yarn_log_multiplier": "yarn_log_multiplier",
+    "rope.scaling.yarn_ext_factor": "yarn_ext_factor",
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
     "attention.scale": "attention_multiplier",
@@ -64,26 +67,50 @@ GGUF_KEYS = {
     "use_parallel_residual": "use_parallel_residual",
 }
 GGUF_NO_EFFECT = {"rope.scaling.finetuned", "tensor_data_layout", "nextn_predict_layers"}
+ZERO_IS_NONE = {  # of which 0 says that the model has no such thing
+    "attention.sliding_window",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.temperature_length",
+    "attention.temperature_scale",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
+    "rope.scale_linear",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "pooling_type",
+    "interleave_moe_layer_step",
+}
 
 
 class GgufHeader:
     """A cursor over a GGUF header (ggml's docs/gguf.md). The gguf package reads it too, thirty times slower."""
 
-    def __init__(self, data: np.ndarray):
-        self.view = memoryview(data)
-        self.at = 0
+    def __init__(self, file: File):
+        self.file, self.at = file, 0
+        self.view = memoryview(b"")  # the file's beginning, as far as it was needed
+
+    def take(self, length: int) -> int:
+        """Where the next `length` bytes of the view are."""
+        begin, self.at = self.at, self.at + length
+        if self.at > self.file.size:
+            raise ValueError(f"{length} bytes that are not there")
+        if self.at > len(self.view):
+            self.view = memoryview(self.file.read(0, min(self.file.size, max(2 * self.at, 1 << 20))))
+        return begin
 
     def scalar(self, code: str):
-        (value,) = struct.unpack_from("<" + code, self.view, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
+        begin = self.take(struct.calcsize("<" + code))  # before the view is looked at, which take may make longer
+        return struct.unpack_from("<" + code, self.view, begin)[0]
 
     def string(self) -> str:
-        length = self.scalar("Q")
-        if length > len(self.view) - self.at:
-            raise ValueError(f"a string of {length} bytes")
-        self.at += length
-        return str(self.view[self.at - length : self.at], "utf-8", "surrogateescape")
+        begin = self.take(self.scalar("Q"))
+        return str(self.view[begin : self.at], "utf-8", "surrogateescape")
 
     def value(self, kind: int):
         if kind == STRING:
@@ -91,14 +118,13 @@ class GgufHeader:
         if kind != ARRAY:
             return self.scalar(SCALARS[kind])
         kind, length = self.scalar("I"), self.scalar("Q")
+        if length > min(self.file.size - self.at, LONGEST_ARRAY):
+            raise ValueError(f"an array of {length} elements")
         if kind in (STRING, ARRAY):
-            if length > len(self.view) - self.at:
-                raise ValueError(f"an array of {length} elements")
             return [self.value(kind) for _ in range(length)]
         code = "<" + SCALARS[kind]
-        values = np.frombuffer(self.view, code, length, self.at)
-        self.at += values.nbytes
-        return values.tolist()
+        begin = self.take(length * struct.calcsize(code))
+        return np.frombuffer(self.view, code, length, begin).tolist()
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name, dims = self.string(), self.scalar("I")
@@ -110,10 +136,10 @@ class GgufHeader:
 
 def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
     source = Source("gguf", path, path, tokenizer_file)
-    data = map_file(path)
-    header = GgufHeader(data)
+    file = File(path)
+    header = GgufHeader(file)
     try:
-        header.at = 4
+        header.take(4)
         version = header.scalar("I")
         if version not in (2, 3):
             raise ExportError(f"{path}: GGUF version {version}: convert it again, with a tool that writes version 3")
@@ -133,113 +159,79 @@ def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
     for name, kind, shape, offset in tensors:
         if name in source.tensors:
             raise ExportError(f"{path}: tensor {name} is there twice: convert the file again")
-        source.tensors[name] = gguf_tensor(path, data, name, kind, shape, start + offset)
+        source.tensors[name] = gguf_tensor(file, name, kind, shape, start + offset)
     source.config = gguf_config(source)
     return source
 
 
-def gguf_tensor(path: Path, data: np.ndarray, name: str, kind: int, shape: tuple[int, ...], offset: int) -> Tensor:
-    try:
-        kind = gguf.GGMLQuantizationType(kind)
-        blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    except (ValueError, KeyError):
-        return unreadable(shape, f"{path}: tensor {name} has type {kind}, unknown to the gguf package: update it")
+# Types that ggml has taken back; other tools wrote files with them.
+REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"} | {
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+
+
+def gguf_tensor(file: File, name: str, number: int, shape: tuple[int, ...], offset: int) -> Tensor:
+    """number: of the tensor's type. A type that cannot be read is a problem only for a model that has a place for the
+    tensor."""
+    where = f"{file.path}: tensor {name} {shown(list(shape))}"
+    problem = problem_of_type(number)
+    if problem:
+        return unreadable(
+            shape, f"{where} {problem}: quantise the model again, to Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, F16, BF16 or F32"
+        )
+    kind = gguf.GGMLQuantizationType(number)
+    blocks, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     k = shape[-1] if len(shape) > 1 else 1
     n = size(shape) // k if k else 0
     row_bytes = k * block_bytes // blocks
     if n <= 0 or k % blocks:
+        raise ExportError(f"{where} cannot be of {kind.name}: its rows are whole blocks of {blocks}: convert it again")
+    if offset + n * row_bytes > file.size:
         raise ExportError(
-            f"{path}: tensor {name} {list(shape)} cannot be of {kind.name}: its rows are whole blocks of {blocks}: "
-            "convert it again"
+            f"{where} of {kind.name} reaches past the end of the file ({file.size} bytes): it is truncated: "
+            "fetch it again"
         )
-    if offset + n * row_bytes > len(data):
-        raise ExportError(
-            f"{path}: tensor {name} {list(shape)} of {kind.name} reaches past the end of the file "
-            f"({len(data)} bytes): it is truncated: fetch it again"
-        )
-    if kind.name not in GGUF_TYPES and not dequantizes(kind, block_bytes):
-        known = "Q8_0, Q4_0, Q4_1, Q4_K, Q6_K, F16, BF16 or F32"
-        return unreadable(shape, f"{path}: tensor {name} has type {kind.name}, not one for weights: convert to {known}")
-    rows = data[offset : offset + n * row_bytes].reshape(n, row_bytes)
-    if kind.name in GGUF_TYPES:
-        type, unpack = GGUF_TYPES[kind.name]
-        note = kind.name if kind.name == "MXFP4" else ""
-        return Tensor(shape, type, lambda index: unpack(rows[index]), note=note)
-    return Tensor(
-        shape,
-        "f32",
-        lambda index: Weight("f32", gguf.dequantize(rows[index], kind).astype(np.float32, copy=False)),
-        keep="q8" if k % GROUP == 0 else "f16",
-        note=kind.name,
-    )
+    if kind.name in FLOAT_TYPES:
+        dtype, type, made = FLOAT_TYPES[kind.name]
+
+        def read(index: np.ndarray) -> Weight:
+            return Weight(type, file.rows(offset, row_bytes, index).view(dtype).astype(made, copy=False))
+
+        return Tensor(shape, type, read)
+    if kind.name.lower() in QUANTIZED:
+        type = kind.name.lower()
+        return Tensor(shape, type, lambda index: Weight(type, file.rows(offset, row_bytes, index)))
+
+    def dequantize(index: np.ndarray) -> Weight:
+        rows = gguf.dequantize(file.rows(offset, row_bytes, index), kind)
+        return Weight("f32", rows.astype(np.float32, copy=False))
+
+    return Tensor(shape, "f32", dequantize, keep="q8_0" if k % GROUP == 0 else "f16", note=kind.name)
 
 
-def dequantizes(kind: gguf.GGMLQuantizationType, block_bytes: int) -> bool:
-    """Whether the gguf package can: it lists types (of activations, of integers) that it has no code for."""
+def problem_of_type(number: int) -> str:
+    """Why tensors of this type cannot be read; "" where they can."""
+    if number in REMOVED:
+        return f"has type {number} ({REMOVED[number]}), which ggml has removed"
     try:
-        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        kind = gguf.GGMLQuantizationType(number)
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if kind.name not in FLOAT_TYPES:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
     except NotImplementedError:
-        return False
-    return True
+        return f"has type {kind.name}, out of which the gguf package reads no weights"
+    except (ValueError, KeyError):
+        return f"has type {number}, which is not known"
+    return ""
 
 
-def float_rows(dtype: str, type: str):
-    return lambda rows: Weight(type, rows.view(dtype))
-
-
-def blocks_of(rows: np.ndarray, dtype: list) -> np.ndarray:
-    """[n, k / 32] structures out of the bytes of some rows."""
-    return rows.view(np.dtype(dtype))
-
-
-def q8_0(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("q", "i1", GROUP)])
-    return Weight("q8", blocks["q"].reshape(len(rows), -1), blocks["d"])
-
-
-def nibbles(q: np.ndarray) -> np.ndarray:
-    """ggml keeps element j in the low half of byte j, and j + 16 in the high half; here neighbours share a byte."""
-    elements = np.concatenate([q & 15, q >> 4], axis=-1)
-    return (elements[..., 0::2] | (elements[..., 1::2] << 4)).reshape(len(q), -1)
-
-
-def q4_0(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("q", "u1", GROUP // 2)])
-    low = np.float16(-8) * blocks["d"]
-    if not np.isfinite(low).all():
-        raise ExportError("has a scale whose minimum is more than float16 can hold: export with --type bf16")
-    return Weight("q4", nibbles(blocks["q"]), blocks["d"], low)
-
-
-def q4_1(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("d", "<f2"), ("m", "<f2"), ("q", "u1", GROUP // 2)])
-    return Weight("q4", nibbles(blocks["q"]), blocks["d"], blocks["m"])
-
-
-def q5_0(rows: np.ndarray) -> Weight:
-    """Five bits, centred: they fit in q8 as they are."""
-    blocks = blocks_of(rows, [("d", "<f2"), ("high", "u1", 4), ("q", "u1", GROUP // 2)])
-    high = np.unpackbits(blocks["high"], axis=-1, bitorder="little")
-    low = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
-    return Weight("q8", ((low | (high << 4)).view(np.int8) - np.int8(16)).reshape(len(rows), -1), blocks["d"])
-
-
-def mxfp4_blocks(rows: np.ndarray) -> Weight:
-    blocks = blocks_of(rows, [("e", "u1"), ("q", "u1", GROUP // 2)])
-    codes = np.concatenate([blocks["q"] & 15, blocks["q"] >> 4], axis=-1)
-    return mxfp4(codes.reshape(len(rows), -1), blocks["e"])
-
-
-GGUF_TYPES = {  # GGUF type -> ours, and the bytes of rows -> Weight, without loss (F64: to the nearest float32)
-    "F64": ("f32", lambda rows: Weight("f32", rows.view("<f8").astype(np.float32))),
-    "F32": ("f32", float_rows("<f4", "f32")),
-    "F16": ("f16", float_rows("<f2", "f16")),
-    "BF16": ("bf16", float_rows("<u2", "bf16")),
-    "Q8_0": ("q8", q8_0),
-    "Q5_0": ("q8", q5_0),
-    "Q4_0": ("q4", q4_0),
-    "Q4_1": ("q4", q4_1),
-    "MXFP4": ("q8", mxfp4_blocks),
+FLOAT_TYPES = {  # GGUF type -> dtype in the file, our type and its dtype; F64 to the nearest float32
+    "F64": ("<f8", "f32", np.float32),
+    "F32": ("<f4", "f32", np.float32),
+    "F16": ("<f2", "f16", np.float16),
+    "BF16": ("<u2", "bf16", np.uint16),
 }
 
 
@@ -269,13 +261,16 @@ def gguf_config(source: Source) -> dict:
         prefix, _, name = key.partition(".")
         if prefix != architecture or name in GGUF_NO_EFFECT:
             continue
+        if name == "attention.sliding_window_pattern" and isinstance(value, list):
+            config["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in value]
+            continue
         if isinstance(value, list) and len(set(map(repr, value))) == 1:
             value = value[0]  # one value a layer, all the same
         if not isinstance(value, str if name == "rope.scaling.type" else int | float) and name in GGUF_KEYS:
             raise ExportError(
                 f"{source.path}: {key} is {shown(value)}: must be one number for all layers: use another model"
             )
-        config[GGUF_KEYS.get(name, key)] = value
+        config[GGUF_KEYS.get(name, key)] = None if name in ZERO_IS_NONE and value == 0 else value
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
     if "token_embd.weight" in source.tensors:
         config["vocab_size"] = source.tensors["token_embd.weight"].shape[0]
@@ -287,8 +282,8 @@ def gguf_config(source: Source) -> dict:
         if wide and config.get("num_attention_heads"):
             scalar = config.get("hidden_size", 0) // config["num_attention_heads"]
         config["query_pre_attn_scalar"] = scalar
-    if architecture == "phi3":
-        config["sliding_window"] = config.get("sliding_window") or None  # the converter's 0 is none
+    if architecture == "olmo2" and config.get("sliding_window"):
+        config["model_type"] = "olmo3"
     if architecture == "deepseek2":
         gguf_latent(config)
     gguf_rope(source, config)
@@ -296,7 +291,10 @@ def gguf_config(source: Source) -> dict:
 
 
 def gguf_experts(config: dict) -> None:
-    sigmoid = config.pop("expert_gating_func", 1) == 2
+    gating, known = config.pop("expert_gating_func", 0), {"deepseek_v2": (0, 1, 2), "gpt_oss": (0, 3)}
+    if gating not in known.get(config["model_type"], (0, 1)):
+        config["expert_gating_func"] = gating  # which is refused by name
+    sigmoid = gating == 2
     if config["model_type"] == "llama":
         config["model_type"] = "mixtral"
     elif config["model_type"] == "qwen3_moe":
@@ -327,19 +325,23 @@ def gguf_rope(source: Source, config: dict) -> None:
     """
     names = ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")
     scaling = {name: config.pop(name) for name in names if name in config}
-    kind, extra, multiplier = (config.pop(name, 0) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
+    kind, extra, multiplier = (config.pop(name, None) for name in ("rope_type", "attn_factor", "yarn_log_multiplier"))
+    if kind is None and (scaling.get("factor") or 1) != 1:
+        kind = "linear"  # files from before the key, and llama.cpp's default
     factors = {name: source.tensors.get(f"rope_factors_{name}.weight") for name in ("short", "long")}
     if None not in factors.values():
         kind = "longrope"
         scaling |= {f"{name}_factor": tensor.float32().reshape(-1).tolist() for name, tensor in factors.items()}
         if extra:
             scaling["attention_factor"] = extra
-    elif not kind or kind == "none":
+    elif kind in (None, "none"):
+        if extra not in (None, 1):
+            config["attn_factor"] = extra  # which is refused by name
         return
     if multiplier:  # DeepSeek: 0.1 mscale_all_dim; its mscale is the same
         scaling["mscale"] = scaling["mscale_all_dim"] = multiplier / 0.1
-    if kind != "longrope" and extra not in (0, 1):
-        own = 1 if multiplier else yarn_mscale(scaling.get("factor", 1))
+    if kind != "longrope" and extra not in (None, 1):
+        own = 1 if multiplier else yarn_mscale(scaling.get("factor") or 1)
         scaling["attention_factor"] = extra * scaling.get("attention_factor", own)
     if config["model_type"] == "gpt_oss":
         scaling["truncate"] = False  # GGUF has no key for it

@@ -11,8 +11,8 @@ import numpy as np
 
 from exporter.errors import ExportError, shown
 from exporter.names import IGNORED
-from exporter.source import Source, array_tensor, map_file, open_file
-from exporter.weights import GROUP, Tensor, Weight, mxfp4, size, unreadable
+from exporter.source import File, Source, array_tensor, whole_file
+from exporter.weights import GROUP, Tensor, Weight, size, unreadable
 
 SAFETENSORS_TYPES = {
     "F64": ("<f8", "f32"),
@@ -21,17 +21,18 @@ SAFETENSORS_TYPES = {
     "BF16": ("<u2", "bf16"),
     "F8_E4M3": ("u1", "fp8"),
 }
-MXFP4_PARTS = ("_blocks", "_scales")
+MXFP4_PARTS, MXFP4_TYPE = ("_blocks", "_scales"), "mxfp4"
+TORCH_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST_HEADER = 100_000_000  # bytes, of the safetensors format
 WEIGHTS_NAME = re.compile(r".*\.safetensors|pytorch_model.*\.bin|consolidated.*\.pth")
 
 
 def read_json(path: Path) -> dict:
     try:
-        with open_file(path) as file:
-            value = json.loads(file.read().decode("utf-8"))
+        value = json.loads(whole_file(path).decode("utf-8"))
     except OSError as error:
         raise ExportError(
             f"{path}: {error.strerror}: a Hugging Face folder holds config.json and .safetensors files"
@@ -60,6 +61,21 @@ def open_folder(path: Path, tokenizer_file: Path | None) -> Source:
     passed_over = [name for name in weights_in(path) if name not in files]
     if passed_over:
         source.notes.append(f"{', '.join(passed_over)}: not read, {WEIGHTS if WEIGHTS in files else INDEX} comes first")
+    dequantize(source)
+    return source
+
+
+def open_config(path: Path) -> Source:
+    """A config.json without its folder: all that is known of the weights is what it says of their type."""
+    source = Source("config", path, path, None)
+    source.config = read_json(path)
+    named = source.config.get("torch_dtype") or source.config.get("dtype") or "bfloat16"
+    if not isinstance(named, str) or named not in TORCH_TYPES:
+        raise ExportError(f"{path}: torch_dtype is {shown(named)}: known are {', '.join(TORCH_TYPES)}: fetch it again")
+    source.type = source.expert_type = TORCH_TYPES[named]
+    settings = source.config.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == "mxfp4":  # of the experts alone
+        source.expert_type = MXFP4_TYPE
     dequantize(source)
     return source
 
@@ -96,12 +112,12 @@ def weights_in(path: Path) -> list[str]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    data = map_file(path)
+    file = File(path)
     try:
-        length = struct.unpack_from("<Q", data, 0)[0]
-        header = json.loads(bytes(data[8 : 8 + length]))
+        length = struct.unpack("<Q", file.read(0, min(file.size, 8)))[0]
+        header = json.loads(bytes(file.read(8, min(length, LONGEST_HEADER, file.size - 8))))
         return {
-            name: safetensors_tensor(path, name, data[8 + length :], entry)
+            name: safetensors_tensor(file, name, 8 + length, entry)
             for name, entry in header.items()
             if name != "__metadata__"
         }
@@ -109,9 +125,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ExportError(f"{path}: its header is truncated or damaged: fetch it again") from error
 
 
-def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> Tensor:
-    """One of a header's entries. A tensor that cannot be read is a problem only for a model that has a place for it."""
-    where, kind = f"{path}: tensor {name}", entry["dtype"]
+def safetensors_tensor(file: File, name: str, start: int, entry: dict) -> Tensor:
+    """One of a header's entries; the data starts at `start`. A tensor that cannot be read is a problem only for a model
+    that has a place for it."""
+    where, kind = f"{file.path}: tensor {name}", entry["dtype"]
     (begin, end), shape = entry["data_offsets"], tuple(entry["shape"]) or (1,)
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or not isinstance(kind, str):
         raise ValueError("a shape or an offset is no natural number")
@@ -119,17 +136,17 @@ def safetensors_tensor(path: Path, name: str, data: np.ndarray, entry: dict) -> 
     if kind == "U8" and name.endswith(MXFP4_PARTS):
         dtype, type_ = "u1", "u8"
     wanted = end - begin if dtype is None else size(shape) * np.dtype(dtype).itemsize
-    if not begin <= end <= len(data) or end - begin != wanted:
+    if not begin <= end <= file.size - start or end - begin != wanted:
         raise ExportError(
-            f"{where} {shown(list(shape))} does not fit its bytes {shown(begin)} to {shown(end)} of {len(data)}: "
-            "the file is truncated: fetch it again"
+            f"{where} {shown(list(shape))} does not fit its bytes {shown(begin)} to {shown(end)} of "
+            f"{file.size - start}: the file is truncated: fetch it again"
         )
     if dtype is None:
         known = ", ".join(SAFETENSORS_TYPES)
         return unreadable(shape, f"{where} has dtype {kind}, not one of {known}: convert the checkpoint to bfloat16")
     if not size(shape):
         return unreadable(shape, f"{where} {shown(list(shape))} is empty: save the checkpoint again, with its weights")
-    return array_tensor(data[begin:end], dtype, type_, shape)
+    return array_tensor(file, start + begin, dtype, type_, shape)
 
 
 def dequantize(source: Source) -> None:
@@ -167,11 +184,14 @@ def mxfp4_tensor(blocks: Tensor, scales: Tensor) -> Tensor:
     groups = scales.k
 
     def read(index: np.ndarray) -> Weight:
+        """ggml's blocks: the scale, then bytes of code i and, in the high half, code i + 16."""
         bytes = blocks.read((index[:, None] * groups + np.arange(groups)).reshape(-1)).data
-        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(len(index), -1)
-        return mxfp4(codes, scales.read(index).data)
+        codes = np.stack([bytes & 15, bytes >> 4], axis=-1).reshape(-1, 2, GROUP // 2)
+        exponents = scales.read(index).data.reshape(-1, 1)
+        block = np.concatenate([exponents, codes[:, 0] | codes[:, 1] << 4], axis=1)
+        return Weight("mxfp4", block.reshape(len(index), -1))
 
-    return Tensor((*scales.shape[:-1], groups * GROUP), "q8", read, note="MXFP4")
+    return Tensor((*scales.shape[:-1], groups * GROUP), MXFP4_TYPE, read)
 
 
 def dequantize_fp8(source: Source, settings: dict | None) -> None:

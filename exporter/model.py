@@ -10,8 +10,8 @@ from exporter.errors import ExportError
 from exporter.hyperparameters import hyperparameters
 from exporter.names import canonical_tensors
 from exporter.source import Source
-from exporter.tensors import arrange, check_shapes
-from exporter.weights import Tensor, of_array
+from exporter.tensors import arrange, check_shapes, tensors_of
+from exporter.weights import Tensor, of_array, same_values
 
 
 @dataclass
@@ -22,36 +22,80 @@ class Model:
     tensors: dict[str, Tensor]
 
 
-def build(source: Source) -> Model:
-    """Reads no weights yet. Throws ExportError for a key or a tensor that is unknown, missing or wrong."""
+@dataclass
+class Settings:
+    """What a source's config says: the model file's config, its RoPE tables by name, and what the tensors are to be."""
+
+    architecture: Architecture
+    config: dict
+    tables: dict[str, np.ndarray]
+    biased: list[str]  # patterns of the biases that must be there
+    neighbours: bool  # RoPE rotates neighbours
+    tied: bool  # embed_tokens is the classifier
+    ahead: int  # layers after the last
+
+
+def read_config(source: Source) -> Settings:
+    """Throws ExportError for a key that is unknown, missing or wrong."""
     architecture, values = architecture_of(source)
     keys = Keys(source, values, architecture.defaults)
     config, tables = hyperparameters(keys, architecture)
-    biased = biases(keys, architecture)
-    neighbours = architecture.interleaved and keys.flag("rope_interleave", True)
-    tied, ahead = keys.flag("tie_word_embeddings"), keys.count("num_nextn_predict_layers")
+    settings = Settings(
+        architecture,
+        config,
+        tables,
+        biased=biases(keys, architecture),
+        neighbours=architecture.interleaved and keys.flag("rope_interleave", True),
+        tied=keys.flag("tie_word_embeddings"),
+        ahead=keys.count("num_nextn_predict_layers"),
+    )
     keys.finish()
+    return settings
 
+
+def build(source: Source) -> Model:
+    """Reads hardly any weights yet. Throws ExportError for a key or a tensor that is unknown, missing or wrong."""
+    settings = read_config(source)
+    architecture, config, tables = settings.architecture, settings.config, settings.tables
+    if source.kind == "config":
+        tensors = tensors_of(source, config, architecture, settings.biased, settings.tied)
+        return Model(config, tensors | {name: of_array(inv_freq) for name, inv_freq in tables.items()})
     if config["n_layers"] > len(source.tensors):  # before anything is made for each of them
         raise ExportError(
             f"{source.where}: num_hidden_layers is {config['n_layers']}, but there are {len(source.tensors)} tensors: "
             "fetch the checkpoint again, with all its files"
         )
-    tensors = canonical_tensors(source, architecture, config["n_layers"], ahead)
-    if tied:
-        tensors.pop("lm_head.weight", None)
-    if not tied and "lm_head.weight" not in tensors:
+    tensors = canonical_tensors(source, architecture, config["n_layers"], settings.ahead)
+    tie(source, settings.tied, tensors)
+    rotated = 2 * tables["rope.0.inv_freq"].size if settings.neighbours and tables else 0
+    arrange(source, architecture, config, rotated, tensors)
+    slowed = tensors.pop("rope_freqs.weight", None) if tables else None
+    check_shapes(source, architecture, config, tensors, settings.biased)
+    for name, inv_freq in tables.items():
+        tensors[name] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
+    return Model(config, tensors)
+
+
+def tie(source: Source, tied: bool, tensors: dict[str, Tensor]) -> None:
+    """The classifier, as transformers 5 finds it (modeling_utils.py, tie_weights): where the config ties it but it is
+    stored, and with other values, it is the one that is stored."""
+    embedding, classifier = "embed_tokens.weight", "lm_head.weight"
+    if not tied and classifier not in tensors:
         raise ExportError(
             f"{source.path}: tensor lm_head.weight is missing and tie_word_embeddings is false: fetch the checkpoint "
             "again, with all its files"
         )
-    rotated = 2 * tables["rope.0.inv_freq"].size if neighbours and tables else 0
-    arrange(source, architecture, config, rotated, tensors)
-    slowed = tensors.pop("rope_freqs.weight", None) if tables else None
-    check_shapes(source, architecture, config, tensors, biased)
-    for name, inv_freq in tables.items():
-        tensors[name] = of_array(inv_freq / slowdown(source, slowed, inv_freq.shape))
-    return Model(config, tensors)
+    if not tied or classifier not in tensors:
+        return
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(classifier)
+    elif same_values(tensors[embedding], tensors[classifier]):
+        del tensors[classifier]
+    else:
+        source.notes.append(
+            "tie_word_embeddings is true, but lm_head.weight is stored with other values: it is kept, as transformers "
+            "5 does"
+        )
 
 
 def biases(keys: Keys, architecture: Architecture) -> list[str]:

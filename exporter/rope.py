@@ -50,21 +50,31 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
         factors = chosen.get(key, [1])
         if not isinstance(factors, list) or not all(is_number(x) and 0 < x < 1e9 for x in factors):
             keys.refuse(name, f"{key} must be a list of positive numbers: fetch the file again")
-    length = keys.positive("max_position_embeddings")
     rope = dict(
-        original_max_position_embeddings=keys.get("original_max_position_embeddings", length),
-        max_position_embeddings=length,
+        max_position_embeddings=keys.positive("max_position_embeddings"),
         partial_rotary_factor=keys.number("partial_rotary_factor", 1),
         rope_theta=theta,
     )
-    own = "original_max_position_embeddings"  # of the config itself, and then stronger
-    rope |= {key: value for key, value in chosen.items() if key != own or key not in keys.values}
+    rope |= chosen | {"original_max_position_embeddings": original_length(keys, kind, chosen)}
     for key in ("rope_theta", "original_max_position_embeddings"):
         if not is_number(rope[key]) or not 1 < rope[key] <= LARGEST[key]:
             keys.refuse(name if key in chosen else theta_key, f"{key} must be a number above 1: fetch the file again")
     if kind == "llama3" and chosen["high_freq_factor"] <= chosen["low_freq_factor"]:
         keys.refuse(name, "high_freq_factor must be more than low_freq_factor: fetch the file again")
     return rope | {"rope_type": kind}
+
+
+def original_length(keys: Keys, kind: str, chosen: dict):
+    """The context before it was scaled. Where an architecture has a key of its own for it, that is the stronger; where
+    it has not, transformers 5 does not look at it, and it must say the same or mean nothing to this kind of RoPE."""
+    name = "original_max_position_embeddings"
+    stated, default = keys.values.get(name), keys.get(name, keys.positive("max_position_embeddings"))
+    used = chosen.get(name, default)
+    if name in keys.defaults:
+        return stated or used
+    if kind in ("default", "linear") or stated == used:
+        keys.read.add(name)
+    return used
 
 
 def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
@@ -75,6 +85,8 @@ def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
     changes that of full attention alone.
     """
     both = {key: keys.get(key) for key in ("rope_parameters", "rope_scaling")}
+    if keys.values.get("rope_parameters") and not keys.values.get("rope_scaling"):
+        both["rope_scaling"] = None  # an architecture's default stands for neither
     for key, value in both.items():
         if not isinstance(value, dict | None):
             keys.refuse(key, "must be an object: fetch the file again")

@@ -1,10 +1,10 @@
-"""Where a model comes from: a GGUF file, a Hugging Face folder or a llama2.c checkpoint."""
+"""Where a model comes from: a GGUF file, a Hugging Face folder or its config.json alone, or a llama2.c checkpoint."""
 
 from pathlib import Path
 
 from exporter.errors import ExportError
 from exporter.gguf_source import open_gguf
-from exporter.hf_source import open_folder
+from exporter.hf_source import open_config, open_folder
 from exporter.llama2c_source import open_llama2c
 from exporter.source import Source, open_file
 
@@ -27,6 +27,8 @@ def open_source(path: Path, tokenizer_file: Path | None = None) -> Source:
         raise ExportError(
             f"{path}: weights alone: give the folder that holds config.json and the tokenizer beside them"
         )
+    if path.suffix == ".json":
+        return open_config(path)
     if path.suffix == ".bin":
         return open_llama2c(path, tokenizer_file)
     raise ExportError(

@@ -8,7 +8,7 @@ import numpy as np
 from exporter.architectures import Architecture
 from exporter.errors import ExportError
 from exporter.source import Source
-from exporter.weights import Tensor, apply, concat, select, turn_each
+from exporter.weights import Tensor, Weight, apply, concat, select, turn_each
 
 FIELDS = {  # of the config, that a tensor of the wrong shape disagrees with
     "q_proj": "num_attention_heads, head_dim or qk_nope_head_dim and qk_rope_head_dim",
@@ -150,7 +150,7 @@ def stack_experts(where: Path, n: int, tensors: dict[str, Tensor]) -> None:
 def split_experts(where: Path, architecture: Architecture, tensors: dict[str, Tensor]) -> None:
     """experts.gate_up_proj [experts, 2 hidden, dim] and its bias [experts, 2 hidden] -> gate_proj, up_proj."""
     for name in [name for name in tensors if ".experts." in name] if architecture.turned_experts else ():
-        if len(tensors[name].shape) == 3 and tensors[name].note != "MXFP4":  # which lies [expert, outputs, inputs]
+        if len(tensors[name].shape) == 3 and tensors[name].type != "mxfp4":  # which lies [expert, outputs, inputs]
             tensors[name] = turn_each(tensors[name])
     for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
         both = tensors.pop(name)
@@ -191,7 +191,7 @@ def expected_shapes(
 
     biased: patterns of the biases that the config announces."""
     c = config
-    dim, heads, vocab = c["dim"], c["n_heads"], c["vocab_size"]
+    dim, vocab = c["dim"], c["vocab_size"]
     shapes = {
         "embed_tokens.weight": ((vocab, dim), True),
         "lm_head.weight": ((vocab, dim), False),
@@ -200,52 +200,13 @@ def expected_shapes(
         "norm.bias": ((dim,), False),
         "position_embedding.weight": ((c["seq_len"], dim), False),
     }
-
-    def add(prefix: str, modules: dict, required: bool = True, suffixes=("weight", "bias")):
-        for module, shape in modules.items():
-            for suffix in suffixes:
-                shapes[f"{prefix}{module}.{suffix}"] = (
-                    shape if suffix == "weight" or len(shape) == 1 else shape[:-1],
-                    required and suffix == "weight",
-                )
-
-    def mlp(hidden: int) -> dict:
-        return dict(gate_proj=(hidden, dim), up_proj=(hidden, dim), down_proj=(dim, hidden))
-
-    if c["attention"] == "mla":
-        rank, nope, rotated, v = (
-            c[key] for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        )
-        q_rank, q = c["q_lora_rank"], heads * (nope + rotated)
-        projections = dict(
-            kv_a_proj=(rank + rotated, dim), w_uk=(heads, nope, rank), w_uv=(heads, v, rank), o_proj=(dim, heads * v)
-        )
-        projections |= dict(q_a_proj=(q_rank, dim), q_b_proj=(q, q_rank)) if q_rank else dict(q_proj=(q, dim))
-        norms = dict(kv_a_norm=(rank,), q_a_norm=(q_rank,))
-    else:
-        q, kv = heads * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
-        projections = dict(q_proj=(q, dim), k_proj=(kv, dim), v_proj=(kv, dim), o_proj=(dim, q))
-        norms = (
-            dict(q_norm=(q,), k_norm=(kv,))
-            if architecture.row_norms
-            else dict.fromkeys(("q_norm", "k_norm"), (c["head_dim"],))
-        )
+    projections, norms = attention_shapes(config, architecture)
     for layer in range(c["n_layers"]):
         prefix = f"layers.{layer}."
-        add(prefix, projections)
-        shapes |= {} if c["attention"] == "mla" else {prefix + "sinks": ((heads,), False)}
-        add(prefix, dict(attention_norm=(dim,), mlp_norm=(dim,)))
-        add(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
-        if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
-            add(prefix, mlp(c["hidden_dim"]))
-            shapes[prefix + "gate_proj.weight"] = ((c["hidden_dim"], dim), False)
-            continue
-        n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
-        add(prefix, dict(router=(n, dim)))
-        shapes[prefix + "router.logit_bias"] = ((n,), False)
-        add(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()})
-        if c["n_shared_experts"]:
-            add(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
+        shapes |= modules_of(prefix, projections | dict(attention_norm=(dim,), mlp_norm=(dim,)))
+        shapes |= modules_of(prefix, norms | dict(attention_post_norm=(dim,), mlp_post_norm=(dim,)), False, ("weight",))
+        shapes |= {} if c["attention"] == "mla" else {prefix + "sinks": ((c["n_heads"],), False)}
+        shapes |= mlp_shapes(config, layer)
     needs, lacks = (
         f"(^|[._])({pattern})$" for pattern in ("|".join([architecture.needs, *biased]), architecture.lacks)
     )
@@ -254,6 +215,66 @@ def expected_shapes(
         for name, (shape, required) in shapes.items()
         if not re.search(lacks, name)
     }
+
+
+def modules_of(prefix: str, modules: dict, required: bool = True, suffixes=("weight", "bias")) -> dict:
+    """{tensor name: (shape, required)}; a bias may always be missing."""
+    return {
+        f"{prefix}{module}.{suffix}": (
+            shape if suffix == "weight" or len(shape) == 1 else shape[:-1],
+            required and suffix == "weight",
+        )
+        for module, shape in modules.items()
+        for suffix in suffixes
+    }
+
+
+def attention_shapes(config: dict, architecture: Architecture) -> tuple[dict, dict]:
+    """({projection: shape}, {norm: shape}) of a layer"""
+    c, dim, heads = config, config["dim"], config["n_heads"]
+    if c["attention"] != "mla":
+        q, kv = heads * c["head_dim"], c["n_kv_heads"] * c["head_dim"]
+        projections = dict(q_proj=(q, dim), k_proj=(kv, dim), v_proj=(kv, dim), o_proj=(dim, q))
+        widths = (q, kv) if architecture.row_norms else (c["head_dim"], c["head_dim"])
+        return projections, dict(q_norm=widths[:1], k_norm=widths[1:])
+    rank, nope, rotated, v = (c[key] for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    q_rank, q = c["q_lora_rank"], heads * (nope + rotated)
+    projections = dict(
+        kv_a_proj=(rank + rotated, dim), w_uk=(heads, nope, rank), w_uv=(heads, v, rank), o_proj=(dim, heads * v)
+    )
+    projections |= dict(q_a_proj=(q_rank, dim), q_b_proj=(q, q_rank)) if q_rank else dict(q_proj=(q, dim))
+    return projections, dict(kv_a_norm=(rank,)) | (dict(q_a_norm=(q_rank,)) if q_rank else {})
+
+
+def mlp_shapes(config: dict, layer: int) -> dict:
+    """Of a dense layer, or of one with experts."""
+    c, dim, prefix = config, config["dim"], f"layers.{layer}."
+
+    def mlp(hidden: int) -> dict:
+        return dict(gate_proj=(hidden, dim), up_proj=(hidden, dim), down_proj=(dim, hidden))
+
+    if not c.get("n_routed_experts") or not c["moe_layers"][layer]:
+        return modules_of(prefix, mlp(c["hidden_dim"]))
+    n, hidden = c["n_routed_experts"], c["moe_intermediate_size"]
+    shapes = modules_of(prefix, dict(router=(n, dim))) | {prefix + "router.logit_bias": ((n,), False)}
+    shapes |= modules_of(prefix + "experts.", {part: (n, *shape) for part, shape in mlp(hidden).items()})
+    if c["n_shared_experts"]:
+        shapes |= modules_of(prefix + "shared_experts.", mlp(c["n_shared_experts"] * hidden), suffixes=("weight",))
+    return shapes
+
+
+def tensors_of(
+    source: Source, config: dict, architecture: Architecture, biased: list[str], tied: bool
+) -> dict[str, Tensor]:
+    """The tensors of a model of which the config is all there is: shapes without values."""
+    expected = expected_shapes(config, architecture, biased)
+    names = [name for name, (_, required) in expected.items() if required or (name == "lm_head.weight" and not tied)]
+    types = {name: source.expert_type if ".experts." in name else source.type for name in names}
+    return {name: Tensor(expected[name][0], types[name], no_values) for name in names}
+
+
+def no_values(index: np.ndarray) -> Weight:
+    raise ExportError("is a shape without values")
 
 
 def check_shapes(

@@ -42,14 +42,21 @@ def write_tokenizer(source, path: Path) -> tuple[str, list[str]]:
     """Writes the tokenizer of a sources.Source; returns what is to be said of the chat template, and the tokens that
     end a text."""
     tokenizer = read_tokenizer(source)
-    for id in (*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation, tokenizer.bos, tokenizer.unk):
-        if id is not None and not is_id(id):
+    ids = [*tokenizer.before, *tokenizer.after, *tokenizer.end_of_generation]
+    for id in ids + [id for id in (tokenizer.bos, tokenizer.unk) if id is not None]:
+        if not is_id(id):
             raise ExportError(
                 f"{source.path}: token id {id!r} of BOS, EOS, unknown or the end of a text is no index: fetch the "
                 "tokenizer again"
             )
     fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
-    path.write_bytes(serialize(tokenizer))
+    try:
+        path.write_bytes(serialize(tokenizer))
+    except UnicodeEncodeError as error:
+        raise ExportError(
+            f"{source.path}: a token or the chat template holds {error.object[error.start]!r}, half of a character: "
+            "fetch the tokenizer again"
+        ) from error
     return tokenizer.chat.summary(), [
         tokenizer.tokens[id].decode("utf-8", "replace") for id in tokenizer.end_of_generation
     ]
@@ -75,7 +82,7 @@ def fit_vocabulary(tokenizer: Tokenizer, size: int) -> None:
 
 def serialize(t: Tokenizer) -> bytes:
     def string(value: bytes | str) -> bytes:
-        value = value.encode() if isinstance(value, str) else value
+        value = value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
         return struct.pack("<I", len(value)) + value + bytes(-len(value) % 4)
 
     def integers(values) -> bytes:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from exporter.chat import ChatTemplate, chat_template, find_template
 from exporter.ends import ends_by_text
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.hf_source import read_json
 from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
+from exporter.source import whole_file
 
 # Flags. IGNORE_MERGES: a piece that is a token is that token; BYTE_FALLBACK: a code point that is none is its bytes;
 # FUSE_UNK: neighbours that are unknown are one unknown; NORMALIZES_SPACES: spaces become U+2581 before tokens that are
@@ -20,7 +21,7 @@ BYTE_LEVEL, IGNORE_MERGES, NFC, BYTE_FALLBACK, FUSE_UNK, NORMALIZES_SPACES = 1, 
 PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
 # each that does not begin with one, the first likewise
 TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
-MAX_VOCAB = 1 << 24
+MAX_VOCAB, MOST_PADDING, LONGEST_TOKEN = 1 << 24, 1 << 16, 1 << 10
 STRIP_LEFT, STRIP_RIGHT, NORMALIZED = 2, 4, 8  # flags of special tokens
 
 
@@ -105,7 +106,7 @@ def set_tokens(t: Tokenizer, texts: list[str], added: set[int]) -> None:
         t.kinds.append(kind)
 
 
-def merges_from_scores(texts: list[str], scores: list[float], skip: set[int]) -> list[tuple[int, int, int]]:
+def merges_from_scores(where, texts: list[str], scores: list[float], skip: set[int]) -> list[tuple[int, int, int]]:
     """SentencePiece merges the pair whose token has the highest score. Here they are pairs in order of rank, with ties
     broken as in Hugging Face's generate_merges (convert_slow_tokenizer.py): the longer left part first."""
     ids = {text: id for id, text in enumerate(texts) if id not in skip}
@@ -113,6 +114,11 @@ def merges_from_scores(texts: list[str], scores: list[float], skip: set[int]) ->
     for id, text in enumerate(texts):
         if id in skip:
             continue
+        if len(text) > LONGEST_TOKEN:  # it is cut everywhere, and each time both parts are looked up
+            raise ExportError(
+                f"{where}: token {id}, {shown(text)}, has {len(text)} characters, and {LONGEST_TOKEN} are the most "
+                "here: use another model"
+            )
         parts = [
             (ids[text[:cut]], ids[text[cut:]], cut)
             for cut in range(1, len(text))
@@ -126,7 +132,10 @@ def merges_from_scores(texts: list[str], scores: list[float], skip: set[int]) ->
 def merges_from_pairs(pairs, ids: dict[str, int], where) -> list[tuple[int, int, int]]:
     merges = []
     for pair in pairs:
-        left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
+        parts = pair.split(" ", 1) if isinstance(pair, str) else pair
+        if len(parts) != 2:
+            raise ExportError(f"{where}: merge {shown(pair)} is not of two tokens: fetch it again")
+        left, right = parts
         try:
             merges.append((ids[left], ids[right], ids[left + right]))
         except KeyError as error:
@@ -166,52 +175,91 @@ def recognized(merges: list[str], where) -> str:
 GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
 
 
-def from_gguf(source) -> Tokenizer:
-    where, values = source.path, source.metadata
+def gguf_value(source, key: str, kind, default=None):
+    """tokenizer.KEY of a GGUF file's metadata, of a type; kind [type]: a list of such."""
+    value, name = source.metadata.get(f"tokenizer.{key}"), getattr(kind, "__name__", "list")
+    if value is None:
+        return default
+    if type(value).__name__ != name or (name == "list" and any(type(one) is not kind[0] for one in value)):
+        wanted = name if name != "list" else f"a list of {kind[0].__name__}"
+        raise ExportError(f"{source.path}: tokenizer.{key} is {shown(value)}: must be {wanted}: convert the file again")
+    return value
 
-    def get(key: str, default=None):
-        return values.get(f"tokenizer.ggml.{key}", default)
 
-    model, texts = get("model"), get("tokens")
-    if model not in ("gpt2", "llama") or not texts:
+def gguf_id(source, key: str, tokens: list) -> int | None:
+    id = gguf_value(source, f"ggml.{key}", int)
+    if id is not None and not 0 <= id < len(tokens):
         raise ExportError(
-            f"{where}: tokenizer.ggml.model is {model!r}, only gpt2 (byte-level BPE) and llama (SentencePiece BPE) "
-            "are known: use another model"
+            f"{source.path}: tokenizer.ggml.{key} is {id}, but there are {len(tokens)} tokens: convert the file again"
         )
-    types = get("token_type") or [GGUF_NORMAL] * len(texts)
-    control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
-    added = {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
-    if model == "gpt2":
-        pre = source.pre or get("pre")
-        if pre in (None, "default"):
-            pre = recognized(get("merges", []), where)
-        if pre not in GGUF_PRE:
+    return id
+
+
+def from_gguf(source) -> Tokenizer:
+    model, texts = gguf_value(source, "ggml.model", str), gguf_value(source, "ggml.tokens", [str])
+    if model not in ("gpt2", "llama"):
+        raise ExportError(
+            f"{source.path}: tokenizer.ggml.model is {shown(model)}, only gpt2 (byte-level BPE) and llama "
+            "(SentencePiece BPE) are known: use another model"
+        )
+    if not texts:
+        raise ExportError(f"{source.path}: tokenizer.ggml.tokens has none: convert the file again")
+    types = gguf_value(source, "ggml.token_type", [int]) or [GGUF_NORMAL] * len(texts)
+    scores = gguf_value(source, "ggml.scores", [float]) or [0.0] * len(texts)
+    for key, values in ("token_type", types), ("scores", scores):
+        if len(values) != len(texts):
             raise ExportError(
-                f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
-                "say with --pre which of these it splits like, or export from the Hugging Face folder"
+                f"{source.path}: tokenizer.ggml.{key} has {len(values)} entries, tokenizer.ggml.tokens {len(texts)}: "
+                "convert the file again"
             )
-        known = GGUF_PRE[pre]
-        t = Tokenizer(BYTE_LEVEL | IGNORE_MERGES * known.ignore_merges | NFC * known.nfc)
-        t.patterns = [pcre(pattern, where) for pattern in known.patterns]
-        t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
-        set_tokens(t, texts, added)
-        t.merges = merges_from_pairs(get("merges", []), {text: id for id, text in enumerate(texts)}, where)
-        add_bos = pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
-    else:
-        # GGUF writes user-defined tokens of spaces as such.
-        texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
-        t = sentencepiece(texts, get("scores") or [0.0] * len(texts), control, added)
-        t.prefix, t.unk = PREFIX_EVERY if get("add_space_prefix", True) else PREFIX_NONE, get("unknown_token_id")
-        add_bos = True
+    read = from_gguf_bpe if model == "gpt2" else from_gguf_sentencepiece
+    t, add_bos = read(source, texts, types, scores)
     t.kinds = [UNUSED if type == GGUF_UNUSED else kind for kind, type in zip(t.kinds, types, strict=True)]
-    t.bos, t.eos = get("bos_token_id"), get("eos_token_id")
-    if get("add_bos_token", add_bos) and t.bos is not None:
+    t.bos, t.eos = (gguf_id(source, f"{name}_token_id", texts) for name in ("bos", "eos"))
+    if gguf_value(source, "ggml.add_bos_token", bool, add_bos) and t.bos is not None:
         t.before = [t.bos]
-    if get("add_eos_token", False) and t.eos is not None:
+    if gguf_value(source, "ggml.add_eos_token", bool, False) and t.eos is not None:
         t.after = [t.eos]
-    t.end_of_generation = [get(key) for key in ("eot_token_id", "eom_token_id") if get(key) is not None]
-    set_special_ids(t, texts, values.get("tokenizer.chat_template"))
+    ends = (gguf_id(source, f"{name}_token_id", texts) for name in ("eot", "eom"))
+    t.end_of_generation = [id for id in ends if id is not None]
+    set_special_ids(t, texts, gguf_value(source, "chat_template", str))
     return t
+
+
+def gguf_kinds(types: list[int]) -> tuple[set[int], set[int]]:
+    """The ids of control tokens, and of those that were added."""
+    control = {id for id, type in enumerate(types) if type in (GGUF_CONTROL, GGUF_UNKNOWN)}
+    return control, {id for id, type in enumerate(types) if type == GGUF_USER_DEFINED}
+
+
+def from_gguf_bpe(source, texts: list[str], types: list[int], _) -> tuple[Tokenizer, bool]:
+    """The vocabulary, and whether BOS goes before a text where the file does not say."""
+    where, merges = source.path, gguf_value(source, "ggml.merges", [str], [])
+    pre = source.pre or gguf_value(source, "ggml.pre", str)
+    if pre in (None, "default"):
+        pre = recognized(merges, where)
+    if pre not in GGUF_PRE:
+        raise ExportError(
+            f"{where}: tokenizer.ggml.pre is {pre!r}, known are {', '.join(GGUF_PRE)}: "
+            "say with --pre which of these it splits like, or export from the Hugging Face folder"
+        )
+    known, (control, added) = GGUF_PRE[pre], gguf_kinds(types)
+    t = Tokenizer(BYTE_LEVEL | IGNORE_MERGES * known.ignore_merges | NFC * known.nfc)
+    t.patterns = [pcre(pattern, where) for pattern in known.patterns]
+    t.specials = {id: (int(id in control), texts[id]) for id in sorted(control | added)}
+    set_tokens(t, texts, added)
+    t.merges = merges_from_pairs(merges, {text: id for id, text in enumerate(texts)}, where)
+    return t, pre in ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+
+
+def from_gguf_sentencepiece(source, texts: list[str], types: list[int], scores: list[float]) -> tuple[Tokenizer, bool]:
+    control, added = gguf_kinds(types)
+    # GGUF writes user-defined tokens of spaces as such.
+    texts = [text.replace(" ", "▁") if id in added else text for id, text in enumerate(texts)]
+    t = sentencepiece(source.path, texts, scores, control, added)
+    t.prefix = PREFIX_EVERY if gguf_value(source, "ggml.add_space_prefix", bool, True) else PREFIX_NONE
+    t.unk = gguf_id(source, "unknown_token_id", texts)
+    return t, True
 
 
 def from_tokenizer_json(path: Path, source) -> Tokenizer:
@@ -230,24 +278,25 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         for key, flag in ("ignore_merges", IGNORE_MERGES), ("byte_fallback", BYTE_FALLBACK), ("fuse_unk", FUSE_UNK):
             t.flags |= flag * bool(model.get(key))
         ids = vocab | {token["content"]: token["id"] for token in added}
-        if not all(map(is_id, ids.values())):
-            raise ValueError("an id that is no index")
-        texts = [f"[PAD{id}]" for id in range(max(ids.values()) + 1)]
-        for text, id in ids.items():
-            texts[id] = text
-        t.specials = {token["id"]: (added_flags(token), token["content"]) for token in added}
-        used = set(ids.values())
-        for id, (flags, text) in read_side_files(path.parent)[1].items():
-            if ids.get(text, None if id in used else id) == id:  # what tokenizer.json says of an id or a text holds
-                place_tokens(texts, {id: (flags, text)})
-                t.specials[id] = flags, text
-                used.add(id)
+        if not all(isinstance(text, str) for text in ids):
+            raise ValueError("a token that is no text")
+        texts, used = [], set(ids.values())
+        place_tokens(texts, {id: (0, text) for text, id in ids.items()}, path)
+        t.specials = {token["id"]: (added_flags(token, path), token["content"]) for token in added}
+        beside = {  # what tokenizer.json says of an id or a text holds
+            id: (flags, text)
+            for id, (flags, text) in read_side_files(path.parent)[1].items()
+            if ids.get(text, None if id in used else id) == id
+        }
+        place_tokens(texts, beside, path.parent)
+        t.specials |= beside
+        used |= beside.keys()
         set_tokens(t, texts, set(t.specials))
         t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
         t.merges = merges_from_pairs(model["merges"], vocab, path)
         t.unk = ids.get(model.get("unk_token"))
         read_post_processor(t, data.get("post_processor"), path)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise ExportError(
             f"{path}: not a tokenizer.json of the tokenizers library ({error!r}): fetch it again"
         ) from error
@@ -345,8 +394,10 @@ def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
             for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         )
         if "added_tokens_decoder" in config:
-            decoder = config["added_tokens_decoder"].items()
-            return names | config, {int(id): (added_flags(token), str(token["content"])) for id, token in decoder}
+            decoder, where = config["added_tokens_decoder"].items(), folder / "tokenizer_config.json"
+            return names | config, {
+                int(id): (added_flags(token, where), str(token["content"])) for id, token in decoder
+            }
         settings = config | names
         lists = (settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens"))
         special = {special_text(settings.get(key)) for key in NAMED_TOKENS} | {
@@ -362,19 +413,29 @@ def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
         ) from error
 
 
-def added_flags(token: dict) -> int:
+def added_flags(token: dict, where) -> int:
     """Of a token as the tokenizers library writes it."""
     if token.get("single_word"):
-        raise ExportError(f"added token {token['content']!r} is single_word, not supported here: set it to false")
+        raise ExportError(
+            f"{where}: added token {shown(token['content'])} is single_word, not supported here: set it to false"
+        )
     special = bool(token.get("special"))
     flags = special | STRIP_LEFT * bool(token.get("lstrip")) | STRIP_RIGHT * bool(token.get("rstrip"))
     return int(flags) | NORMALIZED * bool(token.get("normalized", not special))
 
 
-def place_tokens(texts: list[str], tokens: dict[int, tuple[int, str]]) -> None:
+def place_tokens(texts: list[str], tokens: dict[int, tuple[int, str]], where) -> None:
     """Puts added tokens where their ids say; a gap before one is padding."""
-    if not all(is_id(id) for id in tokens):
-        raise ExportError(f"an added token's id is not between 0 and {MAX_VOCAB}: fetch the tokenizer again")
+    odd = [id for id in tokens if not is_id(id)]
+    if odd:
+        raise ExportError(
+            f"{where}: token id {shown(odd[0])} is not between 0 and {MAX_VOCAB}: fetch the tokenizer again"
+        )
+    gap = max(tokens, default=-1) + 1 - len(texts) - len(tokens)
+    if gap > MOST_PADDING:
+        raise ExportError(
+            f"{where}: token id {max(tokens)} is {gap} beyond the other tokens: fetch the tokenizer again"
+        )
     texts += [f"[PAD{id}]" for id in range(len(texts), max(tokens, default=-1) + 1)]
     for id, (_, text) in tokens.items():
         texts[id] = text
@@ -421,12 +482,14 @@ GPT2_FILES = {
 def from_gpt2_files(source) -> Tokenizer:
     """vocab.json and merges.txt, GPT-2's own files."""
     vocab = read_json(source.folder / "vocab.json")
-    lines = (source.folder / "merges.txt").read_text("utf-8").split("\n")
+    try:
+        lines = whole_file(source.folder / "merges.txt").decode("utf-8").split("\n")
+    except ValueError as error:
+        raise ExportError(f"{source.folder / 'merges.txt'}: not UTF-8 ({error}): fetch it again") from error
     pairs = [line for line in lines if line and not line.startswith("#version")]
-    texts = sorted(vocab, key=vocab.get)
     settings, beside = read_side_files(source.folder)
     known = GPT2_FILES.get(source.config.get("model_type"))
-    if known is None or sorted(vocab.values()) != list(range(len(vocab))):
+    if known is None or not all(map(is_id, vocab.values())) or sorted(vocab.values()) != list(range(len(vocab))):
         raise ExportError(
             f"{source.folder}: vocab.json without tokenizer.json is only understood for {', '.join(GPT2_FILES)}: save "
             "the tokenizer with save_pretrained, which writes tokenizer.json"
@@ -435,13 +498,14 @@ def from_gpt2_files(source) -> Tokenizer:
         raise ExportError(
             f"{source.folder}: add_prefix_space is true: only GPT-2's tokenizer takes it: set it to false"
         )
+    texts = sorted(vocab, key=vocab.get)
     t = Tokenizer(
         flags=BYTE_LEVEL | NFC * known.nfc,
         prefix=PREFIX_MISSING if settings.get("add_prefix_space") else PREFIX_NONE,
         patterns=[pcre(pattern, source.folder) for pattern in known.patterns],
         merges=merges_from_pairs(pairs, vocab, source.folder),
     )
-    place_tokens(texts, beside)
+    place_tokens(texts, beside, source.folder)
     names = {special_text(settings.get(key)) for key in NAMED_TOKENS} | {"<|endoftext|>"}
     t.specials = {id: (1, text) for id, text in enumerate(texts) if text in names}
     t.specials |= {id: (flags | int(text in names), text) for id, (flags, text) in beside.items()}
@@ -466,14 +530,14 @@ def protobuf(data: bytes) -> dict[int, list]:
 
     def varint() -> int:
         nonlocal at
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 70, 7):
             byte = data[at]
             at += 1
             value |= (byte & 127) << shift
-            shift += 7
             if byte < 128:
                 return value
+        raise ValueError("an integer of more than ten bytes")
 
     while at < len(data):
         tag = varint()
@@ -491,13 +555,14 @@ def protobuf(data: bytes) -> dict[int, list]:
 
 def from_sentencepiece(path: Path, source) -> Tokenizer:
     try:
-        model = protobuf(path.read_bytes())
+        model = protobuf(whole_file(path))
         pieces = [protobuf(piece) for piece in model[1]]
         texts = [piece[1][0].decode() for piece in pieces]
         scores = [struct.unpack("<f", piece[2][0])[0] if 2 in piece else 0.0 for piece in pieces]
         types = [piece.get(3, [PIECE_NORMAL])[0] for piece in pieces]
         trainer, normalizer = protobuf(model[2][0]), protobuf(model[3][0])
-    except (IndexError, KeyError, ValueError, struct.error) as error:
+        name = normalizer.get(1, [b"?"])[0].decode()
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ExportError(f"{path}: not a SentencePiece model ({error!r}): fetch it again") from error
     algorithm = trainer.get(3, [1])[0]
     if algorithm != BPE:
@@ -505,7 +570,6 @@ def from_sentencepiece(path: Path, source) -> Tokenizer:
             f"{path}: trainer_spec.model_type is {algorithm}, only {BPE} (BPE) is known: use another model"
         )
     if normalizer.get(2, [b""])[0] or normalizer.get(4, [1])[0]:
-        name = normalizer.get(1, [b"?"])[0].decode()
         raise ExportError(
             f"{path}: normalizer {name!r} changes the text (a character map, or extra white space removed), only "
             "identity is known: export from a folder that has tokenizer.json"
@@ -514,11 +578,11 @@ def from_sentencepiece(path: Path, source) -> Tokenizer:
     added = {id for id, type in enumerate(types) if type == PIECE_USER_DEFINED}
     settings, beside = read_side_files(path.parent)
     names = {special_text(settings.get(key)) for key in NAMED_TOKENS}
-    place_tokens(texts, beside)
+    place_tokens(texts, beside, path.parent)
     scores += [0.0] * (len(texts) - len(scores))
     control |= {id for id, text in enumerate(texts) if text in names}
     control |= {id for id, (flags, _) in beside.items() if flags & 1}
-    t = sentencepiece(texts, scores, control, added - set(beside), set(beside))
+    t = sentencepiece(path, texts, scores, control, added - set(beside), set(beside))
     t.specials |= {id: (flags & ~NORMALIZED | int(id in control), text) for id, (flags, text) in beside.items()}
     t.prefix = PREFIX_EVERY if normalizer.get(3, [1])[0] else PREFIX_NONE
     if settings:  # transformers' LlamaTokenizer has its own ways; without its settings, they are SentencePiece's
@@ -537,7 +601,12 @@ def from_sentencepiece(path: Path, source) -> Tokenizer:
 
 
 def sentencepiece(
-    texts: list[str], scores: list[float], control: set[int], added: set[int], beside: frozenset | set = frozenset()
+    where,
+    texts: list[str],
+    scores: list[float],
+    control: set[int],
+    added: set[int],
+    beside: frozenset | set = frozenset(),
 ) -> Tokenizer:
     """The vocabulary of a SentencePiece model. Its user-defined tokens (`added`) come before any other merge; no merge
     makes those that were added `beside` it."""
@@ -548,14 +617,14 @@ def sentencepiece(
         specials={id: (int(id in control), texts[id]) for id in sorted(control | added)},
     )
     set_tokens(t, texts, added)
-    t.merges = merges_from_scores(texts, scores, bytes_ | control | beside)
+    t.merges = merges_from_scores(where, texts, scores, bytes_ | control | beside)
     return t
 
 
 def from_llama2c(path: Path, source) -> Tokenizer:
     """llama2.c's tokenizer.bin: the longest length, then a score, a length and the bytes of each token; ids 0 to 2 are
     unknown, BOS and EOS."""
-    data, texts, scores, at = path.read_bytes(), [], [], 4
+    data, texts, scores, at = whole_file(path), [], [], 4
     try:
         while at < len(data):
             score, length = struct.unpack_from("<fi", data, at)
@@ -577,7 +646,7 @@ def from_llama2c(path: Path, source) -> Tokenizer:
             "give the tokenizer of this model"
         )
     texts[:3] = "<unk>", "<s>", "</s>"
-    t = sentencepiece(texts, scores, {0, 1, 2}, set())
+    t = sentencepiece(path, texts, scores, {0, 1, 2}, set())
     t.prefix, t.unk, t.bos, t.eos, t.before = PREFIX_EVERY, 0, 1, 2, [1]
     set_special_ids(t, texts, None)
     return t

@@ -1,60 +1,80 @@
 """Weight types, and tensors that are read row by row only when they are written.
 
-The types are those of docs/model-file.md: f32, bf16, f16, q8 and q4 (groups of 32 inputs with a float16
-scale, in q4 with a float16 minimum too). A Tensor is lazy: a shape, a type and a function that reads some of its rows,
-so that an export needs the memory of a few rows, whatever the size of the model. Choosing, repeating and joining rows
-(permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses nothing.
+The types are those of docs/model-file.md: floats, and ggml's quantised types as the blocks of bytes that they are in a
+GGUF file, which the gguf package makes and reads. A Tensor is lazy: a shape, a type and a function that reads some of
+its rows, so that an export needs the memory of a few rows, whatever the size of the model. Choosing, repeating and
+joining rows (permuted heads, split or fused projections, stacked experts) commutes with quantisation, so it loses
+nothing.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import gguf
 import numpy as np
 
 from exporter.errors import ExportError
 
-GROUP = 32  # inputs that share a scale in q8 and q4
+GROUP = 32  # inputs that share a scale in most types
+CHUNK = 1 << 20  # elements that are read at a time
 
-# How each type lies in the model file: (field of Weight, name of the part, its dtype, elements for each quant group).
-FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-PARTS = {kind: (("data", "weight", dtype, 1),) for kind, dtype in FLOATS.items()} | {
-    "q8": (("data", "weight", "I8", 32), ("scale", "scale", "F16", 1)),
-    "q4": (("data", "weight", "U8", 16), ("scale", "scale", "F16", 1), ("min", "min", "F16", 1)),
+FLOATS = {"f32": "F32", "bf16": "BF16", "f16": "F16"}  # and their dtype in the model file
+# ggml's types, whose dtype is U8: where the half floats of a block are.
+QUANTIZED = {
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+    "mxfp4": (),
 }
-TYPES = tuple(PARTS)
-QUANTIZED = tuple(kind for kind in PARTS if kind not in FLOATS)
+CHOICES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")  # what weights can be turned into
+
+
+def ggml(type: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[type.upper()]
+
+
+def block(type: str) -> tuple[int, int]:
+    """The inputs of a row that are stored together, and the elements that they take."""
+    return (1, 1) if type in FLOATS else gguf.GGML_QUANT_SIZES[ggml(type)]
 
 
 @dataclass
 class Weight:
-    """Some rows of a tensor in one type, its data [n, k] (q4: [n, k / 2]) and, where quantised, [n, k / 32] of each."""
+    """Some rows of a tensor in one type: [n, k], or [n, bytes of k inputs' blocks]."""
 
     type: str
-    data: np.ndarray  # float32, uint16 (the bits of bfloat16), float16, int8, uint8
-    scale: np.ndarray | None = None  # float16
-    min: np.ndarray | None = None  # float16
-
-    def parts(self) -> tuple:
-        return self.data, self.scale, self.min
+    data: np.ndarray  # float32, uint16 (the bits of bfloat16), float16, uint8
 
     def float32(self) -> np.ndarray:
         if self.type == "bf16":
             return (self.data.astype(np.uint32) << 16).view(np.float32)
-        if self.type in ("f32", "f16"):
+        if self.type in FLOATS:
             return self.data.astype(np.float32, copy=False)
-        scale = self.scale.astype(np.float32)[:, :, None]
-        if self.type == "q8":
-            groups = self.data.reshape(*self.scale.shape, GROUP) * scale
-        else:
-            q = np.stack([self.data & 15, self.data >> 4], axis=-1).reshape(*self.scale.shape, GROUP)
-            groups = q * scale + self.min.astype(np.float32)[:, :, None]
-        return groups.reshape(len(self.data), -1)
+        return gguf.dequantize(self.data, ggml(self.type))
+
+    def check(self) -> "Weight":
+        """Itself, if no block has a scale that is infinite or no number."""
+        blocks = self.data.reshape(-1, block(self.type)[1])
+        halves = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16) for at in QUANTIZED.get(self.type, ())]
+        if not all(np.isfinite(half).all() for half in halves) or (
+            self.type == "mxfp4" and (blocks[:, 0] == 255).any()
+        ):
+            raise ExportError("has a scale that is infinite or no number: the checkpoint is damaged")
+        return self
 
 
 def quantize(x: np.ndarray, type: str) -> Weight:
-    """x [n, k] float32 in another type, rounded to nearest; in q8 and q4 the error is half a scale, or what
-    float16's rounding of scale and minimum clips at the ends."""
+    """x [n, k] float32 in another type, rounded to nearest, or by the gguf package."""
     peak = np.abs(x).max(initial=0)
     if not np.isfinite(peak):
         raise ExportError("holds an infinite or undefined value: the checkpoint is damaged")
@@ -64,38 +84,12 @@ def quantize(x: np.ndarray, type: str) -> Weight:
         bits = x.view(np.uint32)
         return Weight("bf16", ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
     limit = np.float32(np.finfo(np.float16).max)
-    if peak > limit * (127 if type == "q8" else 1):
+    # Of half floats: the weight, its minimum or the scale, which is the largest weight divided by this.
+    if peak > limit * {"q8_0": 127, "q4_0": 8, "q5_0": 16, "mxfp4": np.inf}.get(type, 1):
         raise ExportError(f"holds {peak:g}, more than {type} can hold: export with --type bf16")
     if type == "f16":
         return Weight("f16", x.astype(np.float16))
-    groups = x.reshape(len(x), -1, GROUP)
-    low = groups.min(axis=-1, keepdims=True).astype(np.float16)
-    # Against the scale and the minimum as stored, so that their own rounding costs nothing but at the ends.
-    if type == "q8":
-        scale = (np.abs(groups).max(axis=-1, keepdims=True) / 127).astype(np.float16)
-        q = np.rint(groups / nonzero(scale)).clip(-127, 127).astype(np.int8)
-        return Weight("q8", q.reshape(x.shape), scale[..., 0])
-    scale = ((groups.max(axis=-1, keepdims=True) - low) / 15).astype(np.float16)
-    q = np.rint((groups - low) / nonzero(scale)).clip(0, 15).astype(np.uint8).reshape(x.shape)
-    return Weight("q4", q[:, 0::2] | (q[:, 1::2] << 4), scale[..., 0], low[..., 0])
-
-
-FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # twice the values of e2m1
-
-
-def mxfp4(codes: np.ndarray, exponents: np.ndarray) -> Weight:
-    """MXFP4 (OCP Microscaling Formats 1.0): w = e2m1 * 2^(exponent - 127); codes [n, k] 0 .. 15, exponents [n, k / 32].
-
-    In q8 as it is, with half of that power as scale, as long as float16 holds it; a smaller one rounds to 0 there."""
-    scale = np.ldexp(np.float32(0.5), exponents.astype(np.int32) - 127)
-    if scale.max(initial=0) > np.finfo(np.float16).max:
-        raise ExportError("holds a scale that is more than float16 can hold: the checkpoint is damaged")
-    return Weight("q8", FP4[codes], scale.astype(np.float16))
-
-
-def nonzero(scale: np.ndarray) -> np.ndarray:
-    """The scale as float32, with 1 where it is 0: such a group rounds to its minimum, or to 0."""
-    return np.where(scale == 0, np.float32(1), scale.astype(np.float32))
+    return Weight(type, gguf.quantize(x, ggml(type)))
 
 
 @dataclass
@@ -150,8 +144,7 @@ def select(tensor: Tensor, rows: np.ndarray, shape: tuple[int, ...] | None = Non
         zero = rows[index] < 0
         if not zero.any():
             return weight
-        parts = [part if part is None else np.where(zero[:, None], part.dtype.type(0), part) for part in weight.parts()]
-        return Weight(weight.type, *parts)
+        return Weight(weight.type, np.where(zero[:, None], weight.data.dtype.type(0), weight.data))
 
     return replace(tensor, shape=shape, read=read)
 
@@ -182,8 +175,7 @@ def concat(tensors: list[Tensor], shape: tuple[int, ...] | None = None) -> Tenso
             p = int(np.searchsorted(starts, run[0], side="right")) - 1
             piece = tensors[p].read(run - starts[p])
             pieces.append(piece if piece.type == type else Weight("f32", piece.float32()))
-        columns = zip(*(piece.parts() for piece in pieces), strict=True)
-        return Weight(type, *(None if column[0] is None else np.concatenate(column) for column in columns))
+        return Weight(type, np.concatenate([piece.data for piece in pieces]))
 
     return Tensor(shape or (int(starts[-1]), *tensors[0].shape[1:]), type, read, keep, tensors[0].note)
 
@@ -202,7 +194,13 @@ def apply(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], shape: t
     )
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    step = max(1, CHUNK // a.k)
+    chunks = (np.arange(first, min(first + step, a.n)) for first in range(0, a.n, step))
+    return a.shape == b.shape and all(np.array_equal(a.read(i).float32(), b.read(i).float32()) for i in chunks)
+
+
 def stored_type(tensor: Tensor, type: str | None) -> str:
-    """The type in which a matrix is written: `type` or its own; rows of q8 and q4 are whole groups."""
+    """The type in which a matrix is written: `type` or its own; rows of quantised types are whole blocks."""
     type = type or tensor.keep or tensor.type
-    return "f16" if type in QUANTIZED and tensor.k % GROUP else type
+    return "f16" if tensor.k % block(type)[0] else type

@@ -15,7 +15,11 @@ uint64_t block_hash(uint64_t prefix_hash, const int* tokens, int n) {
 
 BlockPool::BlockPool(int n_blocks, int block_size, BlockHash hash)
     : block_size_(block_size), hash_(hash), blocks_(static_cast<size_t>(n_blocks)) {
-  for (int b = 0; b < n_blocks; ++b) at(b).place = unused_.insert(unused_.end(), b);
+  for (int b = 0; b < n_blocks; ++b) {
+    at(b).place = unused_.insert(unused_.end(), b);
+    at(b).tokens.reserve(static_cast<size_t>(block_size));
+    at(b).spare = full_.extract(full_.emplace(0, b));
+  }
 }
 
 int BlockPool::allocate() {
@@ -100,7 +104,8 @@ void BlockPool::keep_part(int block, const Prefix& prefix, const int* tokens, in
 void BlockPool::insert(Index* index, uint64_t key, int block, const Prefix& prefix, const int* tokens, int n) {
   Block& b = at(block);
   b.index = index;
-  b.entry = index->emplace(key, block);
+  b.spare.key() = key;
+  b.entry = index->insert(std::move(b.spare));
   b.before = prefix.id;
   b.id = next_id_++;
   b.tokens.assign(tokens, tokens + n);
@@ -108,6 +113,6 @@ void BlockPool::insert(Index* index, uint64_t key, int block, const Prefix& pref
 
 void BlockPool::forget(int block) {
   Block& b = at(block);
-  if (b.index) b.index->erase(b.entry);
+  if (b.index) b.spare = b.index->extract(b.entry);
   b.index = nullptr;
 }

@@ -6,6 +6,8 @@
 // contiguous cache's slot is one) is found by the prefix before it and handed to one owner, who writes on. A hash
 // is only a hint: on a hit the tokens are compared, and so is the identity of the prefix, which by induction
 // compares all tokens before.
+//
+// All memory is taken when the pool is made: nothing else here can fail.
 #pragma once
 
 #include <cstddef>
@@ -63,6 +65,7 @@ class BlockPool {
     int references = 0;
     Index* index = nullptr;          // the one that finds it; null: its contents are nobody's or its owner's alone
     Index::iterator entry;           // ... there
+    Index::node_type spare;          // the entry while no index has it
     int64_t before = 0;              // id of the prefix that its tokens follow
     int64_t id = 0;                  // of the prefix that a full block ends
     std::vector<int> tokens;         // while an index finds it

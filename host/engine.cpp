@@ -4,9 +4,11 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "host/error.h"
 #include "host/thread_count.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -75,11 +77,13 @@ struct Engine::Impl {
   void show_logits(Sample* s, int position, const float* logits);
   std::vector<Draw> collect(const float* logits);
   void fork(Draw first, std::vector<Draw>* draws);
-  void draw(const std::vector<Draw>& draws);
+  std::vector<int> draw(const std::vector<Draw>& draws);
   void accept(Sample* s, int id);
+  std::optional<Finish> take(Sample* s, int id);
   void finish(Sample* s, Finish reason);
   void drop_ended();
-  bool compute(const Batch& batch, const float** logits);
+  void lose_step(const char* why);
+  const float* compute(const Batch& batch);
 };
 
 void Engine::Impl::show_logits(Sample* s, int position, const float* logits) {
@@ -87,7 +91,7 @@ void Engine::Impl::show_logits(Sample* s, int position, const float* logits) {
   try {
     s->asked->on_logits(s->sample, position, logits);
   } catch (const std::exception& e) {
-    s->result.error = e.what();
+    s->result.error = reason(e);
   }
 }
 
@@ -116,7 +120,8 @@ void Engine::Impl::fork(Draw first, std::vector<Draw>* draws) {
   }
 }
 
-void Engine::Impl::draw(const std::vector<Draw>& draws) {
+// Their tokens; where a sample's went wrong, any.
+std::vector<int> Engine::Impl::draw(const std::vector<Draw>& draws) {
   std::vector<int> ids(draws.size());
   const size_t work = draws.size() * static_cast<size_t>(vocab_size);
   threads.run(work > 100000 ? n_threads : 1, [&](const Team& team) {  // below, waking the team takes longer
@@ -128,29 +133,39 @@ void Engine::Impl::draw(const std::vector<Draw>& draws) {
         ids[static_cast<size_t>(i)] = s->sampler.sample(d.logits, vocab_size, s->tokens.data(), s->size(),
                                                         scratch[static_cast<size_t>(team.rank)]);
       } catch (const std::exception& e) {
-        s->result.error = e.what();
+        s->result.error = reason(e);
       }
     });
   });
-  for (size_t i = 0; i < draws.size(); ++i) {
-    if (draws[i].sample->result.error.empty()) accept(draws[i].sample, ids[i]);
-  }
+  return ids;
 }
 
 void Engine::Impl::accept(Sample* s, int id) {
+  std::optional<Finish> ended;
+  try {
+    ended = take(s, id);
+  } catch (const std::bad_alloc& e) {
+    s->result.error = reason(e);
+  }
+  if (ended) finish(s, *ended);
+}
+
+// Whether s ends with this token.
+std::optional<Finish> Engine::Impl::take(Sample* s, int id) {
   const Request& asked = *s->asked;
-  if (asked.n == 0) return finish(s, Finish::length);
+  if (asked.n == 0) return Finish::length;
   double between = seconds_since(s->last_token);
   s->last_token = Clock::now();
   (s->begun ? stats.between_tokens : stats.first_token).add(between);
   if (!s->begun) s->result.first_token = between;
   s->begun = true;
-  if (std::find(asked.stop.begin(), asked.stop.end(), id) != asked.stop.end()) return finish(s, Finish::stop);
+  if (std::find(asked.stop.begin(), asked.stop.end(), id) != asked.stop.end()) return Finish::stop;
   s->tokens.push_back(id);
   s->result.ids.push_back(id);
   ++stats.generated_tokens;
-  if (asked.on_token && !asked.on_token(s->sample, id)) return finish(s, Finish::callback);
-  if (static_cast<int>(s->result.ids.size()) == asked.n) finish(s, Finish::length);
+  if (asked.on_token && !asked.on_token(s->sample, id)) return Finish::callback;
+  if (static_cast<int>(s->result.ids.size()) == asked.n) return Finish::length;
+  return {};
 }
 
 void Engine::Impl::finish(Sample* s, Finish reason) {
@@ -164,25 +179,24 @@ void Engine::Impl::finish(Sample* s, Finish reason) {
 
 // What was cancelled, and what went wrong in the step before.
 void Engine::Impl::drop_ended() {
-  std::vector<Sample*> ended;
-  for (const auto& s : samples) {
-    if (s->cancelled || !s->result.error.empty()) ended.push_back(s.get());
-  }
-  for (Sample* s : ended) finish(s, s->result.error.empty() ? Finish::cancelled : Finish::error);
+  const auto ended = [](const auto& s) { return s->cancelled || !s->result.error.empty(); };
+  for (auto s = samples.begin(); (s = std::ranges::find_if(samples, ended)) != samples.end();)
+    finish(s->get(), (*s)->result.error.empty() ? Finish::cancelled : Finish::error);
 }
 
-// False: the pass went wrong, for all that are in it.
-bool Engine::Impl::compute(const Batch& batch, const float** logits) {
+// The step went wrong, for all that are in it.
+void Engine::Impl::lose_step(const char* why) {
+  for (Sequence* s : scheduler.scheduled()) static_cast<Sample*>(s)->result.error = why;
+  for (const auto& s : samples)
+    if (s->left() == 0) s->result.error = why;  // forked from them, and without a token yet
+}
+
+const float* Engine::Impl::compute(const Batch& batch) {
   if (choose_threads) step_threads = thread_count.next(batch.n_tokens, machine_load());
   const auto start = Clock::now();
-  try {
-    *logits = forward(batch, step_threads);
-    if (choose_threads) thread_count.note(seconds_since(start));
-    return true;
-  } catch (const std::exception& e) {
-    for (Sequence* s : scheduler.scheduled()) static_cast<Sample*>(s)->result.error = e.what();
-    return false;
-  }
+  const float* logits = forward(batch, step_threads);
+  if (choose_threads) thread_count.note(seconds_since(start));
+  return logits;
 }
 
 // Before the sequences advance. True: a step without any prompt's tokens.
@@ -194,6 +208,7 @@ bool Engine::Impl::count_step(const Batch& batch) {
   stats.prompt_tokens += batch.n_tokens - generating;
   if (decode) {
     ++stats.decode_steps;
+    stats.decode_tokens += batch.n_sequences;
     stats.decode_context += std::accumulate(batch.context_len, batch.context_len + batch.n_sequences, int64_t{0});
   }
   return decode;
@@ -239,6 +254,7 @@ int Engine::submit(Request request) {
         size, request.n, max_request_tokens());
   }
   auto asked = std::make_shared<const Request>(std::move(request));
+  std::vector<std::unique_ptr<Sample>> made;
   for (int i = 0; i < asked->samples; ++i) {
     auto s = std::make_unique<Sample>();
     s->asked = asked;
@@ -251,8 +267,16 @@ int Engine::submit(Request request) {
     s->tokens = asked->prompt;
     s->next_logits = asked->logits_from < 0 ? size - 1 : std::min(asked->logits_from, size - 1);
     s->submitted = s->last_token = Clock::now();
-    e.scheduler.add(s.get());
-    e.samples.push_back(std::move(s));
+    made.push_back(std::move(s));
+  }
+  const size_t before = e.samples.size();
+  e.samples.insert(e.samples.end(), std::move_iterator(made.begin()), std::move_iterator(made.end()));
+  try {
+    for (size_t i = before; i < e.samples.size(); ++i) e.scheduler.add(e.samples[i].get());
+  } catch (...) {
+    for (size_t i = before; i < e.samples.size(); ++i) e.scheduler.remove(e.samples[i].get());
+    e.samples.resize(before);
+    throw;
   }
   return e.n_requests++;
 }
@@ -274,12 +298,24 @@ bool Engine::step() {
   auto start = Clock::now();
   e.drop_ended();
   if (e.samples.empty()) return false;
-  const Batch& batch = e.scheduler.next();
-  const float* logits = nullptr;
-  if (!e.compute(batch, &logits)) return true;
-  bool decode = e.count_step(batch);
-  e.scheduler.advance();
-  e.draw(e.collect(logits));
+  bool decode = false;
+  std::vector<Draw> draws;
+  std::vector<int> ids;
+  try {
+    const Batch& batch = e.scheduler.next();
+    const float* logits = e.compute(batch);
+    decode = e.count_step(batch);
+    e.scheduler.advance();
+    draws = e.collect(logits);
+    ids = e.draw(draws);
+  } catch (const std::exception& error) {
+    if (e.scheduler.scheduled().empty()) throw;
+    e.lose_step(reason(error));
+    return true;
+  }
+  for (size_t i = 0; i < draws.size(); ++i) {
+    if (draws[i].sample->result.error.empty()) e.accept(draws[i].sample, ids[i]);
+  }
   (decode ? e.stats.decode_seconds : e.stats.prompt_seconds) += seconds_since(start);
   (decode ? e.stats.decode_threads : e.stats.prompt_threads) += e.step_threads;
   return true;

@@ -17,7 +17,8 @@
 #include "host/durations.h"
 #include "host/sampler.h"
 #include "host/scheduler.h"
-#include "kernels/team.h"
+
+class Threads;
 
 // How a sample ended: it has n tokens; a stop id came; on_token returned false; cancel; something went wrong with it.
 enum class Finish { length, stop, callback, cancelled, error };
@@ -49,14 +50,14 @@ struct Request {
   std::function<bool(int sample, int id)> on_token;
   std::function<void(const Result& result)> on_finish;  // once for each sample
   // The callbacks run within step, one at a time; they may call cancel but not submit. What on_logits throws ends its
-  // sample alone, with that error; what the others throw comes out of step.
+  // sample alone, with that error, and so does std::bad_alloc of on_token; what they throw else comes out of step.
 };
 
 struct Stats : CacheStats {
   int64_t steps = 0, decode_steps = 0;  // forward passes; of them, those without any prompt's tokens
   int64_t prompt_tokens = 0;            // computed, those computed again included
   int64_t generated_tokens = 0;
-  int64_t decode_context = 0;  // sum of context_len over the sequences of the decode steps: KV rows read
+  int64_t decode_tokens = 0, decode_context = 0;   // of the decode steps: sequences, and sum of their context_len
   double prompt_seconds = 0, decode_seconds = 0;   // of steps with, and without a prompt's tokens
   int64_t prompt_threads = 0, decode_threads = 0;  // sums over those steps
   Durations first_token, between_tokens;

@@ -10,7 +10,11 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(line, sizeof line, format, arguments);
   va_end(arguments);
-  for (char* c = line; *c; c++)  // names come from files: a line stays a line, and no terminal obeys it
-    if (static_cast<unsigned char>(*c) < ' ' || *c == 127) *c = '?';
-  throw Error(line);
+  throw Error(one_line(line));
+}
+
+std::string one_line(std::string text) {
+  for (char& c : text)
+    if (static_cast<unsigned char>(c) < ' ' || c == 127) c = '?';
+  return text;
 }

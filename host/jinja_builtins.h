@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,19 @@ struct Work {
     left -= amount;
   }
 };
+
+// What a name stands for; tables of them are short enough to look through.
+template <class T>
+struct Named {
+  std::string_view name;
+  T value;
+};
+template <class T, size_t N>
+const T* find_named(const Named<T> (&table)[N], std::string_view name) {
+  for (const Named<T>& entry : table)
+    if (entry.name == name) return &entry.value;
+  return nullptr;
+}
 
 // object.name and object[key]: undefined where there is none. Throw Problem where object is undefined.
 Value attribute(Work& work, const Value& object, const std::string& name);

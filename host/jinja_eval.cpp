@@ -1,5 +1,6 @@
 // jinja_eval.cpp: walks a template's tree and writes its text.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <span>
 
@@ -375,16 +376,34 @@ double real_arithmetic(Op op, double a, double b) {
   return op == Op::mod ? modulo : std::floor((a - modulo) / b + 0.5);
 }
 
+Text escaped(const Text& text) {
+  Text out;
+  for (const Char c : text) {
+    const size_t special = TextView(U"&<>'\"").find(c);
+    if (special == TextView::npos)
+      out += c;
+    else
+      for (const char x : std::string_view(std::array{"&amp;", "&lt;", "&gt;", "&#39;", "&#34;"}[special]))
+        out += static_cast<Char>(x) | (c & MARK);
+  }
+  return out;
+}
+
+// Where one of two is HTML, so is their sum.
+Value sum_of_texts(Work& work, const Value& a, const Value& b) {
+  work.charge(a.text()->size() + b.text()->size());
+  if (!a.is_html() && !b.is_html()) return *a.text() + *b.text();
+  const auto html = [](const Value& value) { return value.is_html() ? *value.text() : escaped(*value.text()); };
+  return Value::html(html(a) + html(b));
+}
+
 Value arithmetic(Work& work, Op op, const Value& a, const Value& b) {
   for (const Value* value : {&a, &b})
     if (value->undefined()) throw Problem(value->undefined()->why);
   const bool whole = a.integer() && b.integer() && op != Op::div && !(op == Op::pow && *b.integer() < 0);
   if (whole) return whole_arithmetic(op, *a.integer(), *b.integer());
   if (a.number() && b.number()) return real_arithmetic(op, *a.number(), *b.number());
-  if (op == Op::add && a.text() && b.text()) {
-    work.charge(a.text()->size() + b.text()->size());
-    return *a.text() + *b.text();
-  }
+  if (op == Op::add && a.text() && b.text()) return sum_of_texts(work, a, b);
   if (op == Op::add && a.list() && b.list() && a.list()->kind == b.list()->kind && a.list()->kind <= List::tuple) {
     List sum = *a.list();
     work.charge(8 * (sum.items.size() + b.list()->items.size()));

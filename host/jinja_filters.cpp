@@ -3,7 +3,6 @@
 #include <charconv>
 #include <cmath>
 #include <ctime>
-#include <map>
 
 #include "host/jinja_builtins.h"
 
@@ -402,54 +401,50 @@ Value attribute_filter(Work& work, const Value& input, Call& a) {
 
 #define FILTER(expression) \
   [](Work& w, const Value& v, Call& a) -> Value { return static_cast<void>(w), static_cast<void>(a), expression; }
-const std::map<std::string, Filter>& filters() {
-  static const std::map<std::string, Filter> FILTERS = {
-      {"abs", absolute},
-      {"attr", attribute_filter},
-      {"batch", FILTER(batch(w, v, a, false))},
-      {"capitalize", FILTER(capitalized(printed(w, v)))},
-      {"count", FILTER(Value::size(length(v)))},
-      {"d", default_value},
-      {"default", default_value},
-      {"dictsort", dictsort},
-      {"first", first},
-      {"float", to_float},
-      {"format", format},
-      {"groupby", groupby},
-      {"indent", indent},
-      {"int", to_int},
-      {"items", items},
-      {"join", join},
-      {"last", last},
-      {"length", FILTER(Value::size(length(v)))},
-      {"list", FILTER(List(all_elements(w, v), List::list))},
-      {"lower", FILTER(lower(printed(w, v)))},
-      {"map", map},
-      {"max", FILTER(extreme(w, v, a, true))},
-      {"min", FILTER(extreme(w, v, a, false))},
-      {"reject", FILTER(select(w, v, a, false, false))},
-      {"rejectattr", FILTER(select(w, v, a, false, true))},
-      {"replace", replace},
-      {"reverse", reverse},
-      {"round", round},
-      // Marks a text for HTML, which no chat template writes: nothing is escaped here.
-      {"safe", FILTER(printed(w, v))},
-      {"select", FILTER(select(w, v, a, true, false))},
-      {"selectattr", FILTER(select(w, v, a, true, true))},
-      {"slice", FILTER(batch(w, v, a, true))},
-      {"sort", sort},
-      {"string", FILTER(printed(w, v))},
-      {"sum", sum},
-      {"title", title},
-      {"tojson", tojson},
-      {"trim", trim},
-      {"truncate", truncate},
-      {"unique", unique},
-      {"upper", FILTER(upper(printed(w, v)))},
-      {"wordcount", wordcount},
-  };
-  return FILTERS;
-}
+constexpr Named<Filter> FILTERS[] = {
+    {"abs", absolute},
+    {"attr", attribute_filter},
+    {"batch", FILTER(batch(w, v, a, false))},
+    {"capitalize", FILTER(capitalized(printed(w, v)))},
+    {"count", FILTER(Value::size(length(v)))},
+    {"d", default_value},
+    {"default", default_value},
+    {"dictsort", dictsort},
+    {"first", first},
+    {"float", to_float},
+    {"format", format},
+    {"groupby", groupby},
+    {"indent", indent},
+    {"int", to_int},
+    {"items", items},
+    {"join", join},
+    {"last", last},
+    {"length", FILTER(Value::size(length(v)))},
+    {"list", FILTER(List(all_elements(w, v), List::list))},
+    {"lower", FILTER(lower(printed(w, v)))},
+    {"map", map},
+    {"max", FILTER(extreme(w, v, a, true))},
+    {"min", FILTER(extreme(w, v, a, false))},
+    {"reject", FILTER(select(w, v, a, false, false))},
+    {"rejectattr", FILTER(select(w, v, a, false, true))},
+    {"replace", replace},
+    {"reverse", reverse},
+    {"round", round},
+    {"safe", FILTER(Value::html(printed(w, v)))},
+    {"select", FILTER(select(w, v, a, true, false))},
+    {"selectattr", FILTER(select(w, v, a, true, true))},
+    {"slice", FILTER(batch(w, v, a, true))},
+    {"sort", sort},
+    {"string", FILTER(printed(w, v))},
+    {"sum", sum},
+    {"title", title},
+    {"tojson", tojson},
+    {"trim", trim},
+    {"truncate", truncate},
+    {"unique", unique},
+    {"upper", FILTER(upper(printed(w, v)))},
+    {"wordcount", wordcount},
+};
 #undef FILTER
 
 // ---- Tests
@@ -480,42 +475,45 @@ bool compared(Work& work, const std::string& name, const Value& a, const Value& 
   throw Problem("the test '" + name + "' is not known here");
 }
 
+bool is_test(const Value& v);
+
 using Test = bool (*)(const Value&);
-const std::map<std::string, Test>& tests() {
-  static const std::map<std::string, Test> TESTS = {
-      {"boolean", [](const Value& v) { return v.boolean() != nullptr; }},
-      {"callable", [](const Value& v) { return v.function() || v.undefined(); }},
-      {"defined", [](const Value& v) { return !v.undefined(); }},
-      {"even", [](const Value& v) { return divided(v, 2) == 0; }},
-      {"false", [](const Value& v) { return v.boolean() && !*v.boolean(); }},
-      {"filter", [](const Value& v) { return v.text() && filters().count(to_utf8(*v.text())) > 0; }},
-      {"float", [](const Value& v) { return v.real() != nullptr; }},
-      {"integer", [](const Value& v) { return v.integer() && !v.boolean(); }},
-      {"iterable", is_iterable},
-      {"lower",
-       [](const Value& v) {
-         const Text t = str(v);
-         return t == lower(t) && t != upper(t);
-       }},
-      {"mapping", [](const Value& v) { return v.dict() != nullptr; }},
-      {"none", [](const Value& v) { return v.none(); }},
-      {"number", [](const Value& v) { return v.number().has_value(); }},
-      {"odd", [](const Value& v) { return divided(v, 2) != 0; }},
-      {"sequence",
-       [](const Value& v) {
-         return v.undefined() || v.text() || v.dict() || (v.list() && v.list()->kind <= List::range);
-       }},
-      {"string", [](const Value& v) { return v.text() != nullptr; }},
-      {"test", [](const Value& v) { return v.text() && tests().count(to_utf8(*v.text())) > 0; }},
-      {"true", [](const Value& v) { return v.boolean() && *v.boolean(); }},
-      {"undefined", [](const Value& v) { return v.undefined() != nullptr; }},
-      {"upper",
-       [](const Value& v) {
-         const Text t = str(v);
-         return t == upper(t) && t != lower(t);
-       }},
-  };
-  return TESTS;
+constexpr Named<Test> TESTS[] = {
+    {"boolean", [](const Value& v) { return v.boolean() != nullptr; }},
+    {"callable", [](const Value& v) { return v.function() || v.undefined(); }},
+    {"defined", [](const Value& v) { return !v.undefined(); }},
+    {"even", [](const Value& v) { return divided(v, 2) == 0; }},
+    {"false", [](const Value& v) { return v.boolean() && !*v.boolean(); }},
+    {"filter", [](const Value& v) { return v.text() && find_named(FILTERS, to_utf8(*v.text())); }},
+    {"float", [](const Value& v) { return v.real() != nullptr; }},
+    {"integer", [](const Value& v) { return v.integer() && !v.boolean(); }},
+    {"iterable", is_iterable},
+    {"lower",
+     [](const Value& v) {
+       const Text t = str(v);
+       return t == lower(t) && t != upper(t);
+     }},
+    {"mapping", [](const Value& v) { return v.dict() != nullptr; }},
+    {"none", [](const Value& v) { return v.none(); }},
+    {"number", [](const Value& v) { return v.number().has_value(); }},
+    {"odd", [](const Value& v) { return divided(v, 2) != 0; }},
+    {"sequence",
+     [](const Value& v) {
+       return v.undefined() || v.text() || v.dict() || (v.list() && v.list()->kind <= List::range);
+     }},
+    {"string", [](const Value& v) { return v.text() != nullptr; }},
+    {"test", is_test},
+    {"true", [](const Value& v) { return v.boolean() && *v.boolean(); }},
+    {"undefined", [](const Value& v) { return v.undefined() != nullptr; }},
+    {"upper",
+     [](const Value& v) {
+       const Text t = str(v);
+       return t == upper(t) && t != lower(t);
+     }},
+};
+
+bool is_test(const Value& v) {
+  return v.text() && find_named(TESTS, to_utf8(*v.text()));
 }
 
 // ---- Global functions
@@ -577,6 +575,11 @@ Value raise_exception(Work&, Call& a) {
   throw Problem(to_utf8(str(*bind(a, "raise_exception", {"message"}, 1)[0])));
 }
 
+// In it a template finds its blocks, and there are none.
+Value self(Work&, Call&) {
+  throw Problem("self cannot be called");
+}
+
 // joiner(", "): a function that gives nothing at first, then the separator.
 Value joiner(Work&, Call& a) {
   const auto bound = bind(a, "joiner", {"sep"});
@@ -591,20 +594,20 @@ Value joiner(Work&, Call& a) {
 }  // namespace
 
 Value filter(Work& work, const std::string& name, const Value& input, Arguments& arguments) {
-  const auto at = filters().find(name);
-  if (at == filters().end()) throw Problem("the filter '" + name + "' is not known here");
-  return at->second(work, input, arguments);
+  const Filter* known = find_named(FILTERS, name);
+  if (!known) throw Problem("the filter '" + name + "' is not known here");
+  return (*known)(work, input, arguments);
 }
 
 bool test(Work& work, const std::string& name, const Value& input, Arguments& arguments) {
-  if (const auto at = tests().find(name); at != tests().end() && arguments.positional.empty()) return at->second(input);
+  if (const Test* known = find_named(TESTS, name); known && arguments.positional.empty()) return (*known)(input);
   return compared(work, name, input, *bind(arguments, "the test '" + name + "'", {"other"}, 1)[0]);
 }
 
 std::vector<std::pair<std::string, Value>> globals(Work& work) {
   constexpr std::pair<const char*, Value (*)(Work&, Call&)> FUNCTIONS[] = {
       {"range", range},   {"dict", make_dict}, {"strftime_now", strftime_now}, {"raise_exception", raise_exception},
-      {"joiner", joiner},
+      {"joiner", joiner}, {"self", self},
   };
   std::vector<std::pair<std::string, Value>> out;
   for (const auto& [name, function] : FUNCTIONS)

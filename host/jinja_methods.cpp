@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
+#include <span>
 
 #include "host/jinja_builtins.h"
 
@@ -47,11 +47,33 @@ Char changed(Char c, utf8proc_int32_t (*change)(utf8proc_int32_t)) {
   return static_cast<Char>(change(static_cast<utf8proc_int32_t>(plain(c)))) | (c & MARK);
 }
 
+// The characters that its case folding makes of c: several of some ("ß", "ﬁ"), whose capitals are theirs.
+Text folded(Char c) {
+  utf8proc_int32_t parts[4];
+  const auto n = utf8proc_decompose_char(static_cast<utf8proc_int32_t>(plain(c)), parts, 4, UTF8PROC_CASEFOLD, nullptr);
+  Text out;
+  for (const utf8proc_int32_t part : std::span(parts, static_cast<size_t>(n)))
+    out += static_cast<Char>(part) | (c & MARK);
+  return out;
+}
+
+// What depends on the letters around it, or is several letters by a rule of its own, is not known here.
+Char small(Char c) {
+  if (plain(c) == U'\u0130' || plain(c) == U'\u03A3') throw Problem("the small letter of a capital is not known here");
+  return changed(c, utf8proc_tolower);
+}
+Char titled(Char c) {
+  const Char title = changed(c, utf8proc_totitle);
+  if (folded(c).size() > 1 && category(c) == UTF8PROC_CATEGORY_LL && category(title) != UTF8PROC_CATEGORY_LT)
+    throw Problem("the capital of a letter is not known here");
+  return title;
+}
+
 Text title(TextView text) {
   Text out;
   bool inside = false;  // a word
   for (const Char c : text) {
-    out += changed(c, inside ? utf8proc_tolower : utf8proc_totitle);
+    out += inside ? small(c) : titled(c);
     inside = is_cased(c);
   }
   return out;
@@ -62,22 +84,23 @@ Text title(TextView text) {
 Text upper(TextView text) {
   Text out;
   for (const Char c : text) {
-    if (plain(c) == U'\u00DF')  // the one letter of common texts whose capital is two
-      out += {U'S' | (c & MARK), U'S' | (c & MARK)};
-    else
+    const Text letters = category(c) == UTF8PROC_CATEGORY_LU ? Text(1, c) : folded(c);
+    if (letters.size() == 1)
       out += changed(c, utf8proc_toupper);
+    else
+      for (const Char letter : letters) out += changed(letter, utf8proc_toupper);
   }
   return out;
 }
 
 Text lower(TextView text) {
   Text out;
-  for (const Char c : text) out += changed(c, utf8proc_tolower);
+  for (const Char c : text) out += small(c);
   return out;
 }
 
 Text capitalized(TextView text) {
-  return text.empty() ? Text() : Text(1, changed(text[0], utf8proc_totitle)) + lower(text.substr(1));
+  return text.empty() ? Text() : Text(1, titled(text[0])) + lower(text.substr(1));
 }
 
 Text replaced(Work& work, const Text& text, const Text& old, const Text& with, int64_t count) {
@@ -287,17 +310,14 @@ template <class Is>
 Value all(const Text& text, Is is) {
   return !text.empty() && std::ranges::all_of(text, is);
 }
-// All cased letters are of the category, and there is one.
-Value all_cased(const Text& text, Category wanted) {
-  return std::ranges::any_of(text, is_cased) &&
-         std::ranges::all_of(text, [&](Char c) { return !is_cased(c) || category(c) == wanted; });
+bool is_decimal(Char c) {
+  return category(c) == UTF8PROC_CATEGORY_ND;
 }
-
-Text swapped_case(const Text& text) {
-  Text out;
-  for (const Char c : text)
-    out += changed(c, category(c) == UTF8PROC_CATEGORY_LU ? utf8proc_tolower : utf8proc_toupper);
-  return out;
+// Python takes some of the other numbers for digits ("²") and all of them for alphanumeric.
+bool is_digit(Char c) {
+  if (category(c) == UTF8PROC_CATEGORY_NO || category(c) == UTF8PROC_CATEGORY_NL)
+    throw Problem("whether a number is a digit is not known here");
+  return is_decimal(c);
 }
 
 Value without_affix(const Text& text, Arguments& a, bool end) {
@@ -320,45 +340,38 @@ Value replace_method(Work& work, const Text& text, Arguments& a) {
 using TextMethod = Value (*)(Work&, const Text&, Arguments&);
 #define METHOD(expression) \
   [](Work& w, const Text& t, Arguments& a) -> Value { return static_cast<void>(w), static_cast<void>(a), expression; }
-const std::map<std::string, TextMethod>& text_methods() {
-  static const std::map<std::string, TextMethod> METHODS = {
-      {"strip", METHOD(strip(w, t, a, true, true))},
-      {"lstrip", METHOD(strip(w, t, a, true, false))},
-      {"rstrip", METHOD(strip(w, t, a, false, true))},
-      {"split", METHOD(split(w, t, a, false))},
-      {"rsplit", METHOD(split(w, t, a, true))},
-      {"splitlines", METHOD(line_list(t, a))},
-      {"startswith", METHOD(edge(t, a, false))},
-      {"endswith", METHOD(edge(t, a, true))},
-      {"replace", replace_method},
-      {"find", METHOD(find(w, t, a, false))},
-      {"rfind", METHOD(find(w, t, a, true))},
-      {"count", count},
-      {"join", join},
-      {"partition", METHOD(partition(w, t, a, false))},
-      {"rpartition", METHOD(partition(w, t, a, true))},
-      {"ljust", METHOD(padded(w, t, a, 1))},
-      {"rjust", METHOD(padded(w, t, a, -1))},
-      {"center", METHOD(padded(w, t, a, 0))},
-      {"format", format},
-      {"upper", METHOD(upper(t))},
-      {"lower", METHOD(lower(t))},
-      {"title", METHOD(title(t))},
-      {"capitalize", METHOD(capitalized(t))},
-      {"swapcase", METHOD(swapped_case(t))},
-      {"removeprefix", METHOD(without_affix(t, a, false))},
-      {"removesuffix", METHOD(without_affix(t, a, true))},
-      {"isspace", METHOD(all(t, is_space))},
-      {"isalpha", METHOD(all(t, is_letter))},
-      {"isdigit", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isdecimal", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isnumeric", METHOD(all(t, [](Char c) { return category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isalnum", METHOD(all(t, [](Char c) { return is_letter(c) || category(c) == UTF8PROC_CATEGORY_ND; }))},
-      {"isupper", METHOD(all_cased(t, UTF8PROC_CATEGORY_LU))},
-      {"islower", METHOD(all_cased(t, UTF8PROC_CATEGORY_LL))},
-  };
-  return METHODS;
-}
+constexpr Named<TextMethod> TEXT_METHODS[] = {
+    {"strip", METHOD(strip(w, t, a, true, true))},
+    {"lstrip", METHOD(strip(w, t, a, true, false))},
+    {"rstrip", METHOD(strip(w, t, a, false, true))},
+    {"split", METHOD(split(w, t, a, false))},
+    {"rsplit", METHOD(split(w, t, a, true))},
+    {"splitlines", METHOD(line_list(t, a))},
+    {"startswith", METHOD(edge(t, a, false))},
+    {"endswith", METHOD(edge(t, a, true))},
+    {"replace", replace_method},
+    {"find", METHOD(find(w, t, a, false))},
+    {"rfind", METHOD(find(w, t, a, true))},
+    {"count", count},
+    {"join", join},
+    {"partition", METHOD(partition(w, t, a, false))},
+    {"rpartition", METHOD(partition(w, t, a, true))},
+    {"ljust", METHOD(padded(w, t, a, 1))},
+    {"rjust", METHOD(padded(w, t, a, -1))},
+    {"center", METHOD(padded(w, t, a, 0))},
+    {"format", format},
+    {"upper", METHOD(upper(t))},
+    {"lower", METHOD(lower(t))},
+    {"title", METHOD(title(t))},
+    {"capitalize", METHOD(capitalized(t))},
+    {"removeprefix", METHOD(without_affix(t, a, false))},
+    {"removesuffix", METHOD(without_affix(t, a, true))},
+    {"isspace", METHOD(all(t, is_space))},
+    {"isalpha", METHOD(all(t, is_letter))},
+    {"isdecimal", METHOD(all(t, is_decimal))},
+    {"isdigit", METHOD(all(t, is_digit))},
+    {"isalnum", METHOD(all(t, [](Char c) { return is_letter(c) || is_digit(c); }))},
+};
 #undef METHOD
 
 Value view(const Dict& dict, const std::string& name) {
@@ -442,9 +455,9 @@ Undefined missing(const Value& object, const std::string& name) {
 // Methods hide a dict's keys of the same name, as they do in Jinja: write object["items"].
 Value attribute(Work& work, const Value& object, const std::string& name) {
   if (object.undefined()) throw Problem(object.undefined()->why);
-  if (object.text() && text_methods().count(name) > 0)
+  if (object.text() && find_named(TEXT_METHODS, name))
     return method(work, object, name, [](Work& w, const Value& self, const std::string& n, Arguments& a) {
-      return text_methods().at(n)(w, *self.text(), a);
+      return (*find_named(TEXT_METHODS, n))(w, *self.text(), a);
     });
   if (object.dict() && is_one_of(name, {"get", "items", "keys", "values", "copy"}))
     return method(work, object, name, dict_method);

@@ -360,6 +360,7 @@ class Parser {
   const Node* primary();
   const Node* postfix(const Node* node);
   const Node* filters(const Node* node);
+  const Node* call(const Node* function);
   const Node* filter(const Node* input);
   const Node* test(const Node* input);
   const Node* subscript(const Node* object);
@@ -720,34 +721,32 @@ const Node* Parser::primary() {
 
 const Node* Parser::postfix(const Node* node) {
   for (;;) {
-    const size_t position = now().position;
-    if (is_op(U".") || is_op(U"[")) {
+    if (is_op(U".") || is_op(U"["))
       node = subscript(node);
-    } else if (is_op(U"(")) {
-      Node* call = add(Kind::call, position, {node});
-      arguments(*call);
-      node = call;
-    } else {
+    else if (is_op(U"("))
+      node = call(node);
+    else
       return node;
-    }
   }
 }
 
 const Node* Parser::filters(const Node* node) {
   for (;;) {
-    const size_t position = now().position;
-    if (skip_op(U"|")) {
+    if (skip_op(U"|"))
       node = filter(node);
-    } else if (skip_name(U"is")) {
+    else if (skip_name(U"is"))
       node = test(node);
-    } else if (is_op(U"(")) {
-      Node* call = add(Kind::call, position, {node});
-      arguments(*call);
-      node = call;
-    } else {
+    else if (is_op(U"("))
+      node = call(node);
+    else
       return node;
-    }
   }
+}
+
+const Node* Parser::call(const Node* function) {
+  Node* node = add(Kind::call, now().position, {function});
+  arguments(*node);
+  return node;
 }
 
 const Node* Parser::filter(const Node* input) {

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "host/unicode.h"
 #include "host/utf8.h"
 
 namespace jinja {
@@ -39,13 +40,27 @@ std::string to_utf8(TextView text) {
 }
 
 bool is_space(Char c) {
-  const Char p = plain(c);
-  return (p >= 0x09 && p <= 0x0D) || (p >= 0x1C && p <= 0x20) || p == 0x85 || p == 0xA0 || p == 0x1680 ||
-         (p >= 0x2000 && p <= 0x200A) || p == 0x2028 || p == 0x2029 || p == 0x202F || p == 0x205F || p == 0x3000;
+  return is_white_space(plain(c)) || (plain(c) >= 0x1C && plain(c) <= 0x1F);
 }
 
+Value::Value() : value_(Undefined{"undefined"}) {}
+Value::Value(Undefined x) : value_(std::move(x)) {}
+Value::Value(None x) : value_(x) {}
+Value::Value(bool x) : value_(x) {}
+Value::Value(int64_t x) : value_(x) {}
+Value::Value(double x) : value_(x) {}
+Value::Value(Text x) : value_(std::make_shared<const Text>(std::move(x))) {}
+Value::Value(TextView x) : Value(Text(x)) {}
 Value::Value(List x) : value_(std::make_shared<const List>(std::move(x))) {}
 Value::Value(Dict x) : value_(std::make_shared<const Dict>(std::move(x))) {}
+Value::Value(Shared<Loop> x) : value_(std::move(x)) {}
+Value::Value(Shared<Function> x) : value_(std::move(x)) {}
+Value::Value(std::shared_ptr<Namespace> x) : value_(std::move(x)) {}
+Value::Value(const Value& other) = default;
+Value::Value(Value&& other) noexcept = default;
+Value& Value::operator=(const Value& other) = default;
+Value& Value::operator=(Value&& other) noexcept = default;
+Value::~Value() = default;
 
 Value Value::of(const Json& json, bool mark) {
   if (const Json::Object* members = json.object()) {

@@ -53,7 +53,7 @@ using TextView = std::basic_string_view<Char, CharTraits>;
 Text to_text(std::string_view utf8, bool mark = false);
 std::string to_utf8(TextView text);
 
-// str.isspace() of one character: wider than ASCII's white space.
+// str.isspace() of one character: Unicode's white space and four separators of ASCII.
 bool is_space(Char c);
 // Without the characters at its ends that `drop` accepts.
 template <class Drop>
@@ -81,21 +81,33 @@ using Shared = std::shared_ptr<const T>;
 // No value changes but a namespace: transformers' sandbox forbids list.append() and its like.
 class Value {
  public:
-  Value() : value_(Undefined{"undefined"}) {}
-  Value(Undefined x) : value_(std::move(x)) {}
-  Value(None x) : value_(x) {}
-  Value(bool x) : value_(x) {}
-  Value(int64_t x) : value_(x) {}
-  Value(double x) : value_(x) {}
-  Value(Text x) : value_(std::make_shared<const Text>(std::move(x))) {}
-  Value(TextView x) : Value(Text(x)) {}
+  // All in jinja_value.cpp: the templates' code has them in hundreds of places, and each has a case for every kind.
+  Value();
+  Value(Undefined x);
+  Value(None x);
+  Value(bool x);
+  Value(int64_t x);
+  Value(double x);
+  Value(Text x);
+  Value(TextView x);
   Value(List x);
   Value(Dict x);
-  Value(Shared<Loop> x) : value_(std::move(x)) {}
-  Value(Shared<Function> x) : value_(std::move(x)) {}
-  Value(std::shared_ptr<Namespace> x) : value_(std::move(x)) {}
+  Value(Shared<Loop> x);
+  Value(Shared<Function> x);
+  Value(std::shared_ptr<Namespace> x);
+  Value(const Value& other);
+  Value(Value&& other) noexcept;
+  Value& operator=(const Value& other);
+  Value& operator=(Value&& other) noexcept;
+  ~Value();
   static Value of(const Json& json, bool mark);
   static Value size(size_t n) { return static_cast<int64_t>(n); }
+  // What |safe gives: a text that Jinja takes for HTML. What is added to it is escaped.
+  static Value html(Text x) {
+    Value value(std::move(x));
+    value.html_ = true;
+    return value;
+  }
 
   // Each is null where the value is of another kind.
   const Undefined* undefined() const { return std::get_if<Undefined>(&value_); }
@@ -103,6 +115,7 @@ class Value {
   const bool* boolean() const { return std::get_if<bool>(&value_); }
   const double* real() const { return std::get_if<double>(&value_); }
   const Text* text() const { return get<Shared<Text>>(); }
+  bool is_html() const { return html_; }
   const List* list() const { return get<Shared<List>>(); }
   const Dict* dict() const { return get<Shared<Dict>>(); }
   const Loop* loop() const { return get<Shared<Loop>>(); }
@@ -124,6 +137,7 @@ class Value {
   std::variant<Undefined, None, bool, int64_t, double, Shared<Text>, Shared<List>, Shared<Dict>, Shared<Loop>,
                Shared<Function>, std::shared_ptr<Namespace>>
       value_;
+  bool html_ = false;
 };
 
 struct List {

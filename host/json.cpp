@@ -73,7 +73,8 @@ Json parse_json(std::string_view text, const std::string& what) {
   const size_t zero = text.find('\0');                          // which Jansson passes over between values
   if (zero != text.npos) fail("%s is not JSON: at byte %zu: a zero byte", what.c_str(), zero);
   json_error_t error;
-  const Tree tree(json_loadb(text.data(), text.size(), JSON_DECODE_ANY | JSON_REJECT_DUPLICATES, &error));
+  const Tree tree(
+      json_loadb(text.data(), text.size(), JSON_DECODE_ANY | JSON_REJECT_DUPLICATES | JSON_ALLOW_NUL, &error));
   if (!tree) fail("%s is not JSON: at byte %d: %s", what.c_str(), error.position, error.text);
   return value_of(tree.get());
 }

@@ -14,7 +14,8 @@
 
 namespace {
 
-constexpr uint64_t MAX_HEADER = 100'000'000;  // safetensors' own bound
+constexpr uint64_t MAX_HEADER = 100'000'000;      // safetensors' own bound
+constexpr uint64_t MAX_DATA = uint64_t{1} << 46;  // of shapes alone: more than any model, and no address overflows
 
 size_t element_bytes(const std::string& dtype) {
   static const std::map<std::string, size_t> known = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}, {"U8", 1}};
@@ -99,24 +100,43 @@ Header::Header(const std::string& path, const MappedFile& file) : path_(path) {
   if (!about || (about->object() && !about->find("config") && !about->find("tokenizer_sha256")))
     refuse_kind(path, "weights of Hugging Face's layout", folder_of(path));
   const std::byte* data = file.data() + 8 + length;
-  const size_t data_bytes = file.size() - 8 - static_cast<size_t>(length);
+  data_bytes_ = file.size() - 8 - static_cast<size_t>(length);
   for (const auto& [name, value] : *json.object()) {
     if (name == "__metadata__")
       read_metadata(value);
     else
-      entries_.emplace(name, read_entry(name, value, data, data_bytes));
+      entries_.emplace(name, read_entry(name, value, data));
   }
-  check_layout(data, data_bytes);
+  check_layout(data);
 }
 
-Entry* Header::find(const std::string& name) {
+const Entry& Header::take(const std::string& name) {
   const auto found = entries_.find(name);
-  return found == entries_.end() ? nullptr : &found->second;
+  if (found == entries_.end()) fail("%s: tensor %s is missing", path_.c_str(), name.c_str());
+  found->second.taken = true;
+  return found->second;
+}
+
+static std::vector<int64_t> spelled_like(const Entry& entry, std::vector<int64_t> shape) {
+  if (shape.size() > 1 && shape[0] == 1 && entry.shape.size() != shape.size()) shape.erase(shape.begin());
+  return shape;
+}
+
+const Entry& Header::take(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) {
+  const Entry& entry = take(name);
+  if (entry.dtype != dtype || entry.shape != spelled_like(entry, shape)) refuse(name, dtype, shape);
+  return entry;
+}
+
+void Header::refuse(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) const {
+  const Entry& entry = entries_.at(name);
+  fail("%s: tensor %s is %s %s, expected %s %s", path_.c_str(), name.c_str(), entry.dtype.c_str(),
+       shape_text(entry.shape).c_str(), dtype, shape_text(spelled_like(entry, shape)).c_str());
 }
 
 void Header::refuse_unused() const {
   for (const auto& [name, entry] : entries_)
-    if (!entry.used)
+    if (!entry.taken)
       fail("%s: tensor %s %s is not one that this model's config calls for", path_.c_str(), name.c_str(),
            shape_text(entry.shape).c_str());
 }
@@ -129,7 +149,7 @@ void Header::read_metadata(const Json& value) {
   }
 }
 
-Entry Header::read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const {
+Entry Header::read_entry(const std::string& name, const Json& value, const std::byte* data) const {
   const auto bad = [&](const char* field, const char* why) {
     fail("%s: tensor %s: %s %s", path_.c_str(), name.c_str(), field, why);
   };
@@ -156,9 +176,9 @@ Entry Header::read_entry(const std::string& name, const Json& value, const std::
     return *x;
   };
   const uint64_t begin = offset(0), end = offset(1);
-  if (begin > end || end > data_bytes)
+  if (begin > end || end > (shapes_alone() ? MAX_DATA : data_bytes_))
     fail("%s: tensor %s: data_offsets [%" PRIu64 ", %" PRIu64 "] lie outside the file's %zu bytes of data; truncated?",
-         path_.c_str(), name.c_str(), begin, end, data_bytes);
+         path_.c_str(), name.c_str(), begin, end, data_bytes_);
   if (end - begin != bytes)
     fail("%s: tensor %s: %s %s needs %zu bytes, data_offsets give %" PRIu64, path_.c_str(), name.c_str(),
          entry.dtype.c_str(), shape_text(entry.shape).c_str(), bytes, end - begin);
@@ -169,7 +189,7 @@ Entry Header::read_entry(const std::string& name, const Json& value, const std::
   return entry;
 }
 
-void Header::check_layout(const std::byte* data, size_t data_bytes) const {
+void Header::check_layout(const std::byte* data) const {
   std::vector<std::pair<const Entry*, const std::string*>> order;
   for (const auto& [name, entry] : entries_) order.emplace_back(&entry, &name);
   std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
@@ -182,6 +202,6 @@ void Header::check_layout(const std::byte* data, size_t data_bytes) const {
            entry->data < end ? "overlap" : "leave a hole after");
     end = entry->data + entry->bytes;
   }
-  if (end != data + data_bytes)
-    fail("%s: %zu bytes after the last tensor", path_.c_str(), static_cast<size_t>(data + data_bytes - end));
+  if (!shapes_alone() && end != data + data_bytes_)
+    fail("%s: %zu bytes after the last tensor", path_.c_str(), static_cast<size_t>(data + data_bytes_ - end));
 }

@@ -41,29 +41,37 @@ class MappedFile {
 struct Entry {
   std::string dtype;  // F32, BF16, F16, I8 or U8
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;
+  const std::byte* data = nullptr;  // where it would be, in a file of shapes alone
   size_t bytes = 0;
-  bool used = false;
+  bool taken = false;
 };
 
 std::string shape_text(const std::vector<int64_t>& shape);  // "[2, 3]"
 
-// The header: 8 bytes of length, then JSON. Data follows without holes or overlaps.
+// The header: 8 bytes of length, then JSON. Data follows without holes or overlaps, or not at all: shapes alone.
 class Header {
  public:
   Header(const std::string& path, const MappedFile& file);  // throws Error
 
+  bool shapes_alone() const { return data_bytes_ == 0; }
+
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  Entry* find(const std::string& name);  // null: not there
-  // Throws Error for the first tensor that nobody has marked as used.
+  bool has(const std::string& name) const { return entries_.count(name) > 0; }
+  // The tensor of this name, of this dtype and shape, of which a leading 1 may be left out: [1, n, k] is [n, k]. Throws
+  // Error where there is none.
+  const Entry& take(const std::string& name, const char* dtype, const std::vector<int64_t>& shape);
+  const Entry& take(const std::string& name);  // of any dtype and shape
+  [[noreturn]] void refuse(const std::string& name, const char* dtype, const std::vector<int64_t>& shape) const;
+  // Throws Error for the first tensor that nobody has taken.
   void refuse_unused() const;
 
  private:
   void read_metadata(const Json& value);
-  Entry read_entry(const std::string& name, const Json& value, const std::byte* data, size_t data_bytes) const;
-  void check_layout(const std::byte* data, size_t data_bytes) const;
+  Entry read_entry(const std::string& name, const Json& value, const std::byte* data) const;
+  void check_layout(const std::byte* data) const;
 
   std::string path_;
+  size_t data_bytes_ = 0;
   std::map<std::string, std::string> metadata_;
   std::map<std::string, Entry> entries_;
 };

@@ -1,6 +1,7 @@
 #include "host/scheduler.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace {
 
@@ -16,7 +17,13 @@ void insert_by_age(std::vector<Sequence*>* line, Sequence* s) {
 }  // namespace
 
 Scheduler::Scheduler(const Limits& limits, int block_size, int window, BlockHash hash)
-    : limits_(limits), block_size_(block_size), window_(window), pool_(limits.n_blocks, block_size, hash) {}
+    : limits_(limits), block_size_(block_size), window_(window), pool_(limits.n_blocks, block_size, hash) {
+  for (auto* list : {&running_, &scheduled_}) list->reserve(static_cast<size_t>(limits.max_sequences));
+  for (auto* array : {&query_start_, &context_len_, &copied_, &copy_from_, &copy_to_})
+    array->reserve(static_cast<size_t>(limits.max_sequences) + 1);
+  for (auto* array : {&tokens_, &positions_, &slot_mapping_}) array->reserve(static_cast<size_t>(limits.max_tokens));
+  logit_rows_.reserve(static_cast<size_t>(limits.max_logits));
+}
 
 // Blocks that `tokens` more tokens of a sequence need at once.
 int Scheduler::blocks_for(int tokens) const {
@@ -29,6 +36,9 @@ int Scheduler::max_tokens() const {
 }
 
 void Scheduler::add(Sequence* s) {
+  s->table.reserve(static_cast<size_t>(ceil_div(limits_.context, block_size_) + 1));
+  const size_t most = waiting_.size() + 1 + running_.capacity();  // once all that run are preempted
+  if (waiting_.capacity() < most) waiting_.reserve(2 * most);
   insert_by_age(&waiting_, s);
 }
 
@@ -123,8 +133,10 @@ void Scheduler::finish_batch() {
   batch_.n_tokens = static_cast<int>(tokens_.size());
   batch_.n_sequences = static_cast<int>(scheduled_.size());
   query_start_.push_back(batch_.n_tokens);
-  for (const Sequence* s : scheduled_)
-    batch_.max_blocks = std::max(batch_.max_blocks, static_cast<int>(s->table.size()));
+  size_t longest = 0;
+  for (const Sequence* s : scheduled_) longest = std::max(longest, s->table.size());
+  // Doubled, it seldom changes while texts grow: steps of the same sizes are cheaper on some devices.
+  batch_.max_blocks = std::min(static_cast<int>(std::bit_ceil(longest)), ceil_div(limits_.context, block_size_));
   for (const Sequence* s : scheduled_) {  // a row each, filled up with -1
     auto row = static_cast<std::ptrdiff_t>(block_table_.size());
     block_table_.resize(block_table_.size() + static_cast<size_t>(batch_.max_blocks), -1);
@@ -219,6 +231,7 @@ void Scheduler::match(Sequence* s) {
 
 std::vector<Sequence*> Scheduler::fork(const Sequence& s) {
   std::vector<Sequence*> forked;
+  forked.reserve(static_cast<size_t>(limits_.max_sequences) - running_.size());
   auto can = [&](const Sequence* w) { return w->request == s.request && !w->begun; };
   for (;;) {
     auto place = std::find_if(waiting_.begin(), waiting_.end(), can);

@@ -5,6 +5,9 @@
 // before an older one, nor gets a share of a batch before it, so that those who generate are older than those who read
 // a prompt. When the cache is full the youngest is preempted: its blocks are freed, it waits at its place and is
 // computed again.
+//
+// Memory is taken where a scheduler is made and a sequence added: where next or fork throw, for lack of memory for the
+// batch, all stays as it is but for the sequences in scheduled(), which must be removed.
 #pragma once
 
 #include <vector>

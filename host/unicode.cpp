@@ -14,11 +14,6 @@ namespace {
 
 using Point = utf8proc_int32_t;
 
-bool is_white_space(Point c) {
-  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
-}
-
 // The code point at the start of `text`, negative where there is none.
 Point point_at(std::string_view text) {
   Point point = -1;
@@ -46,11 +41,16 @@ std::string_view right_of(std::string_view text, IsSpace is_space) {
 
 }  // namespace
 
+bool is_white_space(char32_t c) {
+  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
 std::string_view trim_left(std::string_view text, bool blank) {
-  return left_of(text, [&](Point c) { return is_white_space(c) && (blank || c != ' '); });
+  return left_of(text, [&](Point c) { return is_white_space(static_cast<char32_t>(c)) && (blank || c != ' '); });
 }
 std::string_view trim_right(std::string_view text, bool blank) {
-  return right_of(text, [&](Point c) { return is_white_space(c) && (blank || c != ' '); });
+  return right_of(text, [&](Point c) { return is_white_space(static_cast<char32_t>(c)) && (blank || c != ' '); });
 }
 
 // utf8proc_map would do it all, but it sorts marks neighbour by neighbour: a megabyte of nothing but marks would take

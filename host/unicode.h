@@ -4,8 +4,10 @@
 #include <string>
 #include <string_view>
 
-// Without the white space (Unicode's White_Space, which regular expressions call \s) at its left, at its right. blank:
-// the space itself is white space too.
+// Unicode's White_Space, which regular expressions call \s.
+bool is_white_space(char32_t point);
+
+// Without the white space at its left, at its right. blank: the space itself is white space too.
 std::string_view trim_left(std::string_view text, bool blank);
 std::string_view trim_right(std::string_view text, bool blank);
 

@@ -9,6 +9,11 @@
 #include "host/error.h"
 #include "kernels/device.h"
 
+// Elements of an array [n, width]; where its row n begins.
+inline size_t area(int n, int width) {
+  return static_cast<size_t>(n) * static_cast<size_t>(width);
+}
+
 class Arena {
  public:
   Arena() = default;  // counts

@@ -4,67 +4,24 @@
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
 #include <limits>
-#include <string>
 
 #include "host/error.h"
+#include "host/machine.h"
 
 namespace {
 
 constexpr size_t PAGE = 4096;
 constexpr size_t HUGE_PAGE = 2 << 20;
-constexpr size_t RED_ZONE =
-    64;  // past the end of every allocation: AddressSanitizer cannot see an mmap's bounds by itself
+// Past the end of every allocation: AddressSanitizer cannot see an mmap's bounds by itself.
+constexpr size_t RED_ZONE = 64;
 
 // What is mapped for an allocation of `bytes`: its red zone included, in whole pages.
 size_t mapped_bytes(size_t bytes) {
   return (bytes + RED_ZONE + PAGE - 1) / PAGE * PAGE;
-}
-
-// The number after `key` at the start of a line ("MemAvailable:", "inactive_file"; "" for a file that is one
-// number). False where there is no such file or line, or no number there (cgroup v2 writes "max" for no
-// limit).
-bool read_number(const std::string& path, const std::string& key, size_t& value) {
-  std::ifstream file(path);
-  std::string word;
-  if (key.empty()) return static_cast<bool>(file >> value);
-  while (file >> word) {
-    if (word == key) return static_cast<bool>(file >> value);
-    std::getline(file, word);
-  }
-  return false;
-}
-
-// The names that the two versions of cgroups give to the same things.
-struct CgroupFiles {
-  std::string root, limit, usage, inactive, active;
-};
-const CgroupFiles CGROUP_V1{"/sys/fs/cgroup/memory", "/memory.limit_in_bytes", "/memory.usage_in_bytes",
-                            "total_inactive_file", "total_active_file"};
-const CgroupFiles CGROUP_V2{"/sys/fs/cgroup", "/memory.max", "/memory.current", "inactive_file", "active_file"};
-
-// The least that any group from `group` up to the root can still take. The page cache that is charged to a
-// group is given back when it needs the memory. A container may see its own group as the root: folders that
-// are not there do not count.
-size_t cgroup_available(const CgroupFiles& files, std::string group) {
-  size_t available = std::numeric_limits<size_t>::max();
-  for (;;) {
-    const std::string folder = files.root + group;
-    size_t limit = 0, usage = 0, inactive = 0, active = 0;
-    if (read_number(folder + files.limit, "", limit) && read_number(folder + files.usage, "", usage)) {
-      read_number(folder + "/memory.stat", files.inactive, inactive);
-      read_number(folder + "/memory.stat", files.active, active);
-      const size_t taken = usage - std::min(usage, inactive + active);
-      available = std::min(available, limit - std::min(limit, taken));
-    }
-    if (group.empty()) return available;
-    group.resize(group.rfind('/'));
-  }
 }
 
 }  // namespace
@@ -94,20 +51,7 @@ void device_free(void* memory, size_t bytes) {
 }
 
 size_t device_memory_available() {
-  size_t available = std::numeric_limits<size_t>::max();
-  if (read_number("/proc/meminfo", "MemAvailable:", available)) available *= 1024;  // it counts in kB
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {  // "0::/path" (v2) or "5:cpu,memory:/path" (v1)
-    const size_t controllers = line.find(':') + 1, path = line.find(':', controllers);
-    if (path == std::string::npos) continue;
-    std::string group = line.substr(path + 1);
-    if (group == "/") group.clear();
-    const std::string names = std::string(",").append(line, controllers, path - controllers) + ",";
-    if (names == ",,") available = std::min(available, cgroup_available(CGROUP_V2, group));
-    if (names.find(",memory,") != std::string::npos)
-      available = std::min(available, cgroup_available(CGROUP_V1, group));
-  }
-  return available;
+  return available_memory();
 }
 
 void upload(void* device, const void* host, size_t bytes) {
@@ -123,6 +67,10 @@ void fill(void* device, int byte, size_t bytes) {
 }
 
 void synchronize() {}
+
+void stage(void* device, size_t, const std::function<void(std::byte*)>& write) {
+  write(static_cast<std::byte*>(device));
+}
 
 void device_forbid(void* memory, size_t bytes) {
   ASAN_POISON_MEMORY_REGION(memory, bytes);

@@ -6,17 +6,23 @@
 
 // What the user can do about it.
 static const char* advice(cudaError_t error) {
+  int driver = 0;  // version; without a driver 0, and CUDA calls even that too old
   switch (error) {
     case cudaErrorNoDevice:
-      return "no GPU was found; make DEVICE=cpu needs none";
+      return "no GPU is here, or CUDA_VISIBLE_DEVICES hides it: a program of make DEVICE=cpu needs none";
     case cudaErrorInsufficientDriver:
-      return "the driver is older than this CUDA: update it, or make DEVICE=cpu";
+      cudaDriverGetVersion(&driver);
+      return driver == 0 ? "no GPU's driver is here: a program of make DEVICE=cpu needs none"
+                         : "update the GPU's driver, or take a program of make DEVICE=cpu";
     case cudaErrorNoKernelImageForDevice:
-      return "compiled for other GPUs: make CUDA_ARCH=..., see make help";
+      return "compiled for other GPUs: make CUDA_ARCH=N, N as of nvidia-smi --query-gpu=compute_cap --format=csv, "
+             "without the point";
+    case cudaErrorDevicesUnavailable:
+      return "other processes have the GPU: wait for them, or choose another with CUDA_VISIBLE_DEVICES";
     case cudaErrorMemoryAllocation:
-      return "take a smaller context, fewer sequences, or a smaller model";
+      return "take a smaller context (-c), fewer sequences, or a smaller model";
     default:
-      return "a fault of this program or of the machine";
+      return "a fault of this program, or of the GPU: please report it with this line";
   }
 }
 
@@ -25,10 +31,14 @@ void check_cuda(cudaError_t error, const char* call, const char* file, int line)
   fail("%s:%d: %s: %s: %s", file, line, call, cudaGetErrorString(error), advice(error));
 }
 
+static __global__ void any_kernel() {}
+
 cudaStream_t device_stream() {
   static const cudaStream_t stream = [] {
     cudaStream_t made = nullptr;
     CHECK_CUDA(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
+    cudaFuncAttributes attributes;
+    CHECK_CUDA(cudaFuncGetAttributes(&attributes, any_kernel));  // whether this GPU has code here, before much is done
     return made;
   }();
   return stream;
@@ -66,6 +76,7 @@ void device_free(void* memory, size_t) {
 }
 
 size_t device_memory_available() {
+  device_stream();
   size_t available = 0, total = 0;
   CHECK_CUDA(cudaMemGetInfo(&available, &total));
   return available;
@@ -86,6 +97,13 @@ void fill(void* device, int byte, size_t bytes) {
 
 void synchronize() {
   CHECK_CUDA(cudaStreamSynchronize(device_stream()));
+}
+
+void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& write) {
+  const auto host = std::make_unique_for_overwrite<std::byte[]>(bytes);
+  write(host.get());
+  upload(device, host.get(), bytes);
+  synchronize();
 }
 
 // The GPU has no such thing.

@@ -5,7 +5,8 @@
 #pragma once
 
 #include <cstddef>
-#include <utility>
+#include <functional>
+#include <memory>
 
 // Zero-filled memory, aligned to 64 bytes, on huge pages where it is large and the kernel allows (fewer TLB misses: the
 // weights are streamed once a step). Throws Error when the memory cannot be had. Pages are touched only when used.
@@ -21,6 +22,10 @@ void download(void* host, const void* device, size_t bytes);
 void fill(void* device, int byte, size_t bytes);
 void synchronize();  // waits for all that was begun
 
+// Has `write` make [bytes] for the device: on the CPU in place, with CUDA in memory of the host, whence they are
+// uploaded.
+void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& write);
+
 // Memory that nobody may touch for now; in a build with AddressSanitizer a touch is reported.
 void device_forbid(void* memory, size_t bytes);
 void device_permit(void* memory, size_t bytes);
@@ -30,24 +35,17 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t n) : data_(n ? static_cast<T*>(device_allocate(n * sizeof(T))) : nullptr), size_(n) {}
-  Buffer(Buffer&& other) noexcept { swap(other); }
-  Buffer& operator=(Buffer&& other) noexcept {
-    swap(other);
-    return *this;
-  }
-  ~Buffer() {
-    if (data_) device_free(data_, size_ * sizeof(T));
-  }
-  T* data() { return data_; }
-  const T* data() const { return data_; }
-  size_t size() const { return size_; }
+  explicit Buffer(size_t n)
+      : memory_(n ? static_cast<T*>(device_allocate(n * sizeof(T))) : nullptr, Free{n * sizeof(T)}) {}
+
+  T* data() { return memory_.get(); }
+  const T* data() const { return memory_.get(); }
+  size_t size() const { return memory_ ? memory_.get_deleter().bytes / sizeof(T) : 0; }
 
  private:
-  void swap(Buffer& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-  }
-  T* data_ = nullptr;
-  size_t size_ = 0;
+  struct Free {
+    size_t bytes = 0;
+    void operator()(T* memory) const { device_free(memory, bytes); }
+  };
+  std::unique_ptr<T[], Free> memory_;
 };

@@ -21,12 +21,8 @@ void softmax(float* x, int n) {
 float group_worth(GroupScore kind, const float* scores, int n) {
   float best = NEVER, second = NEVER;
   for (int i = 0; i < n; i++) {
-    if (scores[i] > best) {
-      second = best;
-      best = scores[i];
-    } else if (scores[i] > second) {
-      second = scores[i];
-    }
+    second = std::max(second, std::min(best, scores[i]));
+    best = std::max(best, scores[i]);
   }
   return kind == GroupScore::max ? best : best + second;
 }

@@ -71,17 +71,27 @@ struct Mask {
   int registers(int row) const { return (to(row) + LANES - 1) / LANES; }
 };
 
+// Row widths, rounded up to whole registers, and the rows of a query tile, to whole cache lines of floats.
+struct Widths {
+  int group, tokens;  // heads that read the same rows; tokens of a query tile
+  size_t k_pad, v_pad, rows;
+
+  explicit Widths(const AttentionShape& shape)
+      : group(shape.n_heads / shape.n_kv_heads),
+        tokens(std::max(1, QUERY_TILE / group)),
+        k_pad(to_size(round_up(shape.k_dim, LANES))),
+        v_pad(to_size(round_up(shape.v_dim, LANES))),
+        rows(to_size(round_up(tokens * group, 16))) {}
+};
+
 // Attention of a query tile over one split, not yet divided by the sum.
 struct Partial {
   float* max;  // [rows] largest score; NONE: none was seen
   float* sum;  // [rows] of e^(score - max)
   float* acc;  // [rows, v_pad] sum of e^(score - max) V
-};
 
-// Row widths, rounded up to whole registers, and the rows of a query tile, to whole cache lines of floats.
-struct Widths {
-  size_t k_pad, v_pad, rows;
-  explicit Widths(const AttentionShape& shape);
+  Partial(Arena& arena, const Widths& w)
+      : max(arena.take<float>(w.rows)), sum(arena.take<float>(w.rows)), acc(arena.take<float>(w.rows * w.v_pad)) {}
 };
 
 // One thread's scratch memory.
@@ -93,7 +103,15 @@ struct Scratch {
   float* rescale;   // [max(rows, TILE)] factor of what was summed before
   float* strip;     // [TILE, STRIP] a strip of the tile's K or V rows
   Partial partial;
-  Scratch(Arena& arena, const AttentionShape& shape);
+
+  Scratch(Arena& arena, const Widths& w)
+      : q(arena.take<float>(w.rows * w.k_pad)),
+        scores(arena.take<float>(w.rows * TILE)),
+        scores_t(arena.take<float>(w.rows * TILE)),
+        sums(arena.take<float>(w.rows * LANES)),
+        rescale(arena.take<float>(std::max(w.rows, to_size(TILE)))),
+        strip(arena.take<float>(TILE * STRIP)),
+        partial(arena, w) {}
 };
 
 // A tile of the context at work. Rows: where K and V rows come from, see below.
@@ -235,10 +253,10 @@ void score_rows(const Tile<Rows>& tile, const Scratch& s) {
 
 // s -> cap tanh(s / cap), tanh x = 1 - 2 / (e^2x + 1): an absolute error of 2^-23 cap.
 void cap_scores(float* s, int n, float cap) {
-  const F32 factor = simd::set(2 / cap), most = simd::set(80);
-  for (int i = 0; i < n; i += LANES)
-    simd::store(s + i, simd::exp(simd::min(simd::mul(simd::load(s + i), factor), most)));
-  for (int i = 0; i < n; i++) s[i] = cap - 2 * cap / (s[i] + 1);
+  for (int i = 0; i < n; i += LANES) {
+    const F32 e = simd::exp(simd::min(simd::load(s + i) * (2 / cap), simd::set(80)));
+    simd::store(s + i, cap - 2 * cap / (e + 1.0f));
+  }
 }
 
 // The rows' scores become e^(score - maximum), 0 in the columns that the row does not see; maxima and sums move on. A
@@ -258,16 +276,15 @@ void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out) {
     out.max[row] = std::max(out.max[row], simd::largest(m));
   }
   for (int row = 0; row < n_rows; row += LANES)
-    simd::store(s.rescale + row, simd::exp(simd::sub(simd::load(s.rescale + row), simd::load(out.max + row))));
+    simd::store(s.rescale + row, simd::exp(simd::load(s.rescale + row) - simd::load(out.max + row)));
   for (int row = 0; row < n_rows; row++) {
     float *score = s.scores + row * TILE, *sums = s.sums + row * LANES;
     const int n = mask.registers(row) * LANES;
-    const F32 m = simd::set(out.max[row]);
-    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::sub(simd::load(score + i), m)));
+    for (int i = 0; i < n; i += LANES) simd::store(score + i, simd::exp(simd::load(score + i) - out.max[row]));
     std::fill(score, score + mask.from(row), 0.0f);
     std::fill(score + mask.to(row), score + TILE, 0.0f);
-    F32 sum = simd::mul(simd::load(sums), simd::set(s.rescale[row]));
-    for (int i = 0; i < n; i += LANES) sum = simd::add(sum, simd::load(score + i));
+    F32 sum = simd::load(sums) * s.rescale[row];
+    for (int i = 0; i < n; i += LANES) sum += simd::load(score + i);
     simd::store(sums, sum);
   }
 }
@@ -387,7 +404,7 @@ void load_query_columns(const float* q, const QueryTile& queries, const Scratch&
     for (; d + 8 <= shape.k_dim; d += 8) {
       F32 column[8];
       simd::columns(from, d, column);
-      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, simd::mul(column[i], simd::set(shape.scale)));
+      for (int i = 0; i < 8; i++) simd::store(to + to_size(d + i) * rows, column[i] * shape.scale);
     }
     for (; d < shape.k_dim; d++)
       for (int i = 0; i < LANES; i++) to[to_size(d) * rows + to_size(i)] = from[i][d] * shape.scale;
@@ -401,9 +418,7 @@ void load_queries(const float* q, const QueryTile& queries, bool k_major, const 
 // --- merging ---------------------------------------------------------------------------------------------------------
 
 float exp_of(float x) {
-  float lanes[LANES];
-  simd::store(lanes, simd::exp(simd::set(x)));
-  return lanes[0];
+  return simd::exp(simd::set(x))[0];
 }
 
 // What a query row has gathered of its splits.
@@ -445,64 +460,32 @@ struct RowState {
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
-int tokens_per_query_tile(const AttentionShape& shape) {
-  return std::max(1, QUERY_TILE / (shape.n_heads / shape.n_kv_heads));
-}
-int rows_per_query_tile(const AttentionShape& shape) {
-  return tokens_per_query_tile(shape) * (shape.n_heads / shape.n_kv_heads);
-}
-
-Widths::Widths(const AttentionShape& shape)
-    : k_pad(to_size(round_up(shape.k_dim, LANES))),
-      v_pad(to_size(round_up(shape.v_dim, LANES))),
-      rows(to_size(round_up(rows_per_query_tile(shape), 16))) {}
-
-// Partial results [n].
-struct Partials {
-  Widths widths;
-  float *max, *sum;  // [n, rows]
-  float* acc;        // [n, rows, v_pad]
-
-  Partials(Arena& arena, const AttentionShape& shape, int n)
-      : widths(shape),
-        max(arena.take<float>(to_size(n) * widths.rows)),
-        sum(arena.take<float>(to_size(n) * widths.rows)),
-        acc(arena.take<float>(to_size(n) * widths.rows * widths.v_pad)) {}
-  Partial operator[](int i) const {
-    const size_t row = to_size(i) * widths.rows;
-    return {max + row, sum + row, acc + row * widths.v_pad};
-  }
-};
-
-Scratch::Scratch(Arena& arena, const AttentionShape& shape) {
-  const Widths w(shape);
-  q = arena.take<float>(w.rows * w.k_pad);
-  scores = arena.take<float>(w.rows * to_size(TILE));
-  scores_t = arena.take<float>(w.rows * to_size(TILE));
-  sums = arena.take<float>(w.rows * to_size(LANES));
-  rescale = arena.take<float>(std::max(w.rows, to_size(TILE)));
-  strip = arena.take<float>(to_size(TILE * STRIP));
-  partial = Partials(arena, shape, 1)[0];
-}
-
 constexpr int SLOTS_PER_THREAD = 16;  // splits that are worked on at a time, where threads share a query tile
 
 // The workspace of a call. Throws Error where less was planned.
 struct Memory {
-  float *max, *sum;  // [T, n_heads] of the rows' states; first, where begin, attend_rows and end find them again
-  size_t scratch_bytes;
-  std::byte* scratch;  // [n_threads, scratch_bytes]
-  Partials slots;      // [n_threads * SLOTS_PER_THREAD] in which threads leave results of single splits
+  Widths widths;
+  float *max, *sum;  // [T, n_heads] of the rows' states; first, where the next attend_rows finds them again
+  size_t scratch_bytes, slot_bytes;
+  std::byte* scratches;  // [n_threads, scratch_bytes]
+  std::byte* slots;      // [n_threads * SLOTS_PER_THREAD, slot_bytes] in which threads leave results of single splits
 
   Memory(Arena& arena, const AttentionShape& shape, int n_tokens, int n_threads)
-      : max(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
-        sum(arena.take<float>(to_size(n_tokens) * to_size(shape.n_heads))),
-        scratch_bytes(bytes_of([&](Arena& piece) { Scratch(piece, shape); })),
-        scratch(arena.take<std::byte>(to_size(n_threads) * scratch_bytes)),
-        slots(arena, shape, n_threads * SLOTS_PER_THREAD) {}
-  Scratch scratch_of(int rank, const AttentionShape& shape) const {
-    Arena piece(scratch + to_size(rank) * scratch_bytes, scratch_bytes);
-    return Scratch(piece, shape);
+      : widths(shape),
+        max(arena.take<float>(area(n_tokens, shape.n_heads))),
+        sum(arena.take<float>(area(n_tokens, shape.n_heads))),
+        scratch_bytes(bytes_of([&](Arena& piece) { Scratch(piece, widths); })),
+        slot_bytes(bytes_of([&](Arena& piece) { Partial(piece, widths); })),
+        scratches(arena.take<std::byte>(to_size(n_threads) * scratch_bytes)),
+        slots(arena.take<std::byte>(area(n_threads, SLOTS_PER_THREAD) * slot_bytes)) {}
+
+  Scratch scratch(int rank) const {
+    Arena piece(scratches + to_size(rank) * scratch_bytes, scratch_bytes);
+    return Scratch(piece, widths);
+  }
+  Partial slot(int i) const {
+    Arena piece(slots + to_size(i) * slot_bytes, slot_bytes);
+    return Partial(piece, widths);
   }
 };
 
@@ -515,26 +498,16 @@ struct Call {
   const AttentionShape& shape;
   const float* q;  // [T, n_heads, k_dim]
   float* out;      // [T, n_heads, v_dim]
-  Memory memory;
+  const Memory& memory;
   Scratch scratch;
-
-  Call(const Team& t, const Batch& b, const AttentionShape& s, const float* queries, float* result, Arena arena)
-      : team(t),
-        batch(b),
-        shape(s),
-        q(queries),
-        out(result),
-        memory(arena, s, b.n_tokens, t.size),
-        scratch(memory.scratch_of(t.rank, s)) {}
 
   int n_query_tiles(int sequence) const {
     const int n_tokens = batch.query_start[sequence + 1] - batch.query_start[sequence];
-    const int each = tokens_per_query_tile(shape);
-    return (n_tokens + each - 1) / each * shape.n_kv_heads;
+    return round_up(n_tokens, memory.widths.tokens) / memory.widths.tokens * shape.n_kv_heads;
   }
   // The KV heads of the sequence's first tokens, then those of the next.
   QueryTile query_tile(int sequence, int index) const {
-    const int each = tokens_per_query_tile(shape);
+    const int each = memory.widths.tokens;
     const int first = batch.query_start[sequence] + index / shape.n_kv_heads * each;
     const int n = std::min(each, batch.query_start[sequence + 1] - first);
     return {batch, shape, sequence, index % shape.n_kv_heads, first, n};
@@ -545,16 +518,26 @@ struct Call {
     return query_tile(s, index);
   }
 
-  RowState state(const QueryTile& queries, int row) const {
+  // A split's result joins the row's: the first of those that the query tile sees starts it, the last finishes it.
+  void merge(const QueryTile& queries, int row, int split, const Partial& partial) const {
     const size_t i = queries.index(row);
-    return {memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
-            shape.sinks ? shape.sinks + queries.head(row) : nullptr};
+    const RowState state{memory.max[i], memory.sum[i], out + i * to_size(shape.v_dim), shape.v_dim,
+                         shape.sinks ? shape.sinks + queries.head(row) : nullptr};
+    if (split == queries.first_split()) state.start();
+    state.merge(partial, row, memory.widths.v_pad);
+    if (split == queries.last_split() - 1) state.finish();
   }
+
+  // Those of splits first .. last - 1 that the query tile sees, by one thread.
   template <class Rows>
-  void attend_and_merge(const Rows& rows, const QueryTile& queries, int split) const {
-    attend_split(rows, queries, split, scratch, scratch.partial);
-    for (int row = 0; row < queries.n_rows(); row++)
-      state(queries, row).merge(scratch.partial, row, memory.slots.widths.v_pad);
+  void attend(const Rows& rows, const QueryTile& queries, int first, int last) const {
+    first = std::max(first, queries.first_split());
+    last = std::min(last, queries.last_split());
+    if (first < last) load_queries(q, queries, rows.k_major(), scratch);
+    for (int split = first; split < last; split++) {
+      attend_split(rows, queries, split, scratch, scratch.partial);
+      for (int row = 0; row < queries.n_rows(); row++) merge(queries, row, split, scratch.partial);
+    }
   }
 };
 
@@ -583,24 +566,10 @@ struct Schedule {
   }
 };
 
-// Each query tile with all its splits; the last ones, of the longest context, first.
-template <class Kv, int Block>
-void attend_query_tiles(const Call& call, const KVCache<Kv, Block>& cache, int layer, int n) {
-  call.team.for_each_dynamic(n, [&](int from_last) {
-    const QueryTile queries = call.query_tile(n - 1 - from_last);
-    const CacheRows rows(cache.view(), layer, queries);
-    load_queries(call.q, queries, rows.k_major(), call.scratch);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
-    for (int split = queries.first_split(); split < queries.last_split(); split++)
-      call.attend_and_merge(rows, queries, split);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
-  });
-}
-
 // The query tiles' splits in rounds: first each split on its own, then each row's merge.
 template <class Kv, int Block>
-void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
-  const int at_once = schedule.splits_at_once, rows_each = rows_per_query_tile(call.shape);
+void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int layer, const Schedule& schedule) {
+  const int at_once = schedule.splits_at_once, rows_each = call.memory.widths.tokens * call.memory.widths.group;
   const int n_slots = schedule.query_tiles * at_once;
   // Neighbours go to the same thread, which prefetches from one into the next; half of a slow thread's share can still
   // go to another.
@@ -612,18 +581,15 @@ void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer,
       if (split >= queries.last_split()) return;
       const CacheRows rows(cache.view(), layer, queries);
       load_queries(call.q, queries, rows.k_major(), call.scratch);
-      attend_split(rows, queries, split, call.scratch, call.memory.slots[slot]);
+      attend_split(rows, queries, split, call.scratch, call.memory.slot(slot));
     };
     const auto merge_row = [&](int index) {
-      const QueryTile queries = call.query_tile(index / rows_each);
-      const int row = index % rows_each;
+      const int tile = index / rows_each, row = index % rows_each;
+      const QueryTile queries = call.query_tile(tile);
       if (row >= queries.n_rows()) return;
-      const RowState state = call.state(queries, row);
-      const int left = queries.last_split() - queries.first_split() - round * at_once;
-      if (round == 0) state.start();
-      for (int i = 0; i < std::min(left, at_once); i++)
-        state.merge(call.memory.slots[index / rows_each * at_once + i], row, call.memory.slots.widths.v_pad);
-      if (round == schedule.rounds - 1) state.finish();
+      const int first = queries.first_split() + round * at_once;
+      for (int i = 0; i < at_once && first + i < queries.last_split(); i++)
+        call.merge(queries, row, first + i, call.memory.slot(tile * at_once + i));
     };
     call.team.for_each_dynamic(n_slots, fill_slot, half_a_share);
     call.team.for_each(schedule.query_tiles * rows_each, merge_row);
@@ -635,41 +601,26 @@ void attend_splits(const Call& call, const KVCache<Kv, Block>& cache, int layer,
 template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  const Call call(team, batch, shape, q, out, workspace.begin());
+  Arena arena = workspace.begin();
+  const Memory memory(arena, shape, batch.n_tokens, team.size);
+  const Call call{team, batch, shape, q, out, memory, memory.scratch(team.rank)};
   const Schedule schedule(call);
-  if (schedule.splits_at_once == 0)
-    attend_query_tiles(call, cache, layer, schedule.query_tiles);
-  else
-    attend_splits(call, cache, layer, schedule);
-}
-
-void Flash::begin(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                  const Workspace& workspace) {
-  const Call call(team, batch, shape, nullptr, out, workspace.begin());
-  team.for_each(call.n_query_tiles(sequence), [&](int index) {
-    const QueryTile queries = call.query_tile(sequence, index);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).start();
+  if (schedule.splits_at_once > 0) return attend_in_rounds(call, cache, layer, schedule);
+  team.for_each_dynamic(schedule.query_tiles, [&](int i) {  // the last ones, of the longest context, first
+    const QueryTile queries = call.query_tile(schedule.query_tiles - 1 - i);
+    call.attend(CacheRows(cache.view(), layer, queries), queries, 0, queries.last_split());
   });
 }
 
 void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                         const AttentionShape& shape, float* out, const Workspace& workspace) {
-  const Call call(team, batch, shape, q, out, workspace.begin());
+  Arena arena = workspace.begin();
+  const Memory memory(arena, shape, batch.n_tokens, team.size);
+  const Call call{team, batch, shape, q, out, memory, memory.scratch(team.rank)};
   const int split = rows.first / SPLIT, n = call.n_query_tiles(sequence);
-  team.for_each_dynamic(n, [&](int from_last) {
-    const QueryTile queries = call.query_tile(sequence, n - 1 - from_last);
-    if (split < queries.first_split() || split >= queries.last_split()) return;
-    load_queries(q, queries, false, call.scratch);
-    call.attend_and_merge(PlainHead{rows, shape, queries.kv_head}, queries, split);
-  });
-}
-
-void Flash::end(const Team& team, const Batch& batch, int sequence, const AttentionShape& shape, float* out,
-                const Workspace& workspace) {
-  const Call call(team, batch, shape, nullptr, out, workspace.begin());
-  team.for_each(call.n_query_tiles(sequence), [&](int index) {
-    const QueryTile queries = call.query_tile(sequence, index);
-    for (int row = 0; row < queries.n_rows(); row++) call.state(queries, row).finish();
+  team.for_each_dynamic(n, [&](int i) {
+    const QueryTile queries = call.query_tile(sequence, n - 1 - i);
+    call.attend(PlainHead{rows, shape, queries.kv_head}, queries, split, split + 1);
   });
 }
 

@@ -32,10 +32,9 @@ void panel(const float* a, size_t a_stride, const Columns& b, int first, int k, 
   F32 sum[M][N];
 #pragma GCC unroll 8
   for (size_t i = 0; i < M; i++) {
-    const F32 factor = rescale ? simd::set(rescale[i]) : simd::zero();
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++)
-      sum[i][j] = rescale ? simd::mul(simd::load(c + i * c_stride + j * LANES), factor) : simd::zero();
+      sum[i][j] = rescale ? simd::load(c + i * c_stride + j * LANES) * rescale[i] : simd::zero();
   }
   for (size_t p = 0; p < static_cast<size_t>(k); p++) {
     F32 column[N];

@@ -24,8 +24,8 @@ static_assert(KEY_LANES % simd::LANES == 0);
 // A KV type's row is scales (q8 alone) and elements; a k-major matrix is KEY_LANES rows, transposed: [scales of a row,
 // KEY_LANES], then [dim, KEY_LANES]; it takes the bytes of KEY_LANES rows.
 // Each codec: Element, the bytes of a row's scales, store a row, and ways to read floats. `element` is one of a row;
-// `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `key` is element i of one token of
-// a k-major matrix; `keys` that of tokens lane .. lane + LANES - 1.
+// `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `keys` is element i of the tokens
+// lane .. lane + LANES - 1 of a k-major matrix.
 template <class Kv>
 struct Codec;
 
@@ -36,9 +36,6 @@ struct Unscaled {
   static constexpr size_t scale_bytes(int) { return 0; }
   static float element(const std::byte* row, int, int i) { return Derived::widen(at(row)[i]); }
   static simd::F32 lanes(const std::byte* row, int, int i) { return Derived::load(at(row) + i); }
-  static float key(const std::byte* matrix, int, int i, int lane) {
-    return Derived::widen(at(matrix)[i * KEY_LANES + lane]);
-  }
   static simd::F32 keys(const std::byte* matrix, int, int i, int lane) {
     return Derived::load(at(matrix) + i * KEY_LANES + lane);
   }
@@ -86,15 +83,11 @@ struct Codec<KvQ8> {
     return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
   }
   static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    return simd::mul(simd::load_i8(elements(row, dim, 1) + i), simd::set(f16_to_float(*scale(row, i, 1))));
-  }
-  static float key(const std::byte* matrix, int dim, int i, int lane) {
-    return static_cast<float>(elements(matrix, dim, KEY_LANES)[i * KEY_LANES + lane]) *
-           f16_to_float(scale(matrix, i, KEY_LANES)[lane]);
+    return simd::load_i8(elements(row, dim, 1) + i) * f16_to_float(*scale(row, i, 1));
   }
   static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
-    return simd::mul(simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane),
-                     simd::load_f16(scale(matrix, i, KEY_LANES) + lane));
+    return simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane) *
+           simd::load_f16(scale(matrix, i, KEY_LANES) + lane);
   }
   static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
 

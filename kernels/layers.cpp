@@ -11,22 +11,21 @@ void embed(const Team& team, const Matrix& embed_tokens, const float* position_e
            float scale, float* x) {
   const int dim = embed_tokens.k;
   team.for_each(batch.n_tokens, [&](int t) {
-    float* row = x + static_cast<size_t>(t) * static_cast<size_t>(dim);
+    float* row = x + area(t, dim);
     unpack_row(embed_tokens, batch.tokens[t], row);
     for (int i = 0; i < dim; i++) row[i] *= scale;
     if (!position_embedding) return;
-    const float* position = position_embedding + static_cast<size_t>(batch.positions[t]) * static_cast<size_t>(dim);
+    const float* position = position_embedding + area(batch.positions[t], dim);
     for (int i = 0; i < dim; i++) row[i] += position[i];
   });
 }
 
-// Sum of (x - shift)^2 over n elements, lane by lane and then across: a fixed order.
-static float sum_of_squares(const float* x, int n, float shift) {
-  const F32 s = set(shift);
+// Sums over n elements, lane by lane and then across: a fixed order.
+static float sum_of_squares(const float* x, int n, float shift) {  // of (x - shift)^2
   F32 total = zero();
   int i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const F32 d = sub(load(x + i), s);
+    const F32 d = load(x + i) - shift;
     total = fma(d, d, total);
   }
   float rest = 0;
@@ -37,7 +36,7 @@ static float sum_of_squares(const float* x, int n, float shift) {
 static float mean(const float* x, int n) {
   F32 total = zero();
   int i = 0;
-  for (; i + LANES <= n; i += LANES) total = add(total, load(x + i));
+  for (; i + LANES <= n; i += LANES) total += load(x + i);
   float rest = 0;
   for (; i < n; i++) rest += x[i];
   return (sum(total) + rest) / static_cast<float>(n);
@@ -46,8 +45,8 @@ static float mean(const float* x, int n) {
 void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows,
           int dim, float* out, int out_stride) {
   team.for_each(rows, [&](int r) {
-    const float* in = x + static_cast<size_t>(r) * static_cast<size_t>(x_stride);
-    float* to = out + static_cast<size_t>(r) * static_cast<size_t>(out_stride);
+    const float* in = x + area(r, x_stride);
+    float* to = out + area(r, out_stride);
     const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
     const float factor = 1 / std::sqrt(sum_of_squares(in, dim, shift) / static_cast<float>(dim) + eps);
     if (weights.bias)
@@ -60,12 +59,13 @@ void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const
 void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, int n, float scale, float* cos,
                  float* sin) {
   team.for_each(batch.n_tokens, [&](int t) {
+    float *c = cos + area(t, n), *s = sin + area(t, n);
     for (int i = 0; i < n; i++) {
       // The product is rounded to float32 as every framework does: at position 100,000 that is what a model
       // was trained on.
       const float angle = static_cast<float>(batch.positions[t]) * inv_freq[i];
-      cos[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::cos(angle);
-      sin[static_cast<size_t>(t) * static_cast<size_t>(n) + static_cast<size_t>(i)] = scale * std::sin(angle);
+      c[i] = scale * std::cos(angle);
+      s[i] = scale * std::sin(angle);
     }
   });
 }
@@ -73,10 +73,9 @@ void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, in
 void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
           const float* sin) {
   team.for_each(T, [&](int t) {
-    const float* c = cos + static_cast<size_t>(t) * static_cast<size_t>(n);
-    const float* s = sin + static_cast<size_t>(t) * static_cast<size_t>(n);
+    const float *c = cos + area(t, n), *s = sin + area(t, n);
     for (int h = 0; h < n_heads; h++) {
-      float* a = x + static_cast<size_t>(t) * static_cast<size_t>(x_stride) + static_cast<size_t>(h * head_stride);
+      float* a = x + area(t, x_stride) + h * head_stride;
       float* b = a + n;
       for (int i = 0; i < n; i++) {
         const float rotated = a[i] * c[i] - b[i] * s[i];
@@ -90,55 +89,41 @@ void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head
 // tanh x = 1 - 2 / (e^2x + 1), clamped where it is 1 to float32's last bit.
 static F32 tanh(F32 x) {
   const F32 bounded = simd::min(simd::max(x, set(-10)), set(10));
-  const F32 e = simd::exp(add(bounded, bounded));
-  alignas(64) float up[LANES], down[LANES];
-  store(up, sub(e, set(1)));
-  store(down, add(e, set(1)));
-  for (int i = 0; i < LANES; i++) up[i] /= down[i];
-  return load(up);
+  const F32 e = simd::exp(bounded + bounded);
+  return (e - 1.0f) / (e + 1.0f);
 }
 
-// x / (1 + e^-x)
 static F32 silu(F32 x) {
-  const F32 e = simd::exp(simd::min(sub(zero(), x), set(87)));
-  alignas(64) float up[LANES], down[LANES];
-  store(up, x);
-  store(down, add(e, set(1)));
-  for (int i = 0; i < LANES; i++) up[i] /= down[i];
-  return load(up);
+  return x / (simd::exp(simd::min(-x, set(87))) + 1.0f);
 }
 
 // GELU's tanh form (arXiv 1606.08415, section 2)
 static F32 gelu_tanh(F32 x) {
-  const F32 cube = mul(mul(x, x), x);
-  const F32 t = tanh(mul(set(0.7978845608f), fma(set(0.044715f), cube, x)));
-  return mul(mul(set(0.5f), x), add(set(1), t));
+  return 0.5f * x * (1.0f + tanh(0.7978845608f * fma(set(0.044715f), x * x * x, x)));
 }
 
 static F32 gelu(F32 x) {
-  alignas(64) float lane[LANES];
-  store(lane, x);
-  for (int i = 0; i < LANES; i++) lane[i] = 0.5f * lane[i] * (1 + std::erf(lane[i] * 0.70710678f));
-  return load(lane);
+  for (int i = 0; i < LANES; i++) x[i] = 0.5f * x[i] * (1 + std::erf(x[i] * 0.70710678f));
+  return x;
 }
 
 static void swiglu_oai_row(const float* gate, const float* up, int n, float limit, float* out) {
   constexpr float STEEPNESS = 1.702f;
   for (int i = 0; i < n; i += LANES) {
-    const int lanes = n - i < LANES ? n - i : LANES;
+    const int lanes = std::min(n - i, LANES);
     const F32 g = simd::min(set(limit), load_first(gate + i, lanes));  // in this order a NaN passes
     const F32 u = simd::max(set(-limit), simd::min(set(limit), load_first(up + i, lanes)));
-    const F32 swish = mul(silu(mul(g, set(STEEPNESS))), set(1 / STEEPNESS));
-    store_first(out + i, mul(add(u, set(1)), swish), lanes);
+    const F32 swish = silu(g * STEEPNESS) * (1 / STEEPNESS);
+    store_first(out + i, (u + 1.0f) * swish, lanes);
   }
 }
 
 template <F32 (*act)(F32)>
 static void activate_row(const float* gate, const float* up, int n, float /*limit*/, float* out) {
   for (int i = 0; i < n; i += LANES) {
-    const int lanes = n - i < LANES ? n - i : LANES;
+    const int lanes = std::min(n - i, LANES);
     const F32 u = load_first(up + i, lanes);
-    store_first(out + i, gate ? mul(act(load_first(gate + i, lanes)), u) : act(u), lanes);
+    store_first(out + i, gate ? act(load_first(gate + i, lanes)) * u : act(u), lanes);
   }
 }
 
@@ -152,9 +137,9 @@ void activate(const Team& team, Activation activation, float limit, const float*
   constexpr int CUT = 256;
   const int cuts = (n + CUT - 1) / CUT;
   team.for_each(T * cuts, [&](int i) {
-    const int first = i % cuts * CUT, count = n - first < CUT ? n - first : CUT;
-    const size_t at = static_cast<size_t>(i / cuts) * static_cast<size_t>(n) + static_cast<size_t>(first);
-    row(gate ? gate + at : nullptr, up + at, count, limit, out + at);
+    const int first = i % cuts * CUT;
+    const size_t at = area(i / cuts, n) + static_cast<size_t>(first);
+    row(gate ? gate + at : nullptr, up + at, std::min(n - first, CUT), limit, out + at);
   });
 }
 
@@ -175,8 +160,6 @@ void scale_and_cap(const Team& team, float* x, size_t n, float scale, float cap)
 
 void copy_rows(const Team& team, const float* x, int x_stride, int rows, int n, int copies, float* out,
                int out_stride) {
-  team.for_each(rows * copies, [&](int r) {
-    std::copy_n(x + static_cast<size_t>(r / copies) * static_cast<size_t>(x_stride), n,
-                out + static_cast<size_t>(r) * static_cast<size_t>(out_stride));
-  });
+  team.for_each(rows * copies,
+                [&](int r) { std::copy_n(x + area(r / copies, x_stride), n, out + area(r, out_stride)); });
 }

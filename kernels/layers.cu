@@ -19,10 +19,6 @@ unsigned blocks_for(size_t n) {
   return static_cast<unsigned>((n + THREADS - 1) / THREADS);
 }
 
-size_t area(int n, int width) {
-  return static_cast<size_t>(n) * static_cast<size_t>(width);
-}
-
 // --- embedding -------------------------------------------------------------------------------------------------------
 
 // grid: tokens

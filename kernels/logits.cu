@@ -1,10 +1,18 @@
 // logits.cu: the classifier on a GPU; its rows cross the bus at once, as the sampler is on the host.
-#include "kernels/gpu.h"
 #include "kernels/logits.h"
+
+#include "kernels/gpu.h"
+
+// Pinned, so that the copy is a piece of the step like its kernels.
+static std::shared_ptr<float[]> pinned_memory(size_t n) {
+  void* memory = nullptr;
+  CHECK_CUDA(cudaMallocHost(&memory, n * sizeof(float)));
+  return {static_cast<float*>(memory), [](float* p) { cudaFreeHost(p); }};
+}
 
 LogitsStage::LogitsStage(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits)
     : logits_(arena.take<float>(area(limits.max_logits, c.vocab_size))) {
-  if (logits_) copy_ = std::make_shared<float[]>(area(limits.max_logits, c.vocab_size));
+  if (logits_) copy_ = pinned_memory(area(limits.max_logits, c.vocab_size));
   workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
 }
 
@@ -19,9 +27,12 @@ void LogitsStage::forward(const Model& model, const Step& step) const {
   matmul(step.team, &classifier, 1, step.workspace);
   if (c.logit_scale != 1.0f || c.logit_softcap > 0)
     scale_and_cap(step.team, logits_, area(n, c.vocab_size), c.logit_scale, c.logit_softcap);
-  if (step.team.rank == 0) download(copy_.get(), logits_, area(n, c.vocab_size) * sizeof(float));
+  if (step.team.rank == 0)
+    CHECK_CUDA(cudaMemcpyAsync(copy_.get(), logits_, area(n, c.vocab_size) * sizeof(float), cudaMemcpyDeviceToHost,
+                               device_stream()));
 }
 
 float* LogitsStage::host() const {
+  synchronize();
   return copy_.get();
 }

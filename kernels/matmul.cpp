@@ -70,8 +70,8 @@ struct Inputs {
 // y's vector at column = sum (+ bias) (+ y), as far as there are columns.
 inline void finish(const Product& p, float* y, int column, F32 sum) {
   const int n = std::clamp(p.weight->n - column, 0, LANES);
-  if (p.bias) sum = simd::add(sum, simd::load_first(p.bias + column, n));
-  if (p.add) sum = simd::add(sum, simd::load_first(y + column, n));
+  if (p.bias) sum = sum + simd::load_first(p.bias + column, n);
+  if (p.add) sum = sum + simd::load_first(y + column, n);
   simd::store_first(y + column, sum, n);
 }
 
@@ -200,19 +200,9 @@ void run_group(const Product& p, Inputs inputs, int group, int first, int last) 
 
 std::span<const WeightFormat> weight_formats() {
   static constexpr auto table = []<class... T>(std::type_identity<std::tuple<T...>>) {
-    return std::array{WeightFormat{T::NAME, T::QUANT_GROUP, T::PARTS}...};
+    return std::array{WeightFormat{T::NAME, T::DTYPE, T::BLOCK, T::BLOCK_ELEMENTS}...};
   }(std::type_identity<WeightTypes>());
   return table;
-}
-
-const WeightFormat& weight_format(WeightType type) {
-  return weight_formats()[static_cast<size_t>(type)];
-}
-
-std::optional<WeightType> find_weight_type(std::string_view name) {
-  for (size_t i = 0; i < weight_formats().size(); i++)
-    if (weight_formats()[i].name == name) return static_cast<WeightType>(i);
-  return {};
 }
 
 const char* kernel_level() {
@@ -268,11 +258,13 @@ void matmul(const Team& team, const Product* products, int n_products, const Wor
   team.barrier();
 }
 
-void pack(const TensorView& source, bool transposed, int panel, std::byte* packed) {
+bool pack(const TensorView& source, bool transposed, int panel, std::byte* packed) {
   const size_t bytes = panel_bytes(source.type, source.k);
   std::byte* out = packed + static_cast<size_t>(panel) * bytes;
-  std::memset(out, 0, bytes);  // rows past the last: zeros; q8's are -128 with a scale of 0
-  with_type(source.type, [&]<class T>(std::type_identity<T>) { T::pack(source, transposed, panel, out); });
+  std::memset(out, 0, bytes);  // rows past the last: a scale of 0
+  bool finite = false;
+  with_type(source.type, [&]<class T>(std::type_identity<T>) { finite = T::pack(source, transposed, panel, out); });
+  return finite;
 }
 
 void unpack_row(const Matrix& matrix, int row, float* out) {

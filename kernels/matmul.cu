@@ -30,10 +30,7 @@ Input take_rows(Arena& arena, int rows, int k) {
   x.stride = whole(k, Input::STEP);
   const size_t n = static_cast<size_t>(rows) * static_cast<size_t>(x.stride);
   x.rows = arena.take<std::remove_pointer_t<decltype(x.rows)>>(n);
-  if constexpr (std::is_same_v<Input, Int8Rows>) {
-    x.scale = arena.take<float>(n / INT8_GROUP);
-    x.sum = arena.take<float>(n / INT8_GROUP);
-  }
+  if constexpr (std::is_same_v<Input, Int8Rows>) x.scale = arena.take<float>(n / INT8_GROUP);
   return x;
 }
 
@@ -71,15 +68,12 @@ __device__ void convert(float x, const Int8Rows& to, size_t at) {
   static_assert(WARP == INT8_GROUP);
   uint32_t bits = float_to_bits(fabsf(x));  // compared as integers: a NaN is larger than any number and is not lost
   for (int by = WARP / 2; by > 0; by /= 2) bits = max(bits, __shfl_xor_sync(WHOLE_WARP, bits, by));
-  const float amax = bits_to_float(bits), scale = amax / 127;
+  const float amax = bits_to_float(bits);
   // Below this the scale would be subnormal and its inverse may be infinite: such a group counts as zeros.
   const float inverse = amax < 127 * 0x1p-126f ? 0 : 127 / amax;
   const int q = static_cast<int>(rintf(fmaxf(fminf(x * inverse, 127), -127)));  // fminf passes over a NaN
-  int sum = q;
-  for (int by = WARP / 2; by > 0; by /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, by);
   to.rows[at] = static_cast<int8_t>(q);
-  if (threadIdx.x % WARP == 0)
-    to.scale[at / INT8_GROUP] = scale, to.sum[at / INT8_GROUP] = scale * static_cast<float>(sum);
+  if (threadIdx.x % WARP == 0) to.scale[at / INT8_GROUP] = amax / 127;
 }
 
 // grid: rows of x, of all its groups. A row of int8 is whole groups, so that whole warps have a number or none.
@@ -242,19 +236,9 @@ __global__ void unpack(const std::byte* data, int k, int row, float* out) {
 
 std::span<const WeightFormat> weight_formats() {
   static constexpr auto table = []<class... T>(std::type_identity<std::tuple<T...>>) {
-    return std::array{WeightFormat{T::NAME, T::QUANT_GROUP, T::PARTS}...};
+    return std::array{WeightFormat{T::NAME, T::DTYPE, T::BLOCK, T::BLOCK_ELEMENTS}...};
   }(std::type_identity<WeightTypes>());
   return table;
-}
-
-const WeightFormat& weight_format(WeightType type) {
-  return weight_formats()[static_cast<size_t>(type)];
-}
-
-std::optional<WeightType> find_weight_type(std::string_view name) {
-  for (size_t i = 0; i < weight_formats().size(); i++)
-    if (weight_formats()[i].name == name) return static_cast<WeightType>(i);
-  return {};
 }
 
 const char* kernel_level() {
@@ -297,16 +281,18 @@ void matmul(const Team& team, const Product* products, int n_products, const Wor
   }
 }
 
-void pack(const TensorView& source, bool transposed, int panel, std::byte* packed) {
+bool pack(const TensorView& source, bool transposed, int panel, std::byte* packed) {
   const ptrdiff_t row_step = transposed ? 1 : source.k, k_step = transposed ? source.n : 1;
+  bool finite = true;
   with_type(source.type, [&]<class T>(std::type_identity<T>) {
     std::byte* out = packed + static_cast<size_t>(panel) * panel_bytes<T>(source.k);
     std::fill_n(out, panel_bytes<T>(source.k), std::byte(0));
     for (int k = 0; k < source.k; k += T::STEP, out += T::STEP_BYTES)
       for (int row = 0; row < std::min(PANEL, source.n - panel * PANEL); row++)
-        T::pack(source, (panel * PANEL + row) * row_step + k * k_step, k_step, std::min(T::STEP, source.k - k), out,
-                row);
+        finite &= T::pack(source, (panel * PANEL + row) * row_step + k * k_step, k_step,
+                          std::min(T::STEP, source.k - k), out, row);
   });
+  return finite;
 }
 
 void unpack_row(const Matrix& matrix, int row, float* out) {

@@ -3,7 +3,7 @@
 // W [n, k] is packed when it is loaded so that one vector register holds the same k of LANES *output* rows, k running
 // in order: no horizontal sums, and 1 row of activations or 512 take the same reduction order, so decode, prefill and
 // any batch agree bit for bit. The number of rows only chooses the register tile. float weights multiply float32
-// (bf16 weights, with AVX512-BF16: bfloat16) activations and accumulate in float32; q8 and q4 multiply int8
+// (bf16 weights, with AVX512-BF16: bfloat16) activations and accumulate in float32; the quantised ones multiply int8
 // activations (groups of 32 with a float32 scale), accumulate a group in int32 and the groups in float32, in order.
 #pragma once
 
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "kernels/arena.h"
@@ -19,28 +20,33 @@
 // Weight types are the structs of weight_types.h; this is a type's place in their list. 0 is f32.
 enum class WeightType : int {};
 
-// A tensor that holds a part of the weights in the model file: [n, k / quant_group * elements] of dtype.
-struct WeightPart {
-  const char* name;   // X.name holds this part of matrix X; the first is "weight"
-  const char* dtype;  // as safetensors spells it
-  int elements;       // for each quant group of a row
-};
-constexpr size_t MAX_PARTS = 4;
-
+// What the model file holds of a matrix [n, k]: a tensor [n, k / block * block_elements] of dtype.
 struct WeightFormat {
   std::string_view name;
-  int quant_group;  // inputs of a row that share a scale; 1: plain floats
-  std::span<const WeightPart> parts;
+  const char* dtype;   // as safetensors spells it
+  int block;           // inputs of a row that are stored together; 1: plain floats
+  int block_elements;  // that a block takes
 };
 std::span<const WeightFormat> weight_formats();  // of all types, in order
-const WeightFormat& weight_format(WeightType type);
-std::optional<WeightType> find_weight_type(std::string_view name);
+inline const WeightFormat& weight_format(WeightType type) {
+  return weight_formats()[static_cast<size_t>(type)];
+}
+inline std::optional<WeightType> find_weight_type(std::string_view name) {
+  for (size_t i = 0; i < weight_formats().size(); i++)
+    if (weight_formats()[i].name == name) return static_cast<WeightType>(i);
+  return {};
+}
+inline std::string weight_type_names() {  // "f32, bf16, ..."
+  std::string names;
+  for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
+  return names;
+}
 
-// A matrix [n, k] of the model file: its parts in the order of its format, each row-major.
+// A matrix [n, k] of the model file, row-major.
 struct TensorView {
   WeightType type{};
   int n = 0, k = 0;
-  const void* parts[MAX_PARTS] = {};
+  const void* data = nullptr;
 };
 
 // A packed matrix, or `groups` of them that follow each other; does not own its memory.
@@ -59,7 +65,8 @@ size_t packed_bytes(WeightType type, int n, int k);
 int panels(int n);
 // Packs panel `panel` of source into packed (the start of the whole matrix, 64-byte aligned). Panels are
 // independent. transposed: source is [k, n] (float types only); the packed matrix is its transpose [n, k].
-void pack(const TensorView& source, bool transposed, int panel, std::byte* packed);
+// False where a quantised type's scale is infinite or no number.
+bool pack(const TensorView& source, bool transposed, int panel, std::byte* packed);
 // Row `row` of the matrix as float32, out [k] (the embedding of a token, where the classifier shares its matrix).
 void unpack_row(const Matrix& matrix, int row, float* out);
 

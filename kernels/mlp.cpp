@@ -5,22 +5,15 @@
 
 #include "kernels/experts.h"
 
-namespace {
-
-// The widest hidden rows a token needs: of the dense MLP, the shared experts, or all its experts together.
-int hidden_per_token(const Config& c) {
-  return std::max(
-      {c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size, c.num_experts_per_tok * c.moe_intermediate_size});
-}
-
-}  // namespace
-
 MlpStage::MlpStage(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits) {
   const int T = limits.max_tokens, k = c.num_experts_per_tok, E = c.n_routed_experts;
-  gate_ = arena.take<float>(area(T, hidden_per_token(c)));
-  up_ = arena.take<float>(area(T, hidden_per_token(c)));
-  workspace.plan(matmul_workspace_bytes(T, c.dim));
-  workspace.plan(matmul_workspace_bytes(T, c.hidden_dim));
+  // Of the dense MLP, the shared experts, or all experts of a token together.
+  const int widest =
+      std::max({c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size, k * c.moe_intermediate_size});
+  gate_ = arena.take<float>(area(T, widest));
+  up_ = arena.take<float>(area(T, widest));
+  for (const int width : {c.dim, c.hidden_dim, c.n_shared_experts * c.moe_intermediate_size})
+    workspace.plan(matmul_workspace_bytes(T, width));
   if (E == 0) return;
   scores_ = arena.take<float>(area(T, E));
   scratch_ = arena.take<float>(area(T, E + c.n_group));
@@ -31,7 +24,6 @@ MlpStage::MlpStage(Arena& arena, Workspace& workspace, const Config& c, const Li
   row_of_choice_ = arena.take<int>(area(T, k));
   expert_out_ = arena.take<float>(area(T * k, c.dim));
   workspace.plan(matmul_workspace_bytes(T * k, c.moe_intermediate_size));
-  workspace.plan(matmul_workspace_bytes(T, c.n_shared_experts * c.moe_intermediate_size));
 }
 
 void MlpStage::forward(int layer, const Layer& w, const Step& step) const {

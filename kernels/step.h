@@ -8,34 +8,10 @@
 #include "kernels/matmul.h"
 #include "model.h"
 
-// Elements of an array [n, width].
-inline size_t area(int n, int width) {
-  return static_cast<size_t>(n) * static_cast<size_t>(width);
-}
-
 // cos and sin of the step's tokens for one RoPE table.
 struct Angles {
   int n;             // pairs of elements that rotate
   float *cos, *sin;  // [max_tokens, n]
-};
-
-struct Step {
-  const Team& team;
-  const Config& config;
-  const Batch& batch;                 // in device memory
-  const Batch& host;                  // the same on the host
-  const std::vector<Angles>& angles;  // one for each RoPE table
-  float* x;                           // [T, dim] the residual stream
-  float* h;                           // [T, dim] its norm: the stage's input
-  float* y;                           // [T, dim] what a stage adds, where it is not added at once
-  const Workspace& workspace;         // of matmul
-
-  // x += residual_scale * post_norm(linear(in)), in [T, linear.k]
-  void add_product(const Linear& linear, const float* in, const Norm& post_norm) const;
-  // x += residual_scale * post_norm(y)
-  void add_y(const Norm& post_norm) const;
-  // out [T, dim] = norm(x); x itself where the model has no such norm
-  void norm_x(const Norm& weights, float* out) const;
 };
 
 // y [rows, n] = linear(x [rows, k]), rows without gaps.
@@ -51,22 +27,37 @@ inline Product product(const Linear& linear, const float* x, int rows, float* y)
   return p;
 }
 
-inline void Step::norm_x(const Norm& weights, float* out) const {
-  const int T = batch.n_tokens, dim = config.dim;
-  if (!weights) return copy_rows(team, x, dim, T, dim, 1, out, dim);
-  norm(team, config.norm, config.norm_eps, weights, x, dim, T, dim, out, dim);
-}
+struct Step {
+  const Team& team;
+  const Config& config;
+  const Batch& batch;                 // in device memory
+  const Batch& host;                  // the same on the host
+  const std::vector<Angles>& angles;  // one for each RoPE table
+  float* x;                           // [T, dim] the residual stream
+  float* h;                           // [T, dim] its norm: the stage's input
+  float* y;                           // [T, dim] what a stage adds, where it is not added at once
+  const Workspace& workspace;         // of matmul
 
-inline void Step::add_y(const Norm& post_norm) const {
-  const int T = batch.n_tokens, dim = config.dim;
-  if (post_norm) norm(team, config.norm, config.norm_eps, post_norm, y, dim, T, dim, y, dim);
-  add(team, x, y, area(T, dim), config.residual_scale);
-}
+  // out [T, dim] = norm(x); x itself where the model has no such norm
+  void norm_x(const Norm& weights, float* out) const {
+    const int T = batch.n_tokens, dim = config.dim;
+    if (!weights) return copy_rows(team, x, dim, T, dim, 1, out, dim);
+    norm(team, config.norm, config.norm_eps, weights, x, dim, T, dim, out, dim);
+  }
 
-inline void Step::add_product(const Linear& linear, const float* in, const Norm& post_norm) const {
-  const bool direct = !post_norm && config.residual_scale == 1.0f;
-  Product p = product(linear, in, batch.n_tokens, direct ? x : y);
-  p.add = direct;
-  matmul(team, &p, 1, workspace);
-  if (!direct) add_y(post_norm);
-}
+  // x += residual_scale * post_norm(y)
+  void add_y(const Norm& post_norm) const {
+    const int T = batch.n_tokens, dim = config.dim;
+    if (post_norm) norm(team, config.norm, config.norm_eps, post_norm, y, dim, T, dim, y, dim);
+    add(team, x, y, area(T, dim), config.residual_scale);
+  }
+
+  // x += residual_scale * post_norm(linear(in)), in [T, linear.k]
+  void add_product(const Linear& linear, const float* in, const Norm& post_norm) const {
+    const bool direct = !post_norm && config.residual_scale == 1.0f;
+    Product p = product(linear, in, batch.n_tokens, direct ? x : y);
+    p.add = direct;
+    matmul(team, &p, 1, workspace);
+    if (!direct) add_y(post_norm);
+  }
+};

@@ -1,6 +1,10 @@
 // team.cpp: threads that wait first spin, then sleep. A tenth of a millisecond of spinning is as fast alone as any
 // longer, and where another program has the core that is waited for, sleeping gives it away.
-#include "kernels/team.h"
+#include "kernels/threads.h"
+
+#include <system_error>
+
+#include "host/error.h"
 
 namespace {
 
@@ -39,24 +43,40 @@ void Team::barrier() const {
   if (s.broken.load(std::memory_order_acquire)) throw Broken{};
 }
 
+int Team::take(int chunk) const {
+  if (shared_) return shared_->next.fetch_add(chunk, std::memory_order_relaxed);
+  return std::exchange(alone_, alone_ + chunk);
+}
+
 Threads::Threads(int most) {
   for (int rank = 1; rank < most; rank++) workers_.push_back(std::make_unique<Worker>());
-  for (int rank = 1; rank < most; rank++)
-    workers_[static_cast<size_t>(rank - 1)]->thread = std::thread([this, rank] { work(rank); });
+  try {
+    for (int rank = 1; rank < most; rank++)
+      workers_[static_cast<size_t>(rank - 1)]->thread = std::thread([this, rank] { work(rank); });
+  } catch (const std::system_error& e) {
+    end();
+    fail("cannot start %d threads: %s: with -t there are fewer", most, e.what());
+  }
 }
 
 Threads::~Threads() {
+  end();
+}
+
+void Threads::end() {
   ending_ = true;
   for (const auto& worker : workers_) {
     worker->jobs.fetch_add(1, std::memory_order_release);
     worker->jobs.notify_one();
   }
-  for (const auto& worker : workers_) worker->thread.join();
+  for (const auto& worker : workers_)
+    if (worker->thread.joinable()) worker->thread.join();
 }
 
-void Threads::run(int size, const std::function<void(const Team&)>& f) {
-  if (size == 1) return f(Team{});
-  job_ = &f;
+void Threads::run_job(int size, Job job, const void* f) {
+  if (size == 1) return job(f, Team{});
+  job_ = job;
+  f_ = f;
   size_ = size;
   running_.store(size - 1, std::memory_order_relaxed);
   for (int rank = 1; rank < size; rank++) {
@@ -80,7 +100,7 @@ void Threads::call(int rank) {
   team.size = size_;
   team.shared_ = &shared_;
   try {
-    (*job_)(team);
+    job_(f_, team);
   } catch (const Team::Broken&) {
   } catch (...) {
     if (!failed_.exchange(true)) error_ = std::current_exception();

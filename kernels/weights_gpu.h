@@ -9,17 +9,19 @@
 //
 // A type's struct:
 //
-//   NAME, QUANT_GROUP, PARTS     as in the CPU's weight_types.h
-//   STEP, STEP_BYTES             inputs of a step; its bytes
-//   Input                        the activations it multiplies: Float32Rows, Bf16Rows or Int8Rows
-//   pack(source, at, out, row)   one row of a step: the inputs from at(0) on
-//   element(step, row, k)        element k of a step's row, as float
-//   multiply<R>(step, x, i, d)   d += one step, x being the activations from input i on
+//   NAME, DTYPE, BLOCK, BLOCK_ELEMENTS   as in the CPU's weight_types.h
+//   STEP, STEP_BYTES                     inputs of a step; its bytes
+//   Input                                the activations it multiplies: Float32Rows, Bf16Rows or Int8Rows
+//   pack(source, first, k_step, n, step, row)   a step's row: n inputs, k_step apart from the source's element `first`
+//                                        on; false: a scale is no finite number
+//   element(step, row, k)                element k of a step's row, as float
+//   multiply<R>(step, x, i, d)           d += one step, x being the activations from input i on
 #pragma once
 
 #include <cstring>
 #include <tuple>
 
+#include "kernels/ggml_blocks.h"
 #include "kernels/gpu.h"
 #include "kernels/matmul.h"
 
@@ -27,8 +29,7 @@ constexpr int PANEL = 16;
 constexpr int TILE_ROWS = 8;
 constexpr int INT8_GROUP = 32;  // activations that share a scale
 
-// --- activations, in the arithmetic of the weights
-// --------------------------------------------------------------------
+// --- activations, in the arithmetic of the weights -------------------------------------------------------------------
 
 // Rows that a call has converted, each filled up to whole steps with zeros.
 struct Float32Rows {
@@ -47,7 +48,6 @@ struct Int8Rows {
   int8_t* rows;  // [n, stride]
   int stride;
   float* scale;  // [n, stride / INT8_GROUP]
-  float* sum;    // [n, stride / INT8_GROUP] scale * sum of q
 };
 
 // The rows that a lane multiplies: of tile r, row g as a fragment's column, and rows 2 t, 2 t + 1 as its own results.
@@ -62,8 +62,8 @@ struct LaneRows {
 // --- types -----------------------------------------------------------------------------------------------------------
 
 template <class T>
-const T* part(const TensorView& source, int i) {
-  return static_cast<const T*>(source.parts[i]);
+const T* elements(const TensorView& source) {
+  return static_cast<const T*>(source.data);
 }
 
 // d += w x of N inputs, in order of k.
@@ -83,14 +83,15 @@ __device__ void multiply_add(const float (&w)[2][N], const float* const (&x)[2],
 // A step is [16 rows][STEP]. CUDA cores multiply in float32, as on the CPU.
 struct WeightsF32 {
   static constexpr const char* NAME = "f32";
-  static constexpr int QUANT_GROUP = 1;
-  static constexpr WeightPart PARTS[] = {{"weight", "F32", 1}};
+  static constexpr const char* DTYPE = "F32";
+  static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
   static constexpr int STEP = 8, STEP_BYTES = PANEL * STEP * 4;
   using Input = Float32Rows;
 
-  static void pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
+  static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
     float* to = reinterpret_cast<float*>(step) + row * STEP;
-    for (int i = 0; i < n; i++) std::memcpy(to + i, part<std::byte>(source, 0) + (first + i * k_step) * 4, 4);
+    for (int i = 0; i < n; i++) std::memcpy(to + i, elements<std::byte>(source) + (first + i * k_step) * 4, 4);
+    return true;
   }
   static __device__ float element(const std::byte* step, int row, int k) {
     return reinterpret_cast<const float*>(step)[row * STEP + k];
@@ -118,14 +119,15 @@ struct WeightsF32 {
 // As f32: float16 activations would overflow, and there is no tensor core of float16 times float32.
 struct WeightsF16 {
   static constexpr const char* NAME = "f16";
-  static constexpr int QUANT_GROUP = 1;
-  static constexpr WeightPart PARTS[] = {{"weight", "F16", 1}};
+  static constexpr const char* DTYPE = "F16";
+  static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
   static constexpr int STEP = 8, STEP_BYTES = PANEL * STEP * 2;
   using Input = Float32Rows;
 
-  static void pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
+  static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(step) + row * STEP;
-    for (int i = 0; i < n; i++) std::memcpy(to + i, part<std::byte>(source, 0) + (first + i * k_step) * 2, 2);
+    for (int i = 0; i < n; i++) std::memcpy(to + i, elements<std::byte>(source) + (first + i * k_step) * 2, 2);
+    return true;
   }
   static __device__ float element(const std::byte* step, int row, int k) {
     return f16_to_float(reinterpret_cast<const uint16_t*>(step)[row * STEP + k]);
@@ -154,8 +156,8 @@ struct WeightsF16 {
 // as weights and activations agree, so lane t has inputs 8 t .. 8 t + 7, four for each: a single load.
 struct WeightsBF16 {
   static constexpr const char* NAME = "bf16";
-  static constexpr int QUANT_GROUP = 1;
-  static constexpr WeightPart PARTS[] = {{"weight", "BF16", 1}};
+  static constexpr const char* DTYPE = "BF16";
+  static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
   static constexpr int STEP = 32, STEP_BYTES = PANEL * STEP * 2;
   using Input = Bf16Rows;
 
@@ -164,10 +166,11 @@ struct WeightsBF16 {
     const int lane = row % 8 * 4 + k / 8, mma = k % 8 / 4, word = k % 4 / 2 * 2 + row / 8;
     return ((mma * 32 + lane) * 4 + word) * 2 + k % 2;
   }
-  static void pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
+  static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
     uint16_t* to = reinterpret_cast<uint16_t*>(step);
     for (int i = 0; i < n; i++)
-      std::memcpy(to + place(row, i), part<std::byte>(source, 0) + (first + i * k_step) * 2, 2);
+      std::memcpy(to + place(row, i), elements<std::byte>(source) + (first + i * k_step) * 2, 2);
+    return true;
   }
   static __device__ float element(const std::byte* step, int row, int k) {
     return bf16_to_float(reinterpret_cast<const uint16_t*>(step)[place(row, k)]);
@@ -187,96 +190,118 @@ struct WeightsBF16 {
   }
 };
 
-// d += products of a group * weight scale * activation scale
-__device__ inline void scale_add(const int (&products)[4], const uint16_t* scales, const Int8Rows& x,
-                                 const int (&rows)[2], int i, float (&d)[4]) {
-  const int g = static_cast<int>(threadIdx.x) % 32 / 4;
-#pragma unroll
-  for (int c = 0; c < 4; c++) {
-    const float x_scale = x.scale[(static_cast<ptrdiff_t>(rows[c % 2]) * x.stride + i) / INT8_GROUP];
-    const float scale = f16_to_float(scales[g + c / 2 * 8]) * x_scale;
-    d[c] = fmaf(static_cast<float>(products[c]), scale, d[c]);
-  }
-}
-
-// A step is a group of 32: [32 lanes][4 registers][4], scale [16]. Lane t has inputs 8 t .. 8 t + 7.
-struct WeightsQ8 {
-  static constexpr const char* NAME = "q8";
-  static constexpr int QUANT_GROUP = 32;
-  static constexpr WeightPart PARTS[] = {{"weight", "I8", 32}, {"scale", "F16", 1}};
-  static constexpr int STEP = QUANT_GROUP, STEP_BYTES = PANEL * (QUANT_GROUP + 2);
+// ggml's quantised types (ggml_blocks.h), one struct for all. A step is a block of each of the 16 rows, as it is in the
+// file. Codes less their offset are signed bytes, which tensor cores multiply with the activations' int8.
+// Nothing here is tuned yet: blocks are read byte by byte.
+template <const GgmlBlock& TYPE>
+struct WeightsQuant {
+  static constexpr const char* NAME = TYPE.name;
+  static constexpr const char* DTYPE = "U8";
+  static constexpr int BLOCK = TYPE.inputs, BLOCK_ELEMENTS = TYPE.bytes;
+  static constexpr int STEP = TYPE.inputs, STEP_BYTES = PANEL * TYPE.bytes;
+  static constexpr bool HAS_MIN = TYPE.min >= 0;
+  static constexpr int GROUPS = TYPE.inputs / TYPE.group, PARTS = INT8_GROUP / TYPE.group;  // of 32 inputs: groups
   using Input = Int8Rows;
 
-  static constexpr int place(int row, int k) {
-    return ((row % 8 * 4 + k / 8) * 4 + k % 8 / 4 * 2 + row / 8) * 4 + k % 4;
+  static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t, int, std::byte* step, int row) {
+    const uint8_t* block = elements<uint8_t>(source) + first / TYPE.inputs * TYPE.bytes;
+    std::memcpy(step + row * TYPE.bytes, block, static_cast<size_t>(TYPE.bytes));
+    const auto finite = [&](int at) { return (block[at + 1] & 0x7c) != 0x7c; };
+    if (TYPE.power_of_2) return block[TYPE.scale] != 255;  // OCP's NaN
+    return finite(TYPE.scale) && (!HAS_MIN || finite(TYPE.min));
   }
-  static void pack(const TensorView& source, ptrdiff_t first, ptrdiff_t, int, std::byte* step, int row) {
-    for (int k = 0; k < STEP; k++) step[place(row, k)] = part<std::byte>(source, 0)[first + k];
-    std::memcpy(step + PANEL * STEP + row * 2, part<uint16_t>(source, 1) + first / STEP, 2);
+
+  struct Scale {
+    float scale, min;
+  };
+  static __device__ Scale scale_of(const uint8_t* block, int group) {
+    constexpr GgmlBlock type = TYPE;
+    const auto half = [&](int at) { return f16_to_float(static_cast<uint16_t>(block[at] | block[at + 1] << 8)); };
+    const auto factor = [&](int i) {
+      const uint32_t four = four_factors(type, block, i / 4 * 4);
+      return static_cast<float>(static_cast<int>(four >> i % 4 * 8 & 255) - type.factor_offset);
+    };
+    if constexpr (type.power_of_2) {
+      const uint32_t e = block[type.scale];  // below 2 a subnormal number
+      return {bits_to_float(e < 2 ? 0x00200000u << e : (e - 1) << 23), 0};
+    } else if constexpr (type.factor_bits() == 0) {
+      return {half(type.scale), HAS_MIN ? half(type.min) : 0};
+    } else {
+      return {half(type.scale) * factor(group), HAS_MIN ? -half(type.min) * factor(GROUPS + group) : 0};
+    }
   }
-  static __device__ const uint16_t* scales(const std::byte* step) {
-    return reinterpret_cast<const uint16_t*>(step + PANEL * STEP);
+
+  // Values first .. first + 7, a byte each.
+  static constexpr uint64_t eight_values(size_t first) {
+    uint64_t eight = 0;
+    for (size_t i = 0; i < 8; i++) eight |= uint64_t{static_cast<uint8_t>(TYPE.values[first + i])} << i * 8;
+    return eight;
+  }
+
+  // Inputs first .. first + 3, a signed byte each.
+  static __device__ uint32_t four_values(const uint8_t* block, int first) {
+    constexpr GgmlBlock type = TYPE;
+    const uint32_t four = four_codes(type, block, first);
+    if constexpr (!type.codes_are_places)  // the highest bits, set, keep a byte from borrowing of the next
+      return type.offset == 128 ? four ^ 0x80808080u
+                                : ((four | 0x80808080u) - 0x01010101u * unsigned(type.offset)) ^ 0x80808080u;
+    constexpr uint64_t low = eight_values(0), high = eight_values(8);
+    uint32_t four_values = 0;
+    for (int i = 0; i < 4; i++) {
+      const uint32_t code = four >> i * 8 & 15;
+      four_values |= static_cast<uint32_t>((code < 8 ? low : high) >> code % 8 * 8 & 255) << i * 8;
+    }
+    return four_values;
+  }
+
+  static __device__ const uint8_t* block_of(const std::byte* step, int row) {
+    return reinterpret_cast<const uint8_t*>(step) + row * TYPE.bytes;
   }
   static __device__ float element(const std::byte* step, int row, int k) {
-    return f16_to_float(scales(step)[row]) * static_cast<float>(reinterpret_cast<const int8_t*>(step)[place(row, k)]);
+    const uint8_t* block = block_of(step, row);
+    const Scale s = scale_of(block, k / TYPE.group);
+    const auto value = static_cast<int8_t>(four_values(block, k / 4 * 4) >> k % 4 * 8 & 255);
+    return s.scale * static_cast<float>(value) + s.min;
   }
+
   template <int R>
   static __device__ void multiply(const std::byte* step, const LaneRows<Input, R>& x, int i, float (&d)[R][4]) {
-    const uint4 w = load_vector<uint4>(step + threadIdx.x % 32 * 16);
-    const uint32_t a[4] = {w.x, w.y, w.z, w.w};
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
+    const uint8_t* const blocks[2] = {block_of(step, g), block_of(step, g + 8)};
+#pragma unroll 1
+    for (int k = 0; k < TYPE.inputs; k += INT8_GROUP) {
+      uint32_t a[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) a[j] = four_values(blocks[j % 2], k + x.t * 8 + j / 2 * 4);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const int group = k / TYPE.group + part;
+        const Scale scales[2] = {scale_of(blocks[0], group), scale_of(blocks[1], group)};
+        multiply_group(a, x.t * PARTS / 4 == part, scales, x, i + k, d);
+      }
+    }
+  }
+
+  // d += a group of each row: a are the 32 inputs that its own are among, with its own where `mine`.
+  template <int R>
+  static __device__ void multiply_group(const uint32_t (&a)[4], bool mine, const Scale (&scales)[2],
+                                        const LaneRows<Input, R>& x, int i, float (&d)[R][4]) {
+    const uint32_t own[4] = {mine ? a[0] : 0, mine ? a[1] : 0, mine ? a[2] : 0, mine ? a[3] : 0};
+    const uint32_t one = mine ? 0x01010101u : 0, ones[4] = {one, one, one, one};
 #pragma unroll
     for (int r = 0; r < R; r++) {
       const uint2 b =
           load_vector<uint2>(x.input.rows + static_cast<ptrdiff_t>(x.column[r]) * x.input.stride + i + x.t * 8);
-      int products[4] = {0, 0, 0, 0};
-      mma_s8(products, a, b.x, b.y);
-      scale_add(products, scales(step), x.input, x.own[r], i, d[r]);
-    }
-  }
-};
-
-// A step is a group of 32: [32 lanes][2 outputs][4 bytes: an input and the one 4 later], scale [16], min [16].
-struct WeightsQ4 {
-  static constexpr const char* NAME = "q4";
-  static constexpr int QUANT_GROUP = 32;
-  static constexpr WeightPart PARTS[] = {{"weight", "U8", 16}, {"scale", "F16", 1}, {"min", "F16", 1}};
-  static constexpr int STEP = QUANT_GROUP, STEP_BYTES = PANEL * (QUANT_GROUP / 2 + 4);
-  using Input = Int8Rows;
-
-  static constexpr int place(int row, int k) { return ((row % 8 * 4 + k / 8) * 2 + row / 8) * 4 + k % 4; }
-  static constexpr int shift(int k) { return k % 8 / 4 * 4; }
-  static void pack(const TensorView& source, ptrdiff_t first, ptrdiff_t, int, std::byte* step, int row) {
-    for (int k = 0; k < STEP; k++) {
-      const auto two = static_cast<unsigned>(part<std::byte>(source, 0)[(first + k) / 2]);
-      step[place(row, k)] |= static_cast<std::byte>((two >> k % 2 * 4 & 15) << shift(k));
-    }
-    std::byte* scale = step + PANEL * STEP / 2;
-    std::memcpy(scale + row * 2, part<uint16_t>(source, 1) + first / STEP, 2);
-    std::memcpy(scale + (PANEL + row) * 2, part<uint16_t>(source, 2) + first / STEP, 2);
-  }
-  static __device__ const uint16_t* scales(const std::byte* step) {
-    return reinterpret_cast<const uint16_t*>(step + PANEL * STEP / 2);
-  }
-  static __device__ float element(const std::byte* step, int row, int k) {
-    const int q = static_cast<int>(step[place(row, k)]) >> shift(k) & 15;
-    return f16_to_float(scales(step)[row]) * static_cast<float>(q) + f16_to_float(scales(step)[PANEL + row]);
-  }
-  template <int R>
-  static __device__ void multiply(const std::byte* step, const LaneRows<Input, R>& x, int i, float (&d)[R][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const uint2 w = load_vector<uint2>(step + lane * 8);
-    const uint32_t a[4] = {w.x & 0x0f0f0f0f, w.y & 0x0f0f0f0f, w.x >> 4 & 0x0f0f0f0f, w.y >> 4 & 0x0f0f0f0f};
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      const uint2 b =
-          load_vector<uint2>(x.input.rows + static_cast<ptrdiff_t>(x.column[r]) * x.input.stride + i + x.t * 8);
-      int products[4] = {0, 0, 0, 0};
-      mma_s8(products, a, b.x, b.y);
-      scale_add(products, scales(step), x.input, x.own[r], i, d[r]);
+      int products[4] = {0, 0, 0, 0}, sums[4] = {0, 0, 0, 0};  // sums: of the activations
+      mma_s8(products, own, b.x, b.y);
+      if constexpr (HAS_MIN) mma_s8(sums, ones, b.x, b.y);
 #pragma unroll
       for (int c = 0; c < 4; c++) {
-        const float sum = x.input.sum[(static_cast<ptrdiff_t>(x.own[r][c % 2]) * x.input.stride + i) / INT8_GROUP];
-        d[r][c] = fmaf(f16_to_float(scales(step)[PANEL + lane / 4 + c / 2 * 8]), sum, d[r][c]);
+        const Scale& w = scales[c / 2];
+        const float x_scale =
+            x.input.scale[(static_cast<ptrdiff_t>(x.own[r][c % 2]) * x.input.stride + i) / INT8_GROUP];
+        d[r][c] = fmaf(static_cast<float>(products[c]), w.scale * x_scale, d[r][c]);
+        if constexpr (HAS_MIN) d[r][c] = fmaf(w.min, static_cast<float>(sums[c]) * x_scale, d[r][c]);
       }
     }
   }
@@ -284,7 +309,10 @@ struct WeightsQ4 {
 
 // --- the table -------------------------------------------------------------------------------------------------------
 
-using WeightTypes = std::tuple<WeightsF32, WeightsBF16, WeightsF16, WeightsQ8, WeightsQ4>;
+using WeightTypes =
+    std::tuple<WeightsF32, WeightsBF16, WeightsF16, WeightsQuant<Q8_0>, WeightsQuant<Q4_0>, WeightsQuant<Q4_1>,
+               WeightsQuant<Q5_0>, WeightsQuant<Q5_1>, WeightsQuant<Q2_K>, WeightsQuant<Q3_K>, WeightsQuant<Q4_K>,
+               WeightsQuant<Q5_K>, WeightsQuant<Q6_K>, WeightsQuant<IQ4_NL>, WeightsQuant<IQ4_XS>, WeightsQuant<MXFP4>>;
 
 // Bytes of a panel with k inputs.
 template <class Type>

@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "kernels/simd.h"
+#include "kernels/threads.h"
 #include "tests/batches.h"
 
 namespace {
@@ -48,7 +49,7 @@ double read_bandwidth(Threads& threads) {
     const auto [first, last] = team.share(n / (registers * simd::LANES));
     for (int i = first; i < last; i++)
       for (int j = 0; j < registers; j++)
-        sum[j] = simd::add(sum[j], simd::load(memory.data() + (i * registers + j) * simd::LANES));
+        sum[j] = sum[j] + simd::load(memory.data() + (i * registers + j) * simd::LANES);
     for (const simd::F32& x : sum) sink = simd::sum(x);
   });
   return 4.0 * n / seconds;

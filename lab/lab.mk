@@ -1,5 +1,7 @@
-# lab.mk: what the program is worth beside llama.cpp, and what the kernels are worth beside the machine.
+# lab.mk: how fast a model can be, what the program is worth beside llama.cpp, and the kernels beside the machine.
 #
+## make estimate         what a model takes, and how fast it can be; MODEL= may be a config.json alone
+##      GPU=name             there instead of here (list: all that are known); ARGS= more flags: -c, --parallel, --type
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
 ##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
 
@@ -25,4 +27,8 @@ weights: $(SOURCE_READY)
 $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 	@$(PYTHON) lab/llama_cpp_peer.py quantize $< $@
 
-.PHONY: measure weights
+estimate: ARGS =
+estimate: $(SOURCE_READY)
+	@weights=$$($(WEIGHTS)) && $(MAKE) all >&2 && ./run "$$weights" --estimate $(if $(GPU),--gpu "$(GPU)") $(ARGS)
+
+.PHONY: estimate measure weights

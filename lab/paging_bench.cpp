@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "host/engine.h"
+#include "host/loader.h"
 #include "transformer.h"
 
 namespace {

@@ -70,7 +70,7 @@ def experts(rounds: int) -> dict:
     weights = {}
     for name, sizes in EXPERTS.items():
         output(sys.executable, ROOT / "lab" / "random_model.py", WORK / name, *sizes)
-        weights[name] = export(WORK / name, f"{name}-q8", "--type", "q8")
+        weights[name] = export(WORK / name, f"{name}-q8", "--type", "q8_0")
     runs = {name: [] for name in EXPERTS}
     for number in range(rounds):
         progress("variants, experts", number, rounds)

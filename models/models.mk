@@ -1,8 +1,8 @@
 # models.mk: what is fetched where it is missing: Debian's packages, Python's, models. A machine that has it all stays
 # untouched and offline.
 
-PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev \
-  $(if $(filter run test lint weights measure models/% .venv/%,$(MAKECMDGOALS)),python3-venv)
+PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev libstb-dev \
+  $(if $(filter run estimate test lint weights measure models/% .venv/%,$(MAKECMDGOALS)),python3-venv)
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
@@ -29,7 +29,7 @@ FETCHED := models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct.Q
 
 # A model file is there already; any other source becomes one, where its own is missing or has changed since. A file's
 # name reaches the shell as the value of SOURCE and never as text of its own, whatever characters it has.
-run weights help: export SOURCE := $(value MODEL)
+run weights estimate help: export SOURCE := $(value MODEL)
 unexport MODEL PROMPT
 ifneq ($(filter %.safetensors,$(lastword $(value MODEL))),)
 WEIGHTS = printf '%s\n' "$$SOURCE"

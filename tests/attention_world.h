@@ -15,6 +15,7 @@
 #include "attention.h"
 #include "batches.h"
 #include "device_memory.h"
+#include "kernels/threads.h"
 
 inline size_t at(int n) {
   return static_cast<size_t>(n);

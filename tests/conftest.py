@@ -3,14 +3,23 @@
 `make test SANITIZE=1` sets SANITIZE in the environment, and so every program here is the sanitized one.
 """
 
+import argparse
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import export as program
+
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("SANITIZE", "0")
+
+# A shell's background job ignores them, and so would the programs under test.
+for number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def make(*arguments: str) -> str:
@@ -35,6 +44,14 @@ def tool(name: str) -> Path:
     path = f"build/test/native{'-sanitize' if SANITIZE == '1' else ''}/{name}"
     make(path, "ARCH=native")
     return ROOT / path
+
+
+def exported(source, weights, type=None, layout=None, tokenizer=None):
+    """What export.py's export() makes of the source, in this process; returns `weights`."""
+    program.export(
+        argparse.Namespace(source=source, output=weights, type=type, layout=layout, tokenizer=tokenizer, pre=None)
+    )
+    return weights
 
 
 def export(source: Path, weights: Path, *flags: str) -> Path:

@@ -2,11 +2,31 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <map>
+#include <new>
 #include <random>
 
 #include "host/engine.h"
 #include "host/error.h"
+#include "kernels/threads.h"
+
+namespace {
+
+int allocations_left = -1;  // the one that makes this 0 fails; negative: none does
+
+}  // namespace
+
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  if (allocations_left > 0 && --allocations_left == 0) throw std::bad_alloc();
+  return std::malloc(size);
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
 
 namespace {
 
@@ -48,10 +68,10 @@ struct Host {
   Threads threads{2};
   Engine engine;
 
-  explicit Host(Counting counting, int block_size = 4)
+  explicit Host(Counting counting, int block_size = 4, int n_blocks = 32)
       : model(std::move(counting)),
         engine([this](const Batch& batch, int) { return model.forward(batch); }, threads,
-               Limits{.max_tokens = 16, .max_sequences = 4, .max_logits = 16, .context = 32, .n_blocks = 32},
+               Limits{.max_tokens = 16, .max_sequences = 4, .max_logits = 16, .context = 32, .n_blocks = n_blocks},
                block_size, VOCAB, 0) {}
 };
 
@@ -121,6 +141,49 @@ TEST(EngineErrors, AStepThatThrowsEndsThoseInItAlone) {
     EXPECT_EQ(failed + finished, 4);
     EXPECT_EQ(run.engine.stats().used, 0) << "no block is lost";
   }
+}
+
+// Memory that is not there, at each place in turn: a request that could not be submitted is not there, at most a step's
+// samples end with the error, and all others come out as ever, whatever the pool's size.
+TEST(EngineErrors, NoMemoryCostsAStepAtMost) {
+  for (const int n_blocks : {32, 9})
+    for (int place = 1, missing = 1; missing; place++) {
+      Host run({}, 4, n_blocks);
+      Ends ends;
+      std::vector<Request> requests;
+      for (int i = 0; i < 7; i++) requests.push_back(ends.request({i, i + 1, 0, 1, 2, i}, 5, i == 2 ? 3 : 1));
+      for (Request& r : requests)
+        r.on_finish = [inner = r.on_finish](const Result& result) {  // what the test itself needs is there
+          const int left = std::exchange(allocations_left, -1);
+          inner(result);
+          allocations_left = left;
+        };
+      int submitted = 0;
+      allocations_left = place;
+      for (Request& r : requests) try {
+          run.engine.submit(std::move(r));
+          submitted++;
+        } catch (const std::bad_alloc&) {
+        }
+      run.engine.run();
+      missing = allocations_left == 0;
+      allocations_left = -1;
+      EXPECT_EQ(static_cast<int>(ends.of.size()), submitted) << place;
+      int failed = 0;
+      for (const auto& [number, results] : ends.of)
+        for (const Result& r : results) {
+          if (r.finish == Finish::error) {
+            EXPECT_EQ(r.error, "out of memory");
+            failed++;
+          } else {
+            ASSERT_EQ(r.ids.size(), 5u) << place;
+            for (size_t i = 1; i < 5; i++) EXPECT_EQ(r.ids[i], (r.ids[0] + static_cast<int>(i)) % VOCAB) << place;
+          }
+        }
+      EXPECT_LE(failed, 4) << place << ": more than a step";
+      EXPECT_GE(submitted, 6) << place;
+      EXPECT_EQ(run.engine.stats().used, 0) << place << ": a block is lost";
+    }
 }
 
 // What the caller's own callbacks throw is the caller's: a closed pipe ends the run.

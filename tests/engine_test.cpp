@@ -4,6 +4,7 @@
 // `Alone` works out without any cache.
 #include "host/engine.h"
 #include "host/error.h"
+#include "kernels/threads.h"
 
 #include <gtest/gtest.h>
 

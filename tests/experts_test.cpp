@@ -9,6 +9,7 @@
 
 #include "device_memory.h"
 #include "kernels/step.h"
+#include "kernels/threads.h"
 #include "routing.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "host/error.h"
-#include "model.h"
+#include "host/loader.h"
 #include "tiny_model.h"
 #include "typed_model.h"
 
@@ -19,8 +19,8 @@ extern "C" int LLVMFuzzerInitialize(int* argc, char*** argv) {
     for (const bool experts : {false, true})
       std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(variant)) + (experts ? "-experts" : ""))
           << tiny_model(variant, experts, 1).bytes();
-  for (const char* type : TYPES)
-    std::ofstream((*argv)[*argc - 1] + ("/seed-" + std::string(type))) << TypedModel(type).bytes();
+  for (const std::string& type : TYPES)
+    std::ofstream((*argv)[*argc - 1] + ("/seed-" + type)) << TypedModel(type).bytes();
   return 0;
 }
 

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
     "phi3": gguf.MODEL_ARCH.PHI3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmo3": gguf.MODEL_ARCH.OLMO2,
     "glm": gguf.MODEL_ARCH.CHATGLM,
     "glm4": gguf.MODEL_ARCH.GLM4,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
@@ -110,6 +111,11 @@ def write_config(w, c):
         (w.add_rope_freq_base, get("rope_theta")),
         (w.add_sliding_window, get("sliding_window") if c["model_type"].startswith("gemma") else None),
         (w.add_sliding_window, (get("sliding_window") or 0) if c["model_type"] in ("phi3", "gpt_oss") else None),
+        (w.add_sliding_window, get("sliding_window") if c["model_type"] == "olmo3" else None),
+        (
+            w.add_sliding_window_pattern,
+            [layer_type == "sliding_attention" for layer_type in c["layer_types"]] if "layer_types" in c else None,
+        ),
         (w.add_attn_logit_softcapping, get("attn_logit_softcapping")),
         (w.add_final_logit_softcapping, get("final_logit_softcapping")),
         (w.add_attention_scale, get("attention_multiplier")),
@@ -124,34 +130,40 @@ def write_config(w, c):
         ),
     ]
     if "kv_lora_rank" in c:
-        rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
-        gating = (
-            gguf.ExpertGatingFuncType.SIGMOID
-            if c.get("scoring_func") == "sigmoid"
-            else gguf.ExpertGatingFuncType.SOFTMAX
-        )
-        rows = [row for row in rows if row[0] != w.add_head_count_kv] + [
-            (w.add_head_count_kv, 1),
-            (w.add_q_lora_rank, c.get("q_lora_rank")),
-            (w.add_kv_lora_rank, rank),
-            (w.add_key_length, rank + rope),
-            (w.add_value_length, rank),
-            (w.add_key_length_mla, c["qk_nope_head_dim"] + rope),
-            (w.add_value_length_mla, c["v_head_dim"]),
-            (w.add_rope_dimension_count, rope),
-            (w.add_leading_dense_block_count, c["first_k_dense_replace"]),
-            (w.add_expert_shared_count, c["n_shared_experts"]),
-            (w.add_expert_weights_scale, c["routed_scaling_factor"]),
-            (w.add_expert_weights_norm, c["norm_topk_prob"]),
-            (w.add_expert_gating_func, gating),
-            (w.add_expert_group_count, c.get("n_group")),
-            (w.add_expert_group_used_count, c.get("topk_group")),
-        ]
+        rows = [row for row in rows if row[0] != w.add_head_count_kv] + mla_rows(w, c)
     elif "head_dim" in c:
         rows += [(w.add_key_length, c["head_dim"]), (w.add_value_length, c["head_dim"])]
     for add, value in rows:
         if value is not None:
             add(value)
+    write_rope(w, c)
+
+
+def mla_rows(w, c):
+    rope, rank = c["qk_rope_head_dim"], c["kv_lora_rank"]
+    gating = (
+        gguf.ExpertGatingFuncType.SIGMOID if c.get("scoring_func") == "sigmoid" else gguf.ExpertGatingFuncType.SOFTMAX
+    )
+    return [
+        (w.add_head_count_kv, 1),
+        (w.add_q_lora_rank, c.get("q_lora_rank")),
+        (w.add_kv_lora_rank, rank),
+        (w.add_key_length, rank + rope),
+        (w.add_value_length, rank),
+        (w.add_key_length_mla, c["qk_nope_head_dim"] + rope),
+        (w.add_value_length_mla, c["v_head_dim"]),
+        (w.add_rope_dimension_count, rope),
+        (w.add_leading_dense_block_count, c["first_k_dense_replace"]),
+        (w.add_expert_shared_count, c["n_shared_experts"]),
+        (w.add_expert_weights_scale, c["routed_scaling_factor"]),
+        (w.add_expert_weights_norm, c["norm_topk_prob"]),
+        (w.add_expert_gating_func, gating),
+        (w.add_expert_group_count, c.get("n_group")),
+        (w.add_expert_group_used_count, c.get("topk_group")),
+    ]
+
+
+def write_rope(w, c):
     if "partial_rotary_factor" in c:
         head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
         w.add_rope_dimension_count(int(c["partial_rotary_factor"] * head_dim))
@@ -165,6 +177,7 @@ def write_config(w, c):
         for add, key in (
             (w.add_rope_scaling_yarn_beta_fast, "beta_fast"),
             (w.add_rope_scaling_yarn_beta_slow, "beta_slow"),
+            (w.add_rope_scaling_yarn_attn_factor, "attention_factor"),
         ):
             if key in scaling:
                 add(scaling[key])

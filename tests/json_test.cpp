@@ -29,6 +29,9 @@ TEST(Json, ReadsAndWritesEveryKindOfValue) {
             "{\n  \"a\": 1,\n  \"b\": [\n    2.5,\n    \"c\"\n  ]\n}");
   EXPECT_EQ(Json(Json::Array{NAN, INFINITY, "\xff"}).text(), "[null,null,\"\xef\xbf\xbd\"]");
   EXPECT_EQ(*parse_json(R"("\u00e9\u20ac\ud83d\ude00")", "the text").string(), "é€😀");
+  const Json zero = parse_json(R"("a\u0000b")", "the text");
+  EXPECT_EQ(*zero.string(), std::string("a\0b", 3));
+  EXPECT_EQ(zero.text(), R"("a\u0000b")");
 }
 
 TEST(Json, AnIntegerIsOneThatFits) {

@@ -13,6 +13,7 @@
 #include "batches.h"
 #include "device_memory.h"
 #include "kernels/build.h"
+#include "kernels/threads.h"
 
 namespace {
 

@@ -165,7 +165,7 @@ TEST(Layers, EmbeddingAddsThePosition) {
   constexpr int vocab = 5, dim = 19;
   const auto w = normal(vocab * dim, 7), positions = normal(4 * dim, 8);
   const WeightType floats = *find_weight_type("f32");
-  const TensorView view{floats, vocab, dim, {w.data()}};
+  const TensorView view{floats, vocab, dim, w.data()};
   std::vector<std::byte> packed(packed_bytes(floats, vocab, dim));
   for (int p = 0; p < panels(vocab); p++) pack(view, false, p, packed.data());
   const Buffer<std::byte> weight = device_copy(packed);

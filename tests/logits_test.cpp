@@ -7,6 +7,7 @@
 #include <random>
 
 #include "device_memory.h"
+#include "kernels/threads.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ TEST(Logits, AreThoseOfTheRowsAskedFor) {
     for (float& number : *numbers) number = normal(random);
   const WeightType floats = *find_weight_type("f32");
   std::vector<std::byte> packed(packed_bytes(floats, vocab, dim));
-  for (int p = 0; p < panels(vocab); p++) pack({floats, vocab, dim, {w.data()}}, false, p, packed.data());
+  for (int p = 0; p < panels(vocab); p++) pack({floats, vocab, dim, w.data()}, false, p, packed.data());
   const Buffer<std::byte> weight = device_copy(packed);
   const Buffer<float> device_norm = device_copy(norm_weight);
   Model model;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <random>
 
+#include "kernels/threads.h"
 #include "routing.h"
 
 namespace {
@@ -26,7 +27,7 @@ class Pages {
     matrix_.type = FLOATS, matrix_.n = n, matrix_.k = k, matrix_.groups = groups, matrix_.data = packed_;
     for (int g = 0; g < groups; g++) {
       TensorView view;
-      view.type = FLOATS, view.n = n, view.k = k, view.parts[0] = values_.data() + area(g * n, k);
+      view.type = FLOATS, view.n = n, view.k = k, view.data = values_.data() + area(g * n, k);
       for (int p = 0; p < panels(n); p++) pack(view, false, p, packed_ + static_cast<size_t>(g) * bytes_);
     }
   }

@@ -4,9 +4,10 @@ import json
 import math
 import struct
 
+import gguf
 import numpy as np
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
 
 
 def load(path):
@@ -24,19 +25,13 @@ def load(path):
         if entry["dtype"] == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         raw[name] = values
+    types = json.loads(metadata["types"])
     tensors = {}
     for name, values in raw.items():
-        stem = name.removesuffix("weight")
-        if name in (stem + "scale", stem + "min") or name.endswith((".scale", ".min")):
-            continue
-        if values.dtype == np.uint8:
-            values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
-        x = values.astype(np.float64)
-        if stem + "scale" in raw:
-            x *= np.repeat(raw[stem + "scale"].astype(np.float64), 32, axis=-1)
-            if stem + "min" in raw:
-                x += np.repeat(raw[stem + "min"].astype(np.float64), 32, axis=-1)
-        tensors[name] = x
+        kind = types.get(name.removesuffix(".weight"))
+        if kind:
+            values = gguf.dequantize(values, gguf.GGMLQuantizationType[kind.upper()])
+        tensors[name] = values.astype(np.float64)
     return json.loads(metadata["config"]), tensors, metadata
 
 

@@ -130,7 +130,7 @@ TEST(Simd, DotProductsOfBytesAreExactAtTheExtremes) {
     }
     const int32_t start = static_cast<int32_t>(random() % 2000001) - 1000000;
     const I32 sum = simd::dot4(simd::set_i32(start), simd::load_i32(u), simd::load_i32(s));
-    const I32 low = simd::low_halves(simd::load_i32(u)), high = simd::high_halves(simd::load_i32(u));
+    const I32 low = simd::bits(simd::load_i32(u), 0, 0x0f0f0f0f), high = simd::bits(simd::load_i32(u), 4, 0x0f0f0f0f);
     for (int i = 0; i < LANES; i++) {
       int32_t expected = start;
       for (int j = 4 * i; j < 4 * i + 4; j++) expected += u[j] * s[j];

@@ -1,11 +1,16 @@
 // Threads and Team: what every stage relies on.
-#include "kernels/team.h"
+#include "kernels/threads.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <vector>
+
+#include "host/error.h"
 
 namespace {
 
@@ -76,5 +81,21 @@ TEST(Team, ExceptionReachesTheCaller) {
     }
   }
 }
+
+#ifndef __SANITIZE_ADDRESS__  // it takes terabytes of addresses
+TEST(Team, WhatCannotBeStartedIsSaidInOneLine) {
+  const auto start = [] {
+    const rlimit addresses{size_t{256} << 20, size_t{256} << 20};  // a thread's stack takes 8 MB of them
+    setrlimit(RLIMIT_AS, &addresses);
+    try {
+      const Threads threads(64);
+    } catch (const Error& e) {
+      std::fputs(e.what(), stderr);
+      std::_Exit(3);
+    }
+  };
+  EXPECT_EXIT(start(), testing::ExitedWithCode(3), "cannot start 64 threads: .*: with -t there are fewer");
+}
+#endif
 
 }  // namespace

@@ -21,16 +21,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numpy_model import NumpyModel, load
+from published_configs import PUBLISHED
 from safetensors import safe_open
 
 import export
-from exporter import gguf_source, rope, writer
+from exporter import rope, writer
 from exporter.architectures import ARCHITECTURES
 from exporter.errors import ExportError
 from exporter.gguf_source import gguf_config
-from exporter.model import Model, build
+from exporter.hf_source import dequantize
+from exporter.model import Model, build, read_config
+from exporter.source import Source
 from exporter.sources import open_source
-from exporter.weights import Tensor, Weight, quantize
+from exporter.weights import QUANTIZED, Tensor, Weight, quantize
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +85,7 @@ def test_source_precision_is_kept(dtype, tmp_path):
     assert data[start + begin : start + end] == want.tobytes()
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
         assert set(file.keys()) == set(header) - {"__metadata__"}
-        assert file.metadata()["format"] == "attn.cu 2"
+        assert file.metadata()["format"] == "attn.cu 3"
 
 
 def test_config_keys_are_documented(tmp_path):
@@ -95,7 +98,7 @@ def test_config_keys_are_documented(tmp_path):
 
 def test_layout_is_aligned_and_without_holes(tmp_path):
     """Offsets are a multiple of the type's size, and one tensor follows right after the other (safetensors' rule)."""
-    run(checkpoints.build(checkpoints.load("qwen2"), tmp_path / "source"), tmp_path / "m.safetensors", "--type", "q4")
+    run(checkpoints.build(checkpoints.load("qwen2"), tmp_path / "source"), tmp_path / "m.safetensors", "--type", "q4_1")
     data = (tmp_path / "m.safetensors").read_bytes()
     length = struct.unpack_from("<Q", data)[0]
     header = json.loads(data[8 : 8 + length])
@@ -104,7 +107,7 @@ def test_layout_is_aligned_and_without_holes(tmp_path):
     spans = sorted((*entry["data_offsets"], entry["dtype"]) for entry in header.values())
     assert spans[0][0] == 0 and spans[-1][1] == len(data) - 8 - length
     for (_, end, _), (begin, _, dtype) in itertools.pairwise(spans):
-        assert begin == end and begin % {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}[dtype] == 0
+        assert begin == end and begin % {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[dtype] == 0
 
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path):
@@ -114,14 +117,15 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
     tensor = Tensor((65536, 256), "f32", lambda index: Weight("f32", value[index, None] * ones))
     tracemalloc.start()
     try:
-        writer.write(Model({}, {"lm_head.weight": tensor}), "q8", tmp_path / "m.safetensors", Path(__file__), "test")
+        writer.write(Model({}, {"lm_head.weight": tensor}), "q8_0", tmp_path / "m.safetensors", Path(__file__), "test")
         assert tracemalloc.get_traced_memory()[1] < 24e6
     finally:
         tracemalloc.stop()
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
-        scale, q = file.get_tensor("lm_head.scale"), file.get_tensor("lm_head.weight")
+        blocks = file.get_tensor("lm_head.weight").reshape(65536, 8, 34)
+    scale = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
     assert np.array_equal(scale, np.repeat((value / 127).astype(np.float16)[:, None], 8, axis=1))
-    assert np.array_equal(q == 127, np.repeat(value[:, None] > 0, 256, axis=1))
+    assert np.array_equal(blocks[:, :, 2:] == 127, np.repeat(value > 0, 256).reshape(65536, 8, 32))
 
 
 # ---- Types
@@ -143,24 +147,19 @@ def samples():
     ).astype(np.float32)
 
 
-def test_q8_error():
-    """Half a scale. The largest value may be clipped, as its scale has 11 bits: by 127 * 2^-12 of a step."""
+@pytest.mark.parametrize(("type", "steps"), [("q8_0", 127), ("q5_1", 31), ("q5_0", 16), ("q4_1", 15), ("q4_0", 8)])
+def test_quantized_error(type, steps):
+    """Half a scale, where the largest of 2^bits codes may be missing a whole one (q4_0, q5_0), and what float16 rounds
+    off the scale, times the code, and off the minimum: 2^-11 of each."""
     x = samples()
-    weight = quantize(x, "q8")
-    scale = weight.scale.astype(np.float64).reshape(-1, 1)
-    error = np.abs(groups(weight.float32()) - groups(x))
-    assert (error <= scale * (0.5 + 2**-12) + 2.0**-24).all()
-    assert error.max() > scale.max() / 4  # or the bound says nothing
-
-
-def test_q4_error():
-    """Half a scale, or what float16 rounds off the minimum (2^-11 of it) and off fifteen scales."""
-    x = samples()
-    weight = quantize(x, "q4")
-    scale, low = weight.scale.astype(np.float64).reshape(-1, 1), weight.min.astype(np.float64).reshape(-1, 1)
-    error = np.abs(groups(weight.float32()) - groups(x))
-    bound = np.maximum(scale * (0.5 + 2**-12), np.abs(low) * 2**-11 + 15 * scale * 2**-11 + 2.0**-24)
+    error = np.abs(groups(quantize(x, type).float32()) - groups(x))
+    low, high = groups(x).min(axis=1, keepdims=True), groups(x).max(axis=1, keepdims=True)
+    peak = np.maximum(-low, high)
+    step = (high - low if type.endswith("1") else peak) / steps
+    share = 1 if type in ("q4_0", "q5_0") else 0.5
+    bound = step * (share + 2.0**-11 * steps) + 2.0**-11 * peak * type.endswith("1") + steps * 2.0**-24
     assert (error <= bound).all()
+    assert error.max() > step.max() / 4  # or the bound says nothing
 
 
 @pytest.mark.parametrize(("type", "bits"), [("f16", 11), ("bf16", 8)])
@@ -179,6 +178,25 @@ def test_bf16_ties_go_to_even():
 # ---- GGUF
 
 
+def random_blocks(kind, shape, seed=1):
+    """[n, bytes of k weights' blocks] of random bits, but for half floats, which are numbers."""
+    random, (inputs, size) = np.random.RandomState(seed), gguf.GGML_QUANT_SIZES[kind]
+    blocks = random.randint(0, 256, (math.prod(shape) // inputs, size)).astype(np.uint8)
+    for at in QUANTIZED[kind.name.lower()]:
+        blocks[:, at : at + 2] = random.normal(0, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    if kind.name == "MXFP4":
+        blocks[:, 0] = random.randint(100, 140, len(blocks))
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def blocks_of(data, kind):
+    """Quantised by the gguf package, or random where it cannot."""
+    try:
+        return gguf.quantize(data, kind)
+    except NotImplementedError:
+        return random_blocks(kind, data.shape)
+
+
 def write_gguf(path, reference, types):
     """The tiny checkpoint as GGUF, each matrix in the next of `types`; {name: dequantised by the gguf package}."""
     float_file = gguf_models.build(reference, path.with_suffix(".f32"))
@@ -193,7 +211,7 @@ def write_gguf(path, reference, types):
         data, kind = tensor.data, gguf.GGMLQuantizationType.F32
         if data.ndim == 2:
             kind = next(kinds)
-            data = gguf.quantize(data, kind)
+            data = blocks_of(data, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
         want[tensor.name] = gguf.dequantize(data, kind)
     writer.write_header_to_file()
@@ -203,73 +221,100 @@ def write_gguf(path, reference, types):
     return want
 
 
-LOSSLESS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "F16", "BF16", "F32"]
+LOSSLESS = [*(kind.upper() for kind in QUANTIZED), "F16", "BF16", "F32"]
 
 
-def wide_qwen2():
-    """A small Qwen2 (GGUF permutes nothing in it) whose rows are whole groups of 32."""
+def wide_qwen2(width=64):
+    """A small Qwen2 (GGUF permutes nothing in it) whose rows are whole blocks."""
     reference = copy.deepcopy(checkpoints.load("qwen2"))
-    config = reference["config"]
-    config |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config, hidden = reference["config"], 2 * width if width % 256 == 0 else 96
+    config |= {"hidden_size": width, "intermediate_size": hidden, "num_attention_heads": 4, "num_key_value_heads": 2}
     vocab = config["vocab_size"]
-    sizes = dict(embed_tokens=(vocab, 64), lm_head=(vocab, 64), k_proj=(32, 64), v_proj=(32, 64))
-    sizes |= dict(gate_proj=(96, 64), up_proj=(96, 64), down_proj=(64, 96))
+    sizes = dict.fromkeys(("embed_tokens", "lm_head"), (vocab, width))
+    sizes |= dict.fromkeys(("k_proj", "v_proj"), (width // 2, width))
+    sizes |= dict(gate_proj=(hidden, width), up_proj=(hidden, width), down_proj=(width, hidden))
     for name in reference["tensors"]:
-        shape = sizes.get(name.split(".")[-2], (64, 64))
+        shape = sizes.get(name.split(".")[-2], (width, width))
         reference["tensors"][name] = list(shape[: 1 if "norm" in name or name.endswith("bias") else 2])
     return reference
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 def test_gguf_types_import_without_loss(kind, tmp_path):
-    """Equal bit for bit after dequantisation (but for the sign of zero: Q4_0's scale may be negative)."""
-    reference = wide_qwen2()
-    want = write_gguf(tmp_path / "m.gguf", reference, [gguf.GGMLQuantizationType[kind]])
+    """Equal bit for bit after dequantisation by the gguf package, and at the width that they had."""
+    kind = gguf.GGMLQuantizationType[kind]
+    reference = wide_qwen2(max(64, gguf.GGML_QUANT_SIZES[kind][0]))
+    want = write_gguf(tmp_path / "m.gguf", reference, [kind])
     _, tensors = run(tmp_path / "m.gguf", tmp_path / "m.safetensors")
     for ours, theirs in {"q_proj": "attn_q", "k_proj": "attn_k", "down_proj": "ffn_down", "up_proj": "ffn_up"}.items():
         for layer in range(reference["config"]["num_hidden_layers"]):
             got = tensors[f"layers.{layer}.{ours}.weight"]
+            assert np.isfinite(got).all()
             assert np.array_equal(got, want[f"blk.{layer}.{theirs}.weight"].astype(np.float64)), (kind, ours)
     assert np.array_equal(tensors["embed_tokens.weight"], want["token_embd.weight"].astype(np.float64))
-    stored = {"Q8_0": "I8", "Q5_0": "I8", "Q4_0": "U8", "Q4_1": "U8"}.get(kind, kind)
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
-        assert file.get_slice("layers.0.q_proj.weight").get_dtype() == stored
+        data = file.get_slice("layers.0.up_proj.weight")
+        assert data.get_dtype() == (kind.name if kind.name in ("F32", "F16", "BF16") else "U8")
+        inputs, size = gguf.GGML_QUANT_SIZES[kind]
+        n, k = reference["tensors"]["model.layers.0.mlp.up_proj.weight"]
+        assert math.prod(data.get_shape()) * {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}[data.get_dtype()] == (
+            n * k // inputs * size
+        )
 
 
-def test_mxfp4_is_held_as_it_is(tmp_path):
-    """Every code with scales from the smallest that float16 has to large ones, as the gguf package reads them; in a
-    checkpoint of Hugging Face the codes lie in another order (test_reference.py)."""
-    random = np.random.RandomState(5)
-    exponents = np.arange(104, 136, dtype=np.uint8)  # half of 2^-23 to half of 2^8
-    blocks = np.concatenate([exponents[:, None], random.randint(0, 256, (32, 16)).astype(np.uint8)], axis=1)
-    rows = blocks.reshape(4, -1)
-    got = gguf_source.GGUF_TYPES["MXFP4"][1](rows)
-    want = gguf.dequantize(rows, gguf.GGMLQuantizationType.MXFP4)
-    assert got.type == "q8" and np.array_equal(got.float32(), want) and len(np.unique(np.abs(want))) > 32
-    blocks[0, 0] = 200
-    with pytest.raises(ExportError, match="more than float16"):
-        gguf_source.GGUF_TYPES["MXFP4"][1](blocks.reshape(4, -1))
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_scale_that_is_no_number_is_refused(kind, tmp_path):
+    blocks = random_blocks(gguf.GGMLQuantizationType[kind.upper()], (3, 512)).reshape(
+        -1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]][1]
+    )
+    Weight(kind, blocks).check()
+    for at in QUANTIZED[kind] or (0,):
+        for bad in (b"\x00\x7c", b"\x00\xfc", b"\xff\x7f") if QUANTIZED[kind] else (b"\xff",):
+            damaged = blocks.copy()
+            damaged[-1, at : at + len(bad)] = np.frombuffer(bad, np.uint8)
+            with pytest.raises(ExportError, match="infinite or no number"):
+                Weight(kind, damaged).check()
 
 
-def test_mxfp4_checkpoints_keep_their_values(tmp_path, capsys):
+def test_mxfp4_checkpoints_keep_their_values(tmp_path):
+    """In a checkpoint of Hugging Face the codes lie in another order than in ggml's blocks."""
     source = checkpoints.build(checkpoints.load("gpt_oss_mxfp4"), tmp_path / "source")
     _, kept = run(source, tmp_path / "m.safetensors")
-    assert "widened     MXFP4" in capsys.readouterr().out
     _, plain = run(source, tmp_path / "f.safetensors", "--type", "f32")
     with safe_open(tmp_path / "m.safetensors", "numpy") as file:
-        assert file.get_tensor("layers.0.experts.up_proj.weight").dtype == np.int8
+        assert json.loads(file.metadata()["types"])["layers.0.experts.up_proj"] == "mxfp4"
     assert kept.keys() == plain.keys() and all(np.array_equal(kept[name], plain[name]) for name in kept)
 
 
+UNREADABLE = {"Q8_1": 9, "Q8_K": 15, "I8": 24, "I16": 25, "I32": 26, "I64": 27, "Q1_0": 41}
+REMOVED = {"Q4_2": 4, "Q4_3": 5, "Q4_0_4_4": 31, "Q4_0_4_8": 32, "Q4_0_8_8": 33}
+REMOVED |= {"IQ4_NL_4_4": 36, "IQ4_NL_4_8": 37, "IQ4_NL_8_8": 38}  # numbers as ggml.h has them
+
+
+@pytest.mark.parametrize(("kind", "number"), [*(UNREADABLE | REMOVED).items(), ("99", 99)])
+def test_gguf_types_that_nobody_reads(kind, number, tmp_path, capsys):
+    """The line names the tensor, its type and what can be done."""
+    source = gguf_models.build(checkpoints.load("qwen2"), tmp_path / "m.gguf")
+    whole = source.read_bytes()
+    at = whole.index(b"blk.0.ffn_up.weight") + len("blk.0.ffn_up.weight") + 4 + 2 * 8
+    source.write_bytes(whole[:at] + number.to_bytes(4, "little") + whole[at + 4 :])
+    line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    assert "tensor blk.0.ffn_up.weight" in line and kind in line and "quantise the model again, to Q8_0" in line
+    assert "update" not in line and not list(tmp_path.glob("*m.*s*"))
+
+
 def test_gguf_types_that_we_lack(tmp_path, capsys):
-    """Q5_1 becomes q8, within half a scale of what the gguf package reads; in f32 it is the very same; both say so."""
-    want = write_gguf(tmp_path / "m.gguf", wide_qwen2(), [gguf.GGMLQuantizationType.Q5_1])["blk.0.ffn_up.weight"]
+    """TQ2_0 becomes q8_0, within half a scale (and 127 times what float16 rounds off it) of what the gguf package
+    reads; in f32 it is the very same; both say so."""
+    kind = gguf.GGMLQuantizationType.TQ2_0
+    want = write_gguf(tmp_path / "m.gguf", wide_qwen2(256), [kind])["blk.0.ffn_up.weight"]
     _, tensors = run(tmp_path / "m.gguf", tmp_path / "m.safetensors")
-    assert "Q5_1" in capsys.readouterr().out
+    assert "TQ2_0" in capsys.readouterr().out
     step = np.abs(groups(want)).max(axis=1, keepdims=True) / 127
     error = np.abs(groups(tensors["layers.0.up_proj.weight"]) - groups(want))
-    assert error.max() > 0 and (error <= step * (0.5 + 2**-10)).all()
+    assert error.max() > 0 and (error <= step * (0.5 + 127 * 2.0**-11)).all()
     _, tensors = run(tmp_path / "m.gguf", tmp_path / "m32.safetensors", "--type", "f32")
+    assert "TQ2_0" in capsys.readouterr().out
     assert np.array_equal(tensors["layers.0.up_proj.weight"], want.astype(np.float64))
 
 
@@ -294,6 +339,7 @@ def test_gguf_types_that_we_lack(tmp_path, capsys):
         "phi4_mini",
         "phi4_mini_long",
         "olmo2",
+        "olmo3",
         "glm",
         "glm4",
         "smollm3",
@@ -479,9 +525,9 @@ def test_rewrites_are_exact(name, layout, variant, tmp_path):
 
 def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
     source = checkpoints.build(wide_qwen2(), tmp_path / "source")
-    run(source, tmp_path / "a.safetensors", "--type", "q8")
+    run(source, tmp_path / "a.safetensors", "--type", "q8_0")
     for layout in ("mha", "mla"):
-        run(source, tmp_path / "b.safetensors", "--type", "q8", "--as", layout)
+        run(source, tmp_path / "b.safetensors", "--type", "q8_0", "--as", layout)
         ids = np.arange(20)
         want, got = (NumpyModel(tmp_path / f"{file}.safetensors").logits(ids) for file in "ab")
         assert np.abs(got - want).max() <= 1e-11 * np.abs(want).max(), layout
@@ -601,16 +647,134 @@ def test_keys_that_switch_nothing_on_are_taken(tmp_path):
         "swiglu_limit": None,
     }
     without |= {"partial_rotary_factor": 1.0, "logits_scaling": 1.0, "qkv_bias": False, "use_qk_norm": False}
+    without |= {"sliding_window": 0, "max_window_layers": 28, "original_max_position_embeddings": 64, "n_group": 1}
+    without |= {"num_experts_per_tok": 0, "mlp_only_layers": [], "routed_scaling_factor": 1.0, "moe_layer_freq": 1}
     source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
     plain = build(source).config
     whole = source.config
     for key, value in without.items():
         source.config = whole | {key: value}
         assert build(source).config == plain, key
-    for key, value in {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True}.items():
+    source.config = whole | {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}
+    assert build(source).config == plain
+    on = {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True, "sliding_window": 8}
+    on |= {"num_experts_per_tok": 2, "routed_scaling_factor": 2.5, "moe_intermediate_size": 64}
+    for key, value in on.items():
         source.config = whole | {key: value}
         with pytest.raises(ExportError, match=key):
             build(source)
+
+
+@pytest.mark.parametrize(
+    ("stated", "scaling", "taken"),
+    [
+        (32, None, True),
+        (32, {"rope_type": "linear", "factor": 2.0}, True),
+        (32, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, True),
+        (48, {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, False),
+        (48, {"rope_type": "yarn", "factor": 2.0}, False),  # transformers 5 takes max_position_embeddings
+    ],
+)
+def test_an_original_length_beside_rope_scaling(stated, scaling, taken, tmp_path):
+    """Of an architecture without that key: it says the same as rope_scaling, or nothing asks for it."""
+    source = open_source(checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "source"))
+    source.config |= {"rope_scaling": scaling}
+    want = build(source).config
+    source.config |= {"original_max_position_embeddings": stated}
+    if taken:
+        assert build(source).config == want
+    else:
+        with pytest.raises(ExportError, match="original_max_position_embeddings is 48"):
+            build(source)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama_yarn", "qwen3_yarn", "olmo2"])
+def test_rope_parameters_as_transformers_5_saves_them(name, tmp_path):
+    """One object in place of rope_theta and rope_scaling, and of what the architecture has by default."""
+    source = open_source(checkpoints.build(checkpoints.load(name), tmp_path / "source"))
+    want, config = build(source), source.config
+    source.config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    source.config["rope_parameters"] = (config.get("rope_scaling") or {}) | {"rope_theta": config["rope_theta"]}
+    got, name = build(source), "rope.0.inv_freq"
+    assert got.config == want.config and np.array_equal(got.tensors[name].float32(), want.tensors[name].float32())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_taken(name):
+    seq_len, config = PUBLISHED[name]
+    source = Source("hf", Path(name), Path(name) / "config.json", None)
+    source.config = copy.deepcopy(config)
+    dequantize(source)  # takes quantization_config
+    assert read_config(source).config["seq_len"] == seq_len
+
+
+def gguf_source_of(name, tmp_path):
+    return open_source(gguf_models.build(checkpoints.load(name), tmp_path / "m.gguf"))
+
+
+def test_gguf_keys_that_switch_nothing_on_are_taken(tmp_path):
+    source = gguf_source_of("llama_gqa", tmp_path)
+    plain, whole = build(source).config, source.metadata
+    zero = ["expert_count", "expert_used_count", "expert_group_count", "leading_dense_block_count", "pooling_type"]
+    zero += ["attention.sliding_window", "attention.scale", "attention.clamp_kqv", "attention.max_alibi_bias"]
+    zero += ["rope.scale_linear", "rope.scaling.factor", "embedding_scale", "residual_scale", "logit_scale"]
+    one = ["rope.scale_linear", "rope.scaling.attn_factor", "embedding_scale", "residual_scale", "logit_scale"]
+    one += ["rope.scaling.yarn_ext_factor", "expert_weights_scale", "attention.causal", "rope.scaling.factor"]
+    for key, value in [*((key, 0) for key in zero), *((key, 1.0) for key in one)]:
+        source.metadata = whole | {f"llama.{key}": value}
+        source.config = gguf_config(source)
+        assert build(source).config == plain, key
+    on = {"attention.sliding_window": 8, "attention.clamp_kqv": 8.0, "expert_used_count": 2, "logit_scale": 2.0}
+    on |= {"rope.scaling.attn_factor": 0.5, "pooling_type": 1, "attention.causal": False, "attention.scale": 0.5}
+    words = {"expert_used_count": "num_experts_per_tok", "logit_scale": "logits_scaling"}
+    words |= {"attention.scale": "attention_multiplier", "rope.scaling.attn_factor": "attn_factor"}
+    words |= {"attention.sliding_window": "sliding_window", "attention.causal": "is_causal"}
+    for key, value in on.items():
+        source.metadata = whole | {f"llama.{key}": value}
+        source.config = gguf_config(source)
+        with pytest.raises(ExportError, match=f"{words.get(key, key)} is {value}"):
+            build(source)
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_gguf_factor_without_a_kind_is_linear(key, tmp_path):
+    """As llama.cpp reads it: it was the only kind when the key was made."""
+    source = gguf_source_of("llama_gqa", tmp_path)
+    plain = build(source).tensors["rope.0.inv_freq"].float32()
+    source.metadata = source.metadata | {f"llama.{key}": 4.0}
+    source.config = gguf_config(source)
+    assert np.array_equal(build(source).tensors["rope.0.inv_freq"].float32(), plain / 4)
+
+
+def test_gguf_experts_chosen_in_another_way(tmp_path):
+    source = gguf_source_of("mixtral", tmp_path)
+    source.metadata = source.metadata | {"llama.expert_gating_func": 2}
+    source.config = gguf_config(source)
+    with pytest.raises(ExportError, match="expert_gating_func is 2"):
+        build(source)
+
+
+@pytest.mark.parametrize("kept", ["other values", "the same", "alone", "nothing"])
+def test_a_tied_classifier(kept, tmp_path, capsys):
+    """tie_word_embeddings is true, as it is in transformers 5: a classifier that is stored with other values is used,
+    and it stands for the embedding where that is not there."""
+    reference = checkpoints.load("smollm2")
+    source = checkpoints.build(reference, tmp_path / "source")
+    tensors = {name: checkpoints.stored(name, reference["tensors"], reference) for name in reference["tensors"]}
+    name = "model.embed_tokens.weight"
+    dtype, embedding = tensors[name]
+    if kept == "alone":
+        tensors["lm_head.weight"] = tensors.pop(name)
+    elif kept != "nothing":
+        head = embedding.copy()
+        head[-1, -1] = head[-1, -1] if kept == "the same" else 0
+        tensors["lm_head.weight"] = dtype, head
+    checkpoints.write_safetensors(source / "model.safetensors", tensors)
+    got = run(source, tmp_path / "m.safetensors", "--type", "f32")[1]
+    assert (got["embed_tokens.weight"][-1, -1] != 0) and ("lm_head.weight" in got) == (kept == "other values")
+    assert ("lm_head.weight is stored with other values" in capsys.readouterr().out) == (kept == "other values")
+    if kept == "other values":
+        assert got["lm_head.weight"][-1, -1] == 0
 
 
 @pytest.mark.parametrize("name", ["llama_yarn", "gemma3", "gpt2", "qwen3_moe", "deepseek_v3", *NEWER])
@@ -728,7 +892,7 @@ def test_nothing_half_written(tmp_path, capsys, monkeypatch):
     source = checkpoints.build(reference, tmp_path / "source")
     name = "model.layers.1.mlp.down_proj.weight"
     stored = checkpoints.stored
-    for value, type, words in ((np.inf, "q8", "infinite"), (1e5, "f16", "100000")):
+    for value, type, words in ((np.inf, "q8_0", "infinite"), (1e5, "f16", "100000")):
 
         def damaged(tensor, tensors, reference, value=value):
             dtype, array = stored(tensor, tensors, reference | {"dtype": "F32"})
@@ -787,7 +951,7 @@ def test_summary(tmp_path, capsys):
 
 def test_errors_are_one_kind():
     with pytest.raises(ExportError, match="infinite"):
-        quantize(np.full((1, 32), np.nan, np.float32), "q8")
+        quantize(np.full((1, 32), np.nan, np.float32), "q8_0")
 
 
 # ---- Which source, and where to

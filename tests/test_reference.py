@@ -1,6 +1,5 @@
 """What Hugging Face's transformers computes, in float32, is what this project computes: see make_reference.py."""
 
-import argparse
 import functools
 import json
 import subprocess
@@ -10,10 +9,9 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT, SANITIZE, run_binary
+from conftest import ROOT, SANITIZE, exported, run_binary
 from numpy_model import NumpyModel
 
-import export
 from exporter.architectures import ARCHITECTURES
 
 # Of the largest logit. Rounding moves the reference itself by up to 6e-6 (float32 against float64), and this project's
@@ -28,13 +26,6 @@ def folder():
     """Deleted when the tests end: the real models in float32 are too large for pytest to keep."""
     directory = tempfile.TemporaryDirectory()
     return directory, Path(directory.name)
-
-
-def exported(source, weights, type=None, tokenizer=None):
-    export.export(
-        argparse.Namespace(source=source, output=weights, type=type, layout=None, tokenizer=tokenizer, pre=None)
-    )
-    return weights
 
 
 @functools.cache
@@ -155,7 +146,7 @@ def test_real_texts(name, tmp_path):
 
 
 # float32 differs by rounding alone; 8-bit keys and activations, and what --type takes away, may cost 1 %.
-@pytest.mark.parametrize("type, kv, tolerance", [("f32", "f32", 1e-4), (None, "f16", 0.01), ("q8", "q8", 0.01)])
+@pytest.mark.parametrize("type, kv, tolerance", [("f32", "f32", 1e-4), (None, "f16", 0.01), ("q8_0", "q8", 0.01)])
 @pytest.mark.parametrize("name", REAL)
 def test_real_perplexity(name, type, kv, tolerance):
     if not TEXT.exists():

@@ -1,13 +1,10 @@
 """The same model in three attention layouts writes the same text, with other KV bytes."""
 
-import argparse
 import json
 
 import pytest
-from conftest import run_binary
+from conftest import exported, run_binary
 from test_reference import ROOT, SANITIZE, checkpoints, folder, run, variant
-
-import export
 
 
 @pytest.mark.parametrize("layout", ["mha", "gqa:9", "mla"])
@@ -19,7 +16,7 @@ def test_real_texts_of_a_rewrite(layout, tmp_path):
         pytest.skip(f"models/{source.name} is not here (`make run` downloads it), or the build is the sanitized one")
     weights = folder()[1] / f"rewrite-{layout.replace(':', '-')}.safetensors"
     kind = (layout.split(":")[0], int(layout.split(":")[1]) if ":" in layout else 0)
-    export.export(argparse.Namespace(source=source, output=weights, type="f32", layout=kind, tokenizer=None, pre=None))
+    exported(source, weights, "f32", kind)
     binary = run_binary(attention=variant(weights), kv="f32")
     requests = tmp_path / "requests"
     requests.write_text(

@@ -1,6 +1,5 @@
 """The whole program on a tiny random model whose tokens are bytes: every flag, every wrong input, every way to end."""
 
-import argparse
 import json
 import os
 import pathlib
@@ -14,10 +13,8 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT, SANITIZE, make, run_binary
+from conftest import ROOT, SANITIZE, exported, make, run_binary
 from safetensors.numpy import load_file, save_file
-
-import export
 
 PROMPT = "The quick brown fox"
 CONTEXT = 256  # of the model
@@ -33,9 +30,7 @@ def export_tiny(name, folder, chat_template=None):
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         settings["chat_template"] = chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    weights = folder.with_suffix(".safetensors")
-    export.export(argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None))
-    return weights
+    return exported(folder, folder.with_suffix(".safetensors"), "f32")
 
 
 @pytest.fixture(scope="session")
@@ -838,6 +833,8 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "--prompts", "-", "--parallel", "0"], 2, "--parallel 0"),
         (["MODEL", "--kv-memory", "lots"], 2, "lots"),
         (["MODEL", "--kv-memory", "-1G"], 2, "-1G"),
+        (["MODEL", "--kv-memory", "1\n\x1b[31m"], 2, "1??[31m"),
+        (["MODEL", "--top-k", "1\n\x1b[31m"], 2, "1??[31m"),
         (["MODEL", "--kv-memory", ""], 2, "--kv-memory"),
         (["MODEL", "--stop", ""], 2, "--stop"),
         (["MODEL", "-e", "-i", r"\q"], 2, r"--prompt \q"),
@@ -872,11 +869,13 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["/dev/zero"], 1, "/dev/zero"),
         (["MODEL", "-f", "nothing"], 1, "nothing"),
         (["MODEL", "-f", "FOLDER"], 1, "FOLDER"),
+        (["MODEL", "-f", "/dev/zero"], 1, "/dev/zero has more than"),
         (["MODEL", "--prompts", "nothing"], 1, "nothing"),
         (["MODEL", "--prompts", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "--perplexity", "nothing"], 1, "nothing"),
         (["MODEL", "--perplexity", "SHORT"], 1, "at least 512"),
         (["MODEL", "--perplexity", "SHORT", "-c", "2"], 1, "-c 2"),
+        (["MODEL", "--perplexity", "-"], 1, "standard input"),
         (["MODEL", "-i", ""], 1, "the prompt is empty"),
         (["MODEL"], 1, "standard input is empty"),
         (["MODEL", "--perplexity", "EMPTY"], 1, "EMPTY"),
@@ -891,6 +890,7 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "-i", "x", "--mla", "absorbed"], 1, "gqa"),
         (["MODEL", "-i", "x", "--stats", "nowhere/stats.json"], 1, "nowhere/stats.json"),
         (["MODEL", "-i", "x", "--stats", "FOLDER"], 1, "FOLDER"),
+        (["MODEL", "-i", "x", "--stats", "y" * 256], 1, "File name too long"),
         (["MODEL", "-i", "x", "--logits", "nowhere/logits.npy"], 1, "nowhere/logits.npy"),
         (["MODEL", "-i", "x", "--logits", "/dev/full"], 1, "/dev/full"),
     ],
@@ -1012,11 +1012,7 @@ def scaled(tmp_path_factory):
         checkpoints.build(reference, folder)
         tensors = load_file(folder / "model.safetensors")
         save_file({n: change(n, t.copy()) for n, t in tensors.items()}, folder / "model.safetensors")
-        weights = folder.with_suffix(".safetensors")
-        export.export(
-            argparse.Namespace(source=folder, output=weights, type="f32", layout=None, tokenizer=None, pre=None)
-        )
-        return weights
+        return exported(folder, folder.with_suffix(".safetensors"), "f32")
 
     return make
 
@@ -1048,6 +1044,30 @@ def test_what_the_cache_cannot_hold_names_the_cure(scaled, tmp_path, large, smal
     assert text(weights, *flags, binary=bf16) == text(plain, *flags, binary=bf16)
 
 
+def test_what_the_cache_cannot_hold_costs_its_request_alone(scaled):
+    """The values of Z alone are too large; the others come into the blocks that it leaves, and share its steps."""
+
+    def change(name, tensor):
+        if "embed_tokens" in name:
+            tensor[:, 0] = 0
+            tensor[ord("Z"), 0] = 1
+        if "layers.0" in name and "v_proj" in name:
+            tensor[:, 0] = 1e6
+        return tensor
+
+    weights, binary = scaled("one-token", change), run_binary("mha", kv="f16")
+    prompts = ["hello", "a Z, and more of it", "hello world", "Z", "more", "ZZ", "a"]
+    lines = [json.dumps({"prompt": prompt, "n": 4, "temperature": 0}) for prompt in prompts]
+    alone = [answers(weights, "-q", stdin=line, code="Z" in line, binary=binary)[0] for line in lines]
+    for parallel in 1, 3:
+        together = answers(weights, "-q", "--parallel", parallel, stdin="\n".join(lines), code=1, binary=binary)
+        for prompt, one, other in zip(prompts, alone, together, strict=True):
+            if "Z" in prompt:
+                assert "KV f16 cannot hold: make KV=bf16" in other["error"] and "text" not in other
+            else:
+                assert (other["text"], other["logits_hash"]) == (one["text"], one["logits_hash"])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_damaged_model_says_so_in_every_mode(scaled, tmp_path, value):
     def change(name, tensor):
@@ -1076,7 +1096,7 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(model, 
     config |= {"attention_scale": 1, "window": [0], "rope": [-1], "rope_scale": []}
     shapes = {"embed_tokens": [vocab, dim], layer + "o_proj": [dim, 1], layer + "down_proj": [dim, 1]}
     shapes |= {layer + name: [1, dim] for name in ("q_proj", "k_proj", "v_proj", "up_proj")}
-    header = {"__metadata__": {"format": "attn.cu 2", "config": json.dumps(config), "types": "{}"}}
+    header = {"__metadata__": {"format": "attn.cu 3", "config": json.dumps(config), "types": "{}"}}
     header["__metadata__"]["tokenizer_sha256"] = tokenizer_sha256
     end = 0
     for name, shape in shapes.items():
@@ -1189,10 +1209,10 @@ def test_closed_pipe_ends_quietly(model, mode):
 
 
 def test_full_disk(model):
-    with open("/dev/full", "wb") as full:
-        line = command(model, "-i", PROMPT, "-n", 3, "-q", "--threads", 1)
-        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 1 and b"cannot write to standard output: No space left" in done.stderr
+    for flags in ((model, "-i", PROMPT, "-n", 3, "-q", "--threads", 1), ("--help",)):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command(*flags), stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 1 and b"cannot write to standard output: No space left" in done.stderr
 
 
 def test_help_names_every_flag_of_the_readme():

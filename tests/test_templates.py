@@ -1,11 +1,14 @@
 """The template engine beside Jinja itself, set up as transformers sets it up."""
 
+import ast
 import datetime
 import functools
 import itertools
 import json
 import random
+import re
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import jinja2
@@ -15,9 +18,30 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of PyPI's source package llama-cpp-python, unpacked below models/: it carries those of many models.
-PUBLIC = sorted((ROOT / "models").glob("llama_cpp_python-*/vendor/llama.cpp/models/templates/*.jinja"))
-OWN = sorted((ROOT / "tests/data/tokenizer").glob("*.jinja"))
+
+
+def public_templates() -> dict[str, str]:
+    """Those in PyPI packages that are unpacked below models/, each once: llama-cpp-python's source package has 114, as
+    files, in vocabularies, and in its sources; trl's has 60 more."""
+    texts = {}
+    for package in sorted((ROOT / "models").glob("*/")):
+        texts |= {path.stem: path.read_bytes().decode() for path in sorted(package.rglob("*.jinja"))}
+        for path in sorted(package.rglob("ggml-vocab-*.gguf")):
+            data = path.read_bytes()  # a key, the type of texts (8), the length, the text
+            for key in re.finditer(rb"tokenizer\.chat_template([.\w]*)\x08\0\0\0(.{8})", data, re.DOTALL):
+                size = int.from_bytes(key[2], "little")
+                texts[path.stem + key[1].decode()] = data[key.end() : key.end() + size].decode()
+        for path in [*package.rglob("test-chat-template.cpp"), *package.rglob("llama_chat_format.py")]:
+            # Texts of C++ and of Python alike, one behind the other.
+            for i, found in enumerate(re.findall(r"""(?:"(?:[^"\\\n]|\\.)*"\s*)+""", path.read_text("utf-8"))):
+                text = "".join(map(ast.literal_eval, re.findall(r"""\"(?:[^"\\]|\\.)*\"""", found)))
+                if "{%" in text and "messages" in text:
+                    texts[f"{path.stem}-{i}"] = text
+    return {name: text for text, name in {text: name for name, text in texts.items()}.items()}
+
+
+PUBLIC = public_templates()
+OWN = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "tests/data/tokenizer").glob("*.jinja"))}
 
 
 class Generation(Extension):
@@ -85,6 +109,8 @@ def conversation(system: str | None, *contents: str) -> list[dict]:
     return first + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
+SPACES = "".join(map(chr, [*range(9, 14), *range(28, 33), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200C), 0x2028, 0x2029]))
+SPACES += "\u202f\u205f\u2060\u3000\ufeff"
 TURNS = [
     ("hi",),
     ("hi", "hello", "and?"),
@@ -96,17 +122,25 @@ TURNS = [
     ("<tool_response>\nx\n</tool_response>", "hello", "<tool_response>\ny\n</tool_response>"),
     ("\u00e9\U0001f600\x1c", "\x85n\u2028", "\ufeff"),
     ("a", "b"),
+    (SPACES + "x" + SPACES, SPACES + "y" + SPACES, SPACES),
+    ("a\r\nb\rc\n", "\r\n", "x\ry"),
+    ("/no_think a", "<think>\n\n</think>\n\nb", "/think", "<think></think>", "<think>c", "</think>d"),
+    ("a", "[THINK]b[/THINK]c", "d", "<|channel|>analysis<|message|>e<|end|>f", "g"),
+    ("a", "<think>\u3000b\u3000</think>\u3000c\u3000", "d", "<thought>e</thought>f", "g"),
 ]
-SYSTEMS = (None, "Be nice.", "", " \n\u3000x\u3000\n")
+SYSTEMS = (None, "Be nice.", "", " \n\u3000x\u3000\n", SPACES + "/no_think" + SPACES)
 CONVERSATIONS = [conversation(system, *turns) for system in SYSTEMS for turns in TURNS]
+CONVERSATIONS += [  # roles in an order of their own
+    [{"role": {"s": "system", "u": "user", "a": "assistant"}[r], "content": f"{r}{i}"} for i, r in enumerate(roles)]
+    for roles in ("s", "a", "uu", "usu", "ssu", "uaau", "au")
+]
 
 
 ARGUMENTS = {}, {"enable_thinking": False}, {"enable_thinking": True, "tools": None, "documents": None}
 
 
-@pytest.mark.parametrize("path", [*PUBLIC, *OWN], ids=lambda path: path.stem)
-def test_templates_of_models(engine, path):
-    template = path.read_text("utf-8")
+@pytest.mark.parametrize("template", [*PUBLIC.values(), *OWN.values()], ids=[*PUBLIC, *OWN])
+def test_templates_of_models(engine, template):
     for messages, arguments in zip(CONVERSATIONS, itertools.cycle(ARGUMENTS)):
         tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         assert_same(engine, template, {"messages": messages, "add_generation_prompt": True, **tokens, **arguments})
@@ -114,7 +148,7 @@ def test_templates_of_models(engine, path):
 
 @pytest.mark.skipif(not PUBLIC, reason="llama-cpp-python's source package is not unpacked in models/")
 def test_public_templates_are_there():
-    assert len(PUBLIC) >= 70
+    assert len(PUBLIC) >= 114
 
 
 VALUES = {
@@ -346,10 +380,41 @@ def test_random_templates(engine, seed):
         "{{ 1 < 2 < 3 }}{{ 'a' not in 'abc' }}{{ not 1 in [1] }}{{ 2 ** 3 ** 2 }}{{ -7 // 2 }}{{ -7 % 3 }}",
         "{% set a, b = 1, 2 %}{{ a }}{{ b }}{{ range(5)|list }}{{ range(4, 0, -2)|list }}",
         "{{ {'b': 1, 'a': t}|tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
+        "{{ t|safe + \"&'\" + t|tojson }}{{ t + 'x'|safe }}{{ t|safe ~ t }}",
+        "{% set y = t|safe %}{{ '<' + y }}{{ y == t }}{{ y + y }}",
+        "{{ self.missing }}{{ self is defined }}{{ self.x is defined }}",
     ],
 )
 def test_what_templates_use(engine, template):
     assert_same(engine, template, VALUES)
+
+
+def test_white_space_is_pythons(engine):
+    every = "a".join(chr(c) for c in range(1, 0x10000) if not 0xD800 <= c < 0xE000)
+    assert_same(engine, "{{ t.split()|tojson }}", {"t": every})
+
+
+KINDS = {"Lu", "Ll", "Lt", "Lm", "Nd", "Nl", "No", "Mn", "Zs"}
+METHODS = ["upper", "lower", "title", "capitalize", "isalpha", "isdigit", "isdecimal", "isalnum", "isspace"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_letters_are_pythons(engine, method):
+    """Of each cased letter, number and mark alone, or an error: of some letters whose case is several, and numbers."""
+    template = "{% for c in letters %}{{ c." + method + "() }} {% endfor %}"
+    letters = [c for c in map(chr, range(0x20000)) if unicodedata.category(c) in KINDS]
+    refused = []
+    for i in range(0, len(letters), 50):
+        part = letters[i : i + 50]
+        shown = engine.render(template, {"letters": part}).get("text")
+        if shown is None:
+            one_by_one = {c: engine.render(template, {"letters": [c]}).get("text") for c in part}
+            refused += [c for c, text in one_by_one.items() if text is None]
+            part = [c for c, text in one_by_one.items() if text is not None]
+            shown = "".join(one_by_one[c] for c in part)
+        assert shown == "".join(f"{getattr(c, method)()} " for c in part)
+    allowed = {"lower": 2, "title": 48, "capitalize": 48}
+    assert len(refused) <= allowed.get(method, 0) or {unicodedata.category(c) for c in refused} <= {"No", "Nl"}
 
 
 def test_what_was_given_is_known(engine):
@@ -361,6 +426,7 @@ def test_what_was_given_is_known(engine):
         ("{{ t|tojson }}{{ t|upper }}", '" ab " AB ', "0111101111"),
         ("{% set x %}[{{ t|trim }}]{% endset %}{{ x[1:] }}{{ x[::-1] }}", "ab]]ba[", "1100110"),
         ("{{ ['a', t]|join('-') }}{{ [t] }}", "a- ab [' ab ']", "00111100111100"),
+        ("{{ '<'|safe + t.replace('b', '&') }}", "< a&amp; ", "011000001"),
         ("{{ '%s.'|format(t) }}{{ '{}.'.format(t) }}{{ t|indent(1, true) }}", " ab . ab .  ab ", "111101111001111"),
     ]:
         assert engine.render(template, {"t": " ab "}) == {"text": text, "given": given}, template

@@ -1,11 +1,14 @@
 """What a person at a terminal sees: prompt signs, editing, history, pastes, Ctrl-C."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import select
+import shlex
 import signal
+import struct
 import termios
 import time
 
@@ -13,6 +16,7 @@ import checkpoints
 import pytest
 from test_run import CHATML, answers, command, export_tiny, run
 
+MARKS, NO_MARKS = b"\x1b[?2004h", b"\x1b[?2004l"  # of pastes: asked for, and not
 PASTE, PASTE_ENDS = b"\x1b[200~", b"\x1b[201~"
 
 
@@ -24,16 +28,15 @@ def model(tmp_path_factory):
 class Terminal:
     """The program at a pseudo terminal."""
 
-    def __init__(self, *arguments, term="xterm", **more):
+    def __init__(self, *arguments, binary=None, term="xterm", **more):
         self.shown = b""
-        self.status = None
-        line = command(*arguments, "--threads", 1)
+        line = binary or command(*arguments, "--threads", 1)
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             for key, value in more.items():
                 os.environ[key] = value
             os.environ["TERM"] = term
-            os.execv(line[0], line)
+            os.execvp(line[0], line)
 
     def read(self, seconds):
         """What comes next, if it comes in this time; false: nothing."""
@@ -197,6 +200,43 @@ def test_a_line_goes_on_after_ctrl_z(model, tmp_path):
     assert (s["prompt_tokens"], s["logits_hash"]) == (asked["prompt_tokens"], asked["logits_hash"])
 
 
+def test_a_line_goes_on_in_a_shell_with_jobs(model, tmp_path):
+    """Ctrl-Z and fg, typed."""
+    line = command(
+        model, "--chat", "-n", 1, "--temperature", 0, "-q", "--threads", 1, "--stats", tmp_path / "stats.json"
+    )
+    t = Terminal(binary=("bash", "--norc", "-i"), PS1="$ ")
+    t.until(b"$ ")
+    t.type(shlex.join(map(str, line)).encode() + b"\n")
+    t.until(MARKS + b"> ")
+    t.type(b"helloX")
+    t.until(b"helloX")
+    t.type(b"\x1a")
+    t.until(b"Stopped")
+    t.until(b"$ ")
+    t.type(b"fg\n")
+    t.until(b"> helloX")
+    t.type(b"\x7f!\r")
+    t.until(b"> ")
+    t.type(b"\x04")
+    t.until(b"$ ")
+    t.type(b"exit $?\n")
+    assert t.end() == 0
+    assert json.loads((tmp_path / "stats.json").read_text())["logits_hash"] == same_as(model, "hello!")["logits_hash"]
+
+
+def test_a_line_fits_the_window_when_its_size_changes(model):
+    t = Terminal(model, "--chat", "-n", 1, "-q")
+    t.until(b"> ")
+    t.type(b"x" * 30)
+    t.until(b"x" * 30)
+    fcntl.ioctl(t.fd, termios.TIOCSWINSZ, struct.pack("4H", 24, 20, 0, 0))
+    t.until(b"> " + b"x" * 18)  # the first of two rows
+    t.until(b"x" * 12)
+    t.type(b"\x03")
+    assert t.end() == 130
+
+
 def test_the_terminal_is_left_as_it_was(model, tmp_path):
     for end in (b"\x04", b"\x03", signal.SIGTERM, signal.SIGHUP):
         t = Terminal(model, "--chat", "-q", "--stats", tmp_path / "stats.json")
@@ -206,6 +246,7 @@ def test_the_terminal_is_left_as_it_was(model, tmp_path):
         t.type(end) if isinstance(end, bytes) else os.kill(t.pid, end)
         assert t.end() == {b"\x04": 0, b"\x03": 130}.get(end, -end if isinstance(end, int) else None)
         assert termios.tcgetattr(t.fd) == before
+        assert NO_MARKS in t.shown and MARKS not in t.shown, "pastes are no longer marked"
         assert not (tmp_path / "stats.json").exists() or isinstance(end, bytes)
         (tmp_path / "stats.json").unlink(missing_ok=True)
         os.close(t.fd)

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from exporter.errors import ExportError
 from exporter.gguf_source import GgufHeader
-from exporter.source import map_file
+from exporter.source import File
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
 
@@ -744,7 +744,7 @@ def test_vocabularies_of_llama_cpp(path, tmp_path):
         pytest.skip("no reference, or of an architecture that is not claimed")
     texts = inputs.read_text("utf-8").split("\n__ggml_vocab_test__\n")
     expected = [list(map(int, line.split())) for line in Path(f"{path}.out").read_text("utf-8").split("\n")]
-    header = GgufHeader(map_file(path))
+    header = GgufHeader(File(path))
     header.at = 16
     metadata = {}
     for _ in range(header.scalar("Q")):

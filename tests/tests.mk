@@ -4,7 +4,7 @@
 ## make gtest            those of them that are C++, at ARCH alone; one: make build/test/native/NAME_test
 ## make lint             formatting and style
 ## make fuzz             export.py and the loader on mutated files, each for FUZZ_SECONDS=60
-## make lines            how long each stage is, from the model file and ids to logits
+## make lines            how long each stage is, from the model file to the model and from ids to logits
 
 FUZZ_SECONDS ?= 60
 PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
@@ -12,9 +12,9 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := attention_test kvcache_test layers_test matmul_test experts_test logits_test
+EMULATED_TESTS := batch_test attention_test kvcache_test layers_test matmul_test experts_test logits_test
 RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test logits_test)
-TOOLS := tokenize render
+TOOLS := tokenize render dequantize
 
 test: .venv/tests
 	@$(MAKE) gtest
@@ -32,7 +32,7 @@ cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
 OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
-  EMULATED_TESTS= RACE_TESTS= HOST=host/error CLI=
+  EMULATED_TESTS= RACE_TESTS= HOST="host/error host/machine" CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
@@ -60,7 +60,8 @@ lint: .venv/tests
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 
-FUZZED := tests/fuzz_loader $(addprefix host/,loader safetensors json error) kernels/matmul kernels/layers kernels/team kernels/device
+FUZZED := tests/fuzz_loader $(addprefix host/,loader config safetensors json error machine) \
+  $(addprefix kernels/,matmul layers team device)
 build/fuzz/loader: $(FUZZED:%=%.cpp) $(wildcard *.h */*.h) | packages
 	@mkdir -p $(@D)
 	@clang++ $(CXXFLAGS) -O1 -march=$(ARCH) -iquote . -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
@@ -70,10 +71,12 @@ fuzz: build/fuzz/loader .venv/tests
 	@mkdir -p build/fuzz/corpus
 	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# From the model file and ids to logits on one device; a stage's header and source are one line.
+# On one device; a stage's header and source are one line. host/ is what makes a model of its file.
 lines:
-	@wc -l $(wildcard model.h host/safetensors.* host/loader.* transformer.* variants.h attention.h attention.cpp kvcache.h \
-	  kvcache.cpp kernels/*.h kernels/*.cpp) | awk '{ sub(".*/", "", $$2); sub("[.].*", "", $$2); \
-	  if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i] }'
+	@wc -l $(wildcard host/safetensors.* host/config.* host/loader.* model.h transformer.* variants.h attention.h attention.cpp \
+	  kvcache.h kvcache.cpp kernels/*.h kernels/*.cpp) | awk '$$2 != "total" { \
+	  part = $$2 ~ "^host" ? "from the file to the model" : "from ids to logits"; sum[part] += $$1; sub(".*/", "", $$2); \
+	  sub("[.].*", "", $$2); if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } \
+	  END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i]; for (part in sum) printf "%6d %s\n", sum[part], part }'
 
 .PHONY: test gtest lint fuzz lines

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -12,9 +13,10 @@
 #include <string>
 #include <vector>
 
+#include "host/error.h"
 #include "host/json.h"
-#include "kernels/team.h"
-#include "model.h"
+#include "host/loader.h"
+#include "kernels/threads.h"
 
 // A JSON object to change by name.
 using Members = std::map<std::string, Json>;
@@ -53,6 +55,9 @@ struct TinyModel {
     for (size_t i = 0; i < n; i++) a.data.push_back(normal(random));
     tensors[name] = std::move(a);
   }
+  void add_matrix(const std::string& name, int n, int k) {
+    add(name + ".weight", {n, k}, 1.5f / std::sqrt(static_cast<float>(k)));
+  }
 
   // Of the config.
   int integer(const std::string& key) const { return *config.at(key).integer<int>(); }
@@ -63,7 +68,7 @@ struct TinyModel {
 
   // The bytes of a safetensors file; all tensors float32.
   std::string bytes() const {
-    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 2"},
+    Json::Object header = {{"__metadata__", Json::Object{{"format", "attn.cu 3"},
                                                          {"config", json(config).text()},
                                                          {"types", json(types).text()},
                                                          {"tokenizer_sha256", ""}}}};
@@ -110,85 +115,102 @@ class TemporaryFile {
 
 constexpr int TINY_VOCAB = 50;
 
+// Sizes of the tiny models; names as in Config.
+namespace tiny {
+constexpr int dim = 24, hidden = 40, layers = 2, heads = 6, d = 8, E = 4, moe_hidden = 16;
+constexpr int nope = 6, p = 4, r = 16, q_rank = 12, v = 5;
+inline int kv_heads(const std::string& variant) {
+  return variant == "mha" ? heads : variant == "mqa" ? 1 : 2;
+}
+}  // namespace tiny
+
+inline Members tiny_config(const std::string& variant, bool experts) {
+  Members c = {{"attention", variant},
+               {"dim", tiny::dim},
+               {"hidden_dim", tiny::hidden},
+               {"n_layers", tiny::layers},
+               {"n_heads", tiny::heads},
+               {"vocab_size", TINY_VOCAB},
+               {"seq_len", 512},
+               {"norm", "rms"},
+               {"norm_eps", 1e-5},
+               {"activation", "silu"},
+               {"attention_scale", 0.35},
+               {"window", Json::Array{7, 0}},
+               {"rope", Json::Array{0, 0}},
+               {"rope_scale", Json::Array{1.0}}};
+  if (variant == "mla")
+    c.merge(Members{{"q_lora_rank", tiny::q_rank},
+                    {"kv_lora_rank", tiny::r},
+                    {"qk_nope_head_dim", tiny::nope},
+                    {"qk_rope_head_dim", tiny::p},
+                    {"v_head_dim", tiny::v}});
+  else
+    c.merge(Members{{"n_kv_heads", tiny::kv_heads(variant)}, {"head_dim", tiny::d}});
+  if (experts)
+    c.merge(Members{{"n_routed_experts", tiny::E},
+                    {"num_experts_per_tok", 2},
+                    {"n_shared_experts", 1},
+                    {"moe_intermediate_size", tiny::moe_hidden},
+                    {"moe_layers", Json::Array{0, 1}},
+                    {"scoring_func", "softmax"},
+                    {"norm_topk_prob", true},
+                    {"routed_scaling_factor", 1.5}});
+  return c;
+}
+
+// The tensors of a layer, at "layers.N.".
+inline void add_tiny_attention(TinyModel& m, const std::string& at, const std::string& variant) {
+  using namespace tiny;
+  if (variant == "mla") {
+    m.add_matrix(at + "q_a_proj", q_rank, dim);
+    m.add(at + "q_a_norm.weight", {q_rank}, 0.2f, 1);
+    m.add_matrix(at + "q_b_proj", heads * (nope + p), q_rank);
+    m.add_matrix(at + "kv_a_proj", r + p, dim);
+    m.add(at + "kv_a_norm.weight", {r}, 0.2f, 1);
+    m.add(at + "w_uk.weight", {heads, nope, r}, 0.3f);
+    m.add(at + "w_uv.weight", {heads, v, r}, 0.3f);
+    m.add_matrix(at + "o_proj", dim, heads * v);
+  } else {
+    m.add_matrix(at + "q_proj", heads * d, dim);
+    m.add_matrix(at + "k_proj", kv_heads(variant) * d, dim);
+    m.add_matrix(at + "v_proj", kv_heads(variant) * d, dim);
+    m.add(at + "v_proj.bias", {kv_heads(variant) * d}, 0.3f);
+    m.add_matrix(at + "o_proj", dim, heads * d);
+  }
+}
+
+inline void add_tiny_mlp(TinyModel& m, const std::string& at, bool experts) {
+  using namespace tiny;
+  if (experts) {
+    m.add_matrix(at + "router", E, dim);
+    m.add(at + "experts.gate_proj.weight", {E, moe_hidden, dim}, 0.3f);
+    m.add(at + "experts.up_proj.weight", {E, moe_hidden, dim}, 0.3f);
+    m.add(at + "experts.down_proj.weight", {E, dim, moe_hidden}, 0.3f);
+  }
+  const std::string mlp = at + (experts ? "shared_experts." : "");
+  const int width = experts ? moe_hidden : hidden;
+  m.add_matrix(mlp + "gate_proj", width, dim);
+  m.add_matrix(mlp + "up_proj", width, dim);
+  m.add_matrix(mlp + "down_proj", dim, width);
+}
+
 // variant: mha, mqa, gqa or mla; with experts in the last layer, a window in the first.
 inline TinyModel tiny_model(const std::string& variant, bool experts, unsigned seed) {
-  constexpr int dim = 24, hidden = 40, layers = 2, heads = 6, d = 8, E = 4, moe_hidden = 16;
-  constexpr int nope = 6, p = 4, r = 16, v = 5;
-  const int kv_heads = variant == "mha" ? heads : variant == "mqa" ? 1 : 2;
   TinyModel m(seed);
-  m.config = {{"attention", variant},
-              {"dim", dim},
-              {"hidden_dim", hidden},
-              {"n_layers", layers},
-              {"n_heads", heads},
-              {"vocab_size", TINY_VOCAB},
-              {"seq_len", 512},
-              {"norm", "rms"},
-              {"norm_eps", 1e-5},
-              {"activation", "silu"},
-              {"attention_scale", 0.35},
-              {"window", Json::Array{7, 0}},
-              {"rope", Json::Array{0, 0}},
-              {"rope_scale", Json::Array{1.0}}};
-  if (variant == "mla")
-    m.set({{"q_lora_rank", 12},
-           {"kv_lora_rank", r},
-           {"qk_nope_head_dim", nope},
-           {"qk_rope_head_dim", p},
-           {"v_head_dim", v}});
-  else
-    m.set({{"n_kv_heads", kv_heads}, {"head_dim", d}});
-  if (experts)
-    m.set({{"n_routed_experts", E},
-           {"num_experts_per_tok", 2},
-           {"n_shared_experts", 1},
-           {"moe_intermediate_size", moe_hidden},
-           {"moe_layers", Json::Array{0, 1}},
-           {"scoring_func", "softmax"},
-           {"norm_topk_prob", true},
-           {"routed_scaling_factor", 1.5}});
-  const auto matrix = [&](const std::string& name, int n, int k) {
-    m.add(name + ".weight", {n, k}, 1.5f / std::sqrt(static_cast<float>(k)));
-  };
-  matrix("embed_tokens", TINY_VOCAB, dim);
-  m.add("norm.weight", {dim}, 0.2f, 1);
-  const int rotated = variant == "mla" ? p : d;
+  m.config = tiny_config(variant, experts);
+  m.add_matrix("embed_tokens", TINY_VOCAB, tiny::dim);
+  m.add("norm.weight", {tiny::dim}, 0.2f, 1);
+  const int rotated = variant == "mla" ? tiny::p : tiny::d;
   Array& table = m.tensors["rope.0.inv_freq"];
   table.shape = {rotated / 2};
   for (int i = 0; i < rotated / 2; i++)
     table.data.push_back(std::pow(100.0f, -2.0f * static_cast<float>(i) / static_cast<float>(rotated)));
-  for (int l = 0; l < layers; l++) {
+  for (int l = 0; l < tiny::layers; l++) {
     const std::string at = "layers." + std::to_string(l) + ".";
-    for (const char* norm : {"attention_norm", "mlp_norm"}) m.add(at + norm + ".weight", {dim}, 0.2f, 1);
-    if (variant == "mla") {
-      matrix(at + "q_a_proj", 12, dim);
-      m.add(at + "q_a_norm.weight", {12}, 0.2f, 1);
-      matrix(at + "q_b_proj", heads * (nope + p), 12);
-      matrix(at + "kv_a_proj", r + p, dim);
-      m.add(at + "kv_a_norm.weight", {r}, 0.2f, 1);
-      m.add(at + "w_uk.weight", {heads, nope, r}, 0.3f);
-      m.add(at + "w_uv.weight", {heads, v, r}, 0.3f);
-      matrix(at + "o_proj", dim, heads * v);
-    } else {
-      matrix(at + "q_proj", heads * d, dim);
-      matrix(at + "k_proj", kv_heads * d, dim);
-      matrix(at + "v_proj", kv_heads * d, dim);
-      m.add(at + "v_proj.bias", {kv_heads * d}, 0.3f);
-      matrix(at + "o_proj", dim, heads * d);
-    }
-    if (experts && l == 1) {
-      matrix(at + "router", E, dim);
-      m.add(at + "experts.gate_proj.weight", {E, moe_hidden, dim}, 0.3f);
-      m.add(at + "experts.up_proj.weight", {E, moe_hidden, dim}, 0.3f);
-      m.add(at + "experts.down_proj.weight", {E, dim, moe_hidden}, 0.3f);
-      matrix(at + "shared_experts.gate_proj", moe_hidden, dim);
-      matrix(at + "shared_experts.up_proj", moe_hidden, dim);
-      matrix(at + "shared_experts.down_proj", dim, moe_hidden);
-    } else {
-      matrix(at + "gate_proj", hidden, dim);
-      matrix(at + "up_proj", hidden, dim);
-      matrix(at + "down_proj", dim, hidden);
-    }
+    for (const char* norm : {"attention_norm", "mlp_norm"}) m.add(at + norm + ".weight", {tiny::dim}, 0.2f, 1);
+    add_tiny_attention(m, at, variant);
+    add_tiny_mlp(m, at, experts && l == 1);
   }
   return m;
 }
@@ -210,4 +232,33 @@ inline std::vector<int> random_tokens(int n, unsigned seed) {
   std::vector<int> ids(static_cast<size_t>(n));
   for (int& id : ids) id = static_cast<int>(random() % TINY_VOCAB);
   return ids;
+}
+
+// The line with which the loader refuses a file; empty: it takes it.
+inline std::string refusal(const std::string& path) {
+  try {
+    load_model(path, test_threads());
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
+}
+inline std::string refusal_of_bytes(const std::string& bytes) {
+  const TemporaryFile file(bytes);
+  return refusal(file.path());
+}
+
+// A file that the loader takes.
+inline const std::string& good(const char* variant = "gqa") {
+  static std::map<std::string, std::string> all;
+  std::string& bytes = all[variant];
+  if (bytes.empty()) bytes = tiny_model(variant, true, 3).bytes();
+  return bytes;
+}
+
+// One of a matrix's groups.
+inline Matrix group(Matrix m, int g) {
+  m.data += static_cast<size_t>(g) * packed_bytes(m.type, m.n, m.k);
+  m.groups = 1;
+  return m;
 }

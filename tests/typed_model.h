@@ -1,4 +1,4 @@
-// typed_model.h: small model files of every weight type, made byte by byte from the README's table of types.
+// typed_model.h: small model files of every weight type, made byte by byte from docs/model-file.md.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "ggml_types.h"
 #include "host/json.h"
 
 inline std::string joined(const Json::Object& header, const std::string& data) {
@@ -18,8 +19,6 @@ inline std::string joined(const Json::Object& header, const std::string& data) {
   return std::string(reinterpret_cast<const char*>(&n), 8) + text + data;
 }
 
-inline constexpr const char* TYPES[] = {"f32", "bf16", "f16", "q8", "q4"};
-
 struct Stored {
   std::string dtype;
   std::vector<int64_t> shape;
@@ -28,8 +27,11 @@ struct Stored {
 
 // A model of two layers, the second of experts, all of whose matrices are of one type, and what they are worth.
 struct TypedModel {
-  static constexpr int DIM = 64, HIDDEN = 96, EXPERTS = 3, VOCAB = 40;
+  static constexpr int EXPERTS = 3, VOCAB = 40;
   std::string type;
+  const GgmlType* blocks = ggml_type(type);
+  const bool is_wide = blocks && blocks->inputs == 256;
+  const int DIM = is_wide ? 256 : 64, HIDDEN = is_wide ? 512 : 96;
   std::map<std::string, Stored> tensors;
   std::map<std::string, std::vector<double>> values;  // of matrices
   std::mt19937 random{7};
@@ -74,64 +76,53 @@ struct TypedModel {
     return {bits, (bits & 0x8000 ? -1 : 1) * std::ldexp(fraction, (bits >> 10 & 31) - 15)};
   }
 
-  // Random bits, and their worth by README's table of types.
+  // Random bits, and what they are worth.
   void matrix(const std::string& name, std::vector<int64_t> shape) {
-    std::string data, scales, mins;
+    std::string data;
     std::vector<double>& worth = values[name];
     const size_t n = count(shape);
-    double scale = 1, min = 0;
-    int byte = 0;
-    for (size_t i = 0; i < n; i++) {
-      if ((type == "q8" || type == "q4") && i % 32 == 0) {
-        const auto s = half(), m = half();
-        append(scales, s.first), append(mins, m.first);
-        scale = s.second, min = m.second;
+    if (blocks) {
+      while (worth.size() < n) {
+        const std::vector<uint8_t> block = random_ggml_block(*blocks, random, [&](size_t) { return half().first; });
+        data.append(block.begin(), block.end());
+        for (int i = 0; i < blocks->inputs; i++) worth.push_back(ggml_weight(type, block.data(), i).value);
       }
+      shape.back() = shape.back() / blocks->inputs * blocks->bytes;
+    }
+    for (size_t i = worth.size(); i < n; i++) {
       if (type == "f32") {
         const float x = normal();
         append(data, x), worth.push_back(double(x));
       } else if (type == "f16") {
         const auto x = half();
         append(data, x.first), worth.push_back(x.second);
-      } else if (type == "bf16") {
+      } else {
         const auto bits = static_cast<uint16_t>((random() & 0x807f) | (120 + random() % 8) << 7);
         append(data, bits);
         worth.push_back((bits & 0x8000 ? -1 : 1) * std::ldexp(1 + (bits & 0x7f) / 128.0, (bits >> 7 & 255) - 127));
-      } else if (type == "q8") {
-        const auto q = static_cast<int8_t>(random());
-        append(data, q), worth.push_back(scale * q);
-      } else {
-        const int q = static_cast<int>(random() % 16);
-        worth.push_back(scale * q + min);
-        if (i % 2 == 0)
-          byte = q;
-        else
-          append(data, static_cast<uint8_t>(byte | q << 4));
       }
     }
-    std::vector<int64_t> groups = shape;
-    groups.back() /= 32;
-    if (type == "q4") shape.back() /= 2;
-    const std::map<std::string, std::string> dtypes = {
-        {"f32", "F32"}, {"bf16", "BF16"}, {"f16", "F16"}, {"q8", "I8"}, {"q4", "U8"}};
-    tensors[name + ".weight"] = {dtypes.at(type), shape, data};
-    if (!scales.empty()) tensors[name + ".scale"] = {"F16", groups, scales};
-    if (type == "q4") tensors[name + ".min"] = {"F16", groups, mins};
+    const std::map<std::string, std::string> floats = {{"f32", "F32"}, {"bf16", "BF16"}, {"f16", "F16"}};
+    tensors[name + ".weight"] = {blocks ? "U8" : floats.at(type), shape, data};
   }
 
   std::string bytes() const {
-    const char* config = R"({"attention": "mha", "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 2,
-        "n_kv_heads": 2, "head_dim": 32, "vocab_size": 40, "seq_len": 16, "norm": "rms", "norm_eps": 1e-5,
+    std::string config = R"({"attention": "mha", "dim": DIM, "hidden_dim": HIDDEN, "n_layers": 2, "n_heads": 2,
+        "n_kv_heads": 2, "head_dim": HALF, "vocab_size": 40, "seq_len": 16, "norm": "rms", "norm_eps": 1e-5,
         "activation": "silu", "attention_scale": 1, "window": [0, 0], "rope": [-1, -1], "rope_scale": [],
-        "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "moe_layers": [0, 1],
+        "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN, "moe_layers": [0, 1],
         "scoring_func": "softmax"})";
+    const std::pair<std::string, int> sizes[] = {{"DIM", DIM}, {"HIDDEN", HIDDEN}, {"HALF", DIM / 2}};
+    for (const auto& [word, value] : sizes)
+      for (size_t at; (at = config.find(word)) != std::string::npos;)
+        config.replace(at, word.size(), std::to_string(value));
     Json::Object types, header;
-    if (type == "q8" || type == "q4")
+    if (blocks)
       for (const auto& [name, worth] : values) types.emplace_back(name, type);
     header.emplace_back(
         "__metadata__",
         Json::Object{
-            {"format", "attn.cu 2"}, {"config", config}, {"types", Json(types).text()}, {"tokenizer_sha256", ""}});
+            {"format", "attn.cu 3"}, {"config", config}, {"types", Json(types).text()}, {"tokenizer_sha256", ""}});
     std::string data;
     for (const auto& [name, t] : tensors) {
       Json::Array shape(t.shape.begin(), t.shape.end());

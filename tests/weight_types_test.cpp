@@ -1,43 +1,17 @@
 // The loader on files of every weight type, made byte by byte: their values, and what is refused by name.
-#include "model.h"
+#include "host/loader.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
 #include <map>
 #include <random>
 
-#include "host/error.h"
 #include "host/json.h"
 #include "tiny_model.h"
 #include "typed_model.h"
 
 namespace {
-
-Model load(const std::string& path) {
-  return load_model(path, test_threads());
-}
-
-Matrix group(Matrix m, int g) {
-  m.data += packed_bytes(m.type, m.n, m.k) * static_cast<size_t>(g);
-  m.groups = 1;
-  return m;
-}
-
-std::string refusal(const std::string& path) {
-  try {
-    load(path);
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-std::string refusal_of_bytes(const std::string& bytes) {
-  const TemporaryFile file(bytes);
-  return refusal(file.path());
-}
 
 Json* value_of(Json::Object& object, const std::string& key) {
   for (auto& [k, value] : object)
@@ -82,13 +56,6 @@ std::string with_text(const std::string& bytes, const char* key, Change change) 
     });
   });
 }
-const std::string& good(const char* variant = "gqa") {
-  static std::map<std::string, std::string> all;
-  std::string& bytes = all[variant];
-  if (bytes.empty()) bytes = tiny_model(variant, true, 3).bytes();
-  return bytes;
-}
-
 // ---- Every weight type.
 
 void expect_values(const Matrix& m, const std::vector<double>& worth, const std::string& what) {
@@ -98,16 +65,16 @@ void expect_values(const Matrix& m, const std::vector<double>& worth, const std:
   for (int g = 0; g < m.groups; g++)
     for (int n = 0; n < m.n; n++) {
       unpack_row(group(m, g), n, row.data());
-      // Each is the exact number, rounded once: products of a half float and a byte fit a float.
+      // Each is the exact number, rounded once: products of a half float, a factor and a code fit a float.
       for (const float x : row) ASSERT_EQ(x, static_cast<float>(*expected++)) << what << " " << g << " " << n;
     }
 }
 
 TEST(WeightTypes, EveryTypeIsWhatTheFileSays) {
-  for (const std::string type : TYPES) {
+  for (const std::string& type : TYPES) {
     const TypedModel typed(type);
     const TemporaryFile file(typed.bytes());
-    const Model m = load(file.path());
+    const Model m = load_model(file.path(), test_threads());
     const auto expect = [&](const Matrix& matrix, const char* name) {
       EXPECT_EQ(weight_format(matrix.type).name, type);
       expect_values(matrix, typed.values.at(name), type + " " + name);
@@ -119,13 +86,13 @@ TEST(WeightTypes, EveryTypeIsWhatTheFileSays) {
     expect(m.layers[1].experts.gate.weight, "layers.1.experts.gate_proj");
     expect(m.layers[1].experts.up.weight, "layers.1.experts.up_proj");
     expect(m.layers[1].experts.down.weight, "layers.1.experts.down_proj");
-    EXPECT_EQ(m.types.find(type), type == "f32" ? 0u : m.types.find(type + " 0.")) << m.types;
+    EXPECT_EQ(m.types.find(type), type == "f32" ? 0u : m.types.find(type + " ")) << m.types;
   }
 }
 
 // Each a line that says what is wrong.
 TEST(WeightTypes, RefusesWrongTypesByName) {
-  const std::string q4 = TypedModel("q4").bytes(), q8 = TypedModel("q8").bytes();
+  const std::string q4 = TypedModel("q4_1").bytes(), q8 = TypedModel("q8_0").bytes();
   const auto expect = [](const std::string& bytes, const std::string& part) {
     const std::string why = refusal_of_bytes(bytes);
     EXPECT_NE(why.find(part), std::string::npos) << why << "; not: " << part;
@@ -137,42 +104,57 @@ TEST(WeightTypes, RefusesWrongTypesByName) {
   const auto unnamed = [](const std::string& bytes, const char* matrix) {
     return with_text(bytes, "types", [&](Json::Object& t) { drop(t, matrix); });
   };
-  expect(named(q4, "layers.0.q_proj", "q5"), "layers.0.q_proj is \"q5\", not one of f32, bf16, f16, q8, q4");
+  expect(named(q4, "layers.0.q_proj", "q5"), "layers.0.q_proj is \"q5\", not one of f32, bf16, f16, q8_0, q4_0, q4_1");
   expect(named(q4, "layers.0.q_proj", 4), "layers.0.q_proj is 4, not one of");
-  expect(named(q4, "layers.0.q_proj", "q8"), "layers.0.q_proj.weight is U8 [64, 32], expected I8 [64, 64]");
-  expect(named(q8, "layers.0.q_proj", "q4"), "layers.0.q_proj.weight is I8 [64, 64], expected U8 [64, 32]");
-  expect(named(q8, "layers.0.q_proj", "f32"), "layers.0.q_proj.weight is I8 [64, 64], expected F32 [64, 64]");
-  expect(named(q4, "layers.7.q_proj", "q4"), "\"types\" names layers.7.q_proj, which is not a matrix");
-  expect(named(q4, "layers.0.mlp_norm", "q4"), "\"types\" names layers.0.mlp_norm, which is not a matrix");
-  expect(unnamed(q4, "layers.0.q_proj"), "layers.0.q_proj.weight is U8 [64, 32], expected F32, BF16 or F16");
-  const auto without = [](std::string type, const char* part) {
-    TypedModel model(type);
-    model.tensors.erase(part);
-    return model.bytes();
-  };
-  expect(without("q4", "layers.0.up_proj.min"), "tensor layers.0.up_proj.min is missing");
-  expect(without("q8", "layers.0.up_proj.scale"), "tensor layers.0.up_proj.scale is missing");
-  TypedModel other("q8");
-  other.tensors["layers.0.up_proj.scale"].dtype = "BF16";
-  expect(other.bytes(), "tensor layers.0.up_proj.scale is BF16 [96, 2], expected F16 [96, 2]");
-  TypedModel more("q8");
-  more.tensors["layers.0.up_proj.min"] = more.tensors["layers.0.up_proj.scale"];
-  expect(more.bytes(), "tensor layers.0.up_proj.min [96, 2] is not one that this model's config calls for");
+  expect(named(q4, "layers.0.q_proj", "q8_0"), "layers.0.q_proj.weight is U8 [64, 40], expected U8 [64, 68]");
+  expect(named(q8, "layers.0.q_proj", "q4_1"), "layers.0.q_proj.weight is U8 [64, 68], expected U8 [64, 40]");
+  expect(named(q8, "layers.0.q_proj", "f32"), "layers.0.q_proj.weight is U8 [64, 68], expected F32 [64, 64]");
+  expect(named(q8, "layers.0.q_proj", "q4_k"), "layers.0.q_proj is q4_k, whose rows are multiples of 256 inputs");
+  expect(named(q4, "layers.7.q_proj", "q4_1"), "\"types\" names layers.7.q_proj, which is not a matrix");
+  expect(named(q4, "layers.0.mlp_norm", "q4_1"), "\"types\" names layers.0.mlp_norm, which is not a matrix");
+  expect(unnamed(q4, "layers.0.q_proj"), "layers.0.q_proj.weight is U8 [64, 40], expected F32, BF16 or F16");
+  TypedModel other("q8_0");
+  other.tensors["layers.0.up_proj.weight"].dtype = "I8";
+  expect(other.bytes(), "tensor layers.0.up_proj.weight is I8 [96, 68], expected U8 [96, 68]");
   const auto metadata = [&](const char* key, const char* text) {
     return with_header(
         q8, [&](Json::Object& h) { with_object(h, "__metadata__", [&](Json::Object& m) { put(m, key, text); }); });
   };
   expect(metadata("types", "[]"), "\"types\" is not a JSON object");
   expect(metadata("types", "{"), "\"types\" is not JSON");
-  expect(metadata("format", "attn.cu 1"), "make it anew: .venv/bin/python export.py");
+  expect(metadata("format", "attn.cu 2"), "make it anew: .venv/bin/python export.py");
   expect(metadata("kind", ""), "unknown key \"kind\"");
+}
+
+// Any bits are numbers but for the scales: one that is infinite or no number is refused, in any block of any type.
+TEST(WeightTypes, RefusesScalesThatAreNoNumbers) {
+  std::mt19937 random(3);
+  for (const GgmlType& type : GGML_TYPES) {
+    const TypedModel typed(type.name);
+    const std::vector<int> places = type.name == "mxfp4" ? std::vector<int>{0} : type.halves;
+    for (const int place : places)
+      for (const char* name : {"embed_tokens.weight", "layers.1.experts.up_proj.weight"})
+        for (const uint16_t bad : std::vector<uint16_t>{0xfc00, 0x7c01}) {
+          TypedModel damaged = typed;
+          std::string& data = damaged.tensors[name].bytes;
+          const size_t block = random() % (data.size() / static_cast<size_t>(type.bytes));
+          char* at = &data[block * static_cast<size_t>(type.bytes) + static_cast<size_t>(place)];
+          if (type.name == "mxfp4")
+            *at = static_cast<char>(0xff);
+          else
+            std::memcpy(at, &bad, 2);
+          EXPECT_NE(refusal_of_bytes(damaged.bytes()).find("tensor " + std::string(name) + " has a scale"),
+                    std::string::npos)
+              << type.name << ", block " << block;
+        }
+  }
 }
 
 // Every byte of the header and of its length may be anything: the loader either takes the file or says why not, in a
 // line.
 TEST(WeightTypes, SurvivesMutatedHeaders) {
   std::vector<std::string> models = {good("gqa"), good("mla")};
-  for (const char* type : TYPES) models.push_back(TypedModel(type).bytes());
+  for (const std::string& type : TYPES) models.push_back(TypedModel(type).bytes());
   std::mt19937 random(1);
   constexpr int CASES = 300;
   int refused = 0;

@@ -206,9 +206,16 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     default:
       return "not emulated";
   }
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
 }
 
 // With device memory open to the host.
@@ -234,7 +241,16 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaSuccess;
 }
 
+static void put(cudaStream_t stream, std::function<void()> work) {
+  (stream->capture ? stream->capture->work : stream->work).push_back(std::move(work));
+}
+
+static bool captures() {
+  return std::ranges::any_of(all_streams(), [](const EmulatedStream* s) { return s->capture != nullptr; });
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
   if (stream->error) std::rethrow_exception(std::exchange(stream->error, nullptr));
   const std::vector<std::function<void()>> work = std::exchange(stream->work, {});
   in_device_memory([&] {
@@ -244,12 +260,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
   *memory = device_memory().allocate(bytes);
   return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
 // Waits for all work first, as CUDA does. Who frees in a destructor cannot catch: the next wait throws.
 cudaError_t cudaFree(void* memory) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
   for (EmulatedStream* stream : all_streams()) {
     try {
       cudaStreamSynchronize(stream);
@@ -266,11 +284,41 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   return cudaSuccess;
 }
 
-// The host's side is pageable: it is read before the call returns, and written before it returns.
+static std::map<const std::byte*, size_t>& pinned_memory() {
+  static std::map<const std::byte*, size_t> bytes;
+  return bytes;
+}
+
+static bool is_pinned(const void* p, size_t bytes) {
+  const auto* start = static_cast<const std::byte*>(p);
+  const auto past = pinned_memory().upper_bound(start);
+  return past != pinned_memory().begin() && start + bytes <= std::prev(past)->first + std::prev(past)->second;
+}
+
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
+  auto* made = new std::byte[bytes];
+  pinned_memory()[made] = bytes;
+  *memory = made;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  if (!pinned_memory().erase(static_cast<std::byte*>(memory))) return cudaErrorInvalidValue;
+  delete[] static_cast<std::byte*>(memory);
+  return cudaSuccess;
+}
+
+// The host's side, where it is not pinned, is read before the call returns, and written before it returns.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   const void* on_device = kind == cudaMemcpyHostToDevice ? to : from;
   if (bytes == 0) return cudaSuccess;
   if (!device_memory().holds(on_device, bytes)) return cudaErrorInvalidValue;
+  if (kind == cudaMemcpyDeviceToHost && is_pinned(to, bytes)) {
+    put(stream, [=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+  }
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
   if (kind == cudaMemcpyHostToDevice) {
     const auto* start = static_cast<const std::byte*>(from);
     stream->work.push_back(
@@ -284,7 +332,38 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream) {
   if (!device_memory().holds(memory, bytes)) return cudaErrorInvalidValue;
-  stream->work.push_back([=] { std::memset(memory, byte, bytes); });
+  put(stream, [=] { std::memset(memory, byte, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
+  stream->capture = new EmulatedGraph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = std::exchange(stream->capture, nullptr);
+  return *graph ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
+  *made = new EmulatedGraphExec{*graph};
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  for (const std::function<void()>& work : graph->work) put(stream, work);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
   return cudaSuccess;
 }
 
@@ -307,7 +386,7 @@ cudaError_t emulation::enqueue(const cudaLaunchConfig_t& config, const void* ker
   if (!g.x || !g.y || !g.z || !b.x || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z > MAX_THREADS ||
       b.x * b.y * b.z % WARP || config.dynamicSmemBytes > std::min(shared, MOST_SHARED))
     return cudaErrorInvalidConfiguration;
-  config.stream->work.push_back(
+  put(config.stream,
       [config, call = std::move(call)] { run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, call); });
   return cudaSuccess;
 }

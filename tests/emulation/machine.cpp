@@ -273,17 +273,23 @@ DeviceMemory& device_memory() {
   return *memory;
 }
 
+// An allocation, and at least half a page that is nobody's.
+static size_t whole_pages(size_t bytes) {
+  constexpr size_t PAGE = 4096;
+  return (bytes + PAGE / 2 + PAGE - 1) / PAGE * PAGE;
+}
+
+// What was freed stays closed, to kernels too.
 void DeviceMemory::open() const {
-  mprotect(base_, used_, PROT_READ | PROT_WRITE);
+  for (const auto& [p, bytes] : live_) mprotect(p, whole_pages(bytes), PROT_READ | PROT_WRITE);
 }
 
 void DeviceMemory::close() const {
-  mprotect(base_, used_, PROT_NONE);
+  for (const auto& [p, bytes] : live_) mprotect(p, whole_pages(bytes), PROT_NONE);
 }
 
 void* DeviceMemory::allocate(size_t bytes) {
-  constexpr size_t PAGE = 4096;
-  const size_t step = (bytes + PAGE / 2 + PAGE - 1) / PAGE * PAGE;
+  const size_t step = whole_pages(bytes);
   if (bytes > TOTAL || step > TOTAL - used_) return nullptr;
   std::byte* p = base_ + used_;
   used_ += step;

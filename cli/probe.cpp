@@ -1,0 +1,115 @@
+// probe.cpp: this machine, measured. What disturbs a measurement slows it down, so that the best of several is taken.
+#include "cli/probe.h"
+
+#include <atomic>
+#include <chrono>
+
+#include "kernels/simd.h"
+#include "kernels/step.h"
+
+namespace {
+
+constexpr int LEAST = 3, MOST = 10;  // repeats: of what takes long, few
+constexpr double LONG = 0.02;        // s
+
+std::atomic<float> sink;  // what is computed is used, or the loop would go
+
+// Seconds of f(team) on a team of `size`, at best.
+template <class F>
+double best_seconds(Threads& threads, int size, F f) {
+  double best = 1e9, all = 0;
+  for (int repeat = 0; repeat < LEAST || (repeat < MOST && all < LONG); repeat++) {
+    const auto began = std::chrono::steady_clock::now();
+    threads.run(size, f);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
+    best = std::min(best, seconds.count());
+    all += seconds.count();
+  }
+  return best;
+}
+
+// Sum of n floats (a multiple of 4 registers): four chains of additions, so that memory and not the adder is the limit.
+float sum_of(const float* x, size_t n) {
+  simd::F32 sum[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
+  for (size_t i = 0; i < n; i += 4 * simd::LANES)
+    for (int j = 0; j < 4; j++) sum[j] += simd::load(x + i + static_cast<size_t>(j) * simd::LANES);
+  return simd::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// FLOP/s of matmul, whose matrix a cache holds: 64 rows use each weight often enough.
+double matmul_speed(Threads& threads, int size, WeightType type) {
+  constexpr int N = 512, ROWS = 64;
+  const Buffer<std::byte> weights(packed_bytes(type, N, N));
+  Linear linear;
+  linear.weight = {type, N, N, 1, weights.data()};
+  Buffer<float> x(area(ROWS, N)), y(area(ROWS, N));
+  Workspace workspace;
+  workspace.plan(matmul_workspace_bytes(ROWS, N));
+  Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
+  workspace.allocate(scratch);
+  const Product p = product(linear, x.data(), ROWS, y.data());
+  return 2.0 * N * N * ROWS / best_seconds(threads, size, [&](const Team& team) { matmul(team, &p, 1, workspace); });
+}
+
+// FLOP/s of multiply-adds in registers.
+double multiply_add_speed(Threads& threads, int size) {
+  constexpr int N = 1 << 14, CHAINS = 12;
+  const double seconds = best_seconds(threads, size, [&](const Team&) {
+    simd::F32 x[CHAINS];
+    for (simd::F32& y : x) y = simd::set(1);
+    const simd::F32 a = simd::set(0.999f), b = simd::set(1e-3f);
+    for (int i = 0; i < N; i++)
+      for (simd::F32& y : x) y = simd::fma(y, a, b);
+    for (const simd::F32& y : x) sink = sink + simd::sum(y);
+  });
+  return 2.0 * N * CHAINS * simd::LANES * size / seconds;
+}
+
+double barrier_seconds(Threads& threads, int size) {
+  constexpr int N = 100;
+  return best_seconds(threads, size,
+                      [&](const Team& team) {
+                        for (int i = 0; i < N; i++) team.barrier();
+                      }) /
+         N;
+}
+
+}  // namespace
+
+Buffer<std::byte> memory_to_read(Threads& threads) {
+  constexpr size_t PIECE = size_t{1} << 18, PIECES = 2048;  // 512 MB
+  Buffer<std::byte> memory(PIECE * PIECES);
+  threads.run(threads.most(), [&](const Team& team) {
+    team.for_each(static_cast<int>(PIECES),
+                  [&](int i) { std::fill_n(memory.data() + static_cast<size_t>(i) * PIECE, PIECE, std::byte{0}); });
+  });
+  return memory;
+}
+
+double read_bandwidth(Threads& threads, int size, std::span<const std::byte> memory) {
+  constexpr size_t PIECE = size_t{1} << 16;
+  const int pieces = static_cast<int>(memory.size() / PIECE);
+  if (pieces == 0) return 0;
+  const double seconds = best_seconds(threads, size, [&](const Team& team) {
+    float sum = 0;
+    team.for_each(pieces, [&](int i) {
+      sum +=
+          sum_of(reinterpret_cast<const float*>(memory.data() + static_cast<size_t>(i) * PIECE), PIECE / sizeof(float));
+    });
+    sink = sink + sum;
+  });
+  return static_cast<double>(pieces) * PIECE / seconds;
+}
+
+Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
+  Machine m{.name = "this machine",
+            .source = "probed now",
+            .memory = static_cast<double>(device_memory_available()),
+            .bandwidth = read_bandwidth(threads, size, memory),
+            .products = work_of(model, {}, 0).products,
+            .attention = multiply_add_speed(threads, size),
+            .launch = barrier_seconds(threads, size)};
+  for (size_t type = 0; type < m.products.size(); type++)
+    if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type));
+  return m;
+}
