@@ -4,13 +4,13 @@ ATTENTION ?= gqa
 CACHE ?= contiguous
 KERNEL ?= flash
 KV ?= f16
-DEVICE ?= cpu
 BLOCK ?= 16
 ARCH ?= native
 SANITIZE ?= 0
 MODEL ?= models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= Once upon a time
 ARGS ?= -n 128
+include kernels/cuda.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
@@ -30,12 +30,11 @@ values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
 values_KERNEL := naive flash
 values_KV := f32 f16 bf16 q8
-values_DEVICE := cpu
+values_DEVICE := cpu cuda
 values_BLOCK := 1 2 4 8 16 32 64 128 256
 values_SANITIZE := 0 1
-note_DEVICE := ; cuda is not there yet
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
-  $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
+  $(error $c=$($c) is none of: $(values_$c))))
 
 types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=KvF16 bf16=KvBF16 q8=KvQ8
 type = $(patsubst $1=%,%,$(filter $1=%,$(types)))
@@ -43,7 +42,7 @@ DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call typ
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
-OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)
+OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # Not warned of: GCC 12 on its own headers (bugs 105593, 105651); psabi, since no vector is an argument between files.
@@ -62,9 +61,10 @@ compile = @mkdir -p $(@D) && echo "  $@" >&2 && $(COMPILE) $1 -MMD -MP -c -o $@ 
 $(COMMON)/%.o: %.cpp $(COMMON)/flags ; $(compile)
 $(OUT)/%.o: %.cpp $(COMMON)/flags ; $(call compile,$(DEFINES))
 
-STAGES := $(CHOSEN:%=$(OUT)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
+STAGES := $(patsubst %,$(OUT)/%.o,$(filter-out $(REPLACED),$(CHOSEN))) \
+  $(patsubst %,$(COMMON)/%.o,$(filter-out $(REPLACED),$(KERNELS) $(HOST) $(CLI))) $(CU_OBJECTS)
 $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
-	@$(COMPILE) -o $@ $^ $(LDLIBS)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 
 # Changes when the compiler's flags do, or the machine behind -march=native: all objects depend on it.
 FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
@@ -97,7 +97,7 @@ run: $(SOURCE_READY) $(COMMON)/variant
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-include kernels/cuda.mk tests/tests.mk lab/lab.mk
+include tests/tests.mk lab/lab.mk
 
 clean: ; rm -rf build run
 

@@ -65,7 +65,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
           .kernel = BUILD_KERNEL::name,
           .kv = BUILD_KV::name,
-          .device = "cpu",
+          .device = device_name(),
           .block_size = BUILD_BLOCK ? BUILD_BLOCK : context,
           .threads = o.threads,
           .seed = o.sampler.seed,

@@ -44,6 +44,10 @@ cudaStream_t device_stream() {
   return stream;
 }
 
+const char* device_name() {
+  return "cuda";
+}
+
 void* device_allocate(size_t bytes) {
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);
