@@ -72,6 +72,10 @@ void fill(void* device, int byte, size_t bytes) {
 
 void synchronize() {}
 
+void stage(void* device, size_t, const std::function<void(std::byte*)>& write) {
+  write(static_cast<std::byte*>(device));
+}
+
 void device_forbid(void* memory, size_t bytes) {
   ASAN_POISON_MEMORY_REGION(memory, bytes);
 }

@@ -87,6 +87,13 @@ void synchronize() {
   CHECK_CUDA(cudaStreamSynchronize(device_stream()));
 }
 
+void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& write) {
+  const auto host = std::make_unique_for_overwrite<std::byte[]>(bytes);
+  write(host.get());
+  upload(device, host.get(), bytes);
+  synchronize();
+}
+
 // The GPU has no such thing.
 void device_forbid(void*, size_t) {}
 void device_permit(void*, size_t) {}

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 
 // "cpu" or "cuda".
@@ -23,6 +24,10 @@ void upload(void* device, const void* host, size_t bytes);
 void download(void* host, const void* device, size_t bytes);
 void fill(void* device, int byte, size_t bytes);
 void synchronize();  // waits for all that was begun
+
+// Has `write` make [bytes] for the device: on the CPU in place, with CUDA in memory of the host, whence they are
+// uploaded.
+void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& write);
 
 // Memory that nobody may touch for now; in a build with AddressSanitizer a touch is reported.
 void device_forbid(void* memory, size_t bytes);
