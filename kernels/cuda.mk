@@ -1,7 +1,7 @@
 # cuda.mk: the GPU: whether there is one, nvcc, and what the .cu files become.
 #
-## make cuda-check       compiles every .cu file with nvcc, of the PATH or else of PyPI; needs no GPU
-##      CUDA_ARCH="80 90a 120"    GPUs to compile for: Ampere, Hopper, Blackwell; where there is a GPU, DEVICE=cuda's is its own
+## make cuda-check       compiles every .cu file with nvcc, of the PATH or else of PyPI, for sm_80, 90a, 120; needs no GPU
+##      CUDA_ARCH="80 90a 120"    what DEVICE=cuda compiles for: the GPU here, else these
 
 # The GPUs here, as nvcc calls them: "90" for compute capability 9.0.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
