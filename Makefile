@@ -98,7 +98,7 @@ run: $(SOURCE_READY) $(COMMON)/variant
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-include tests/tests.mk lab/lab.mk docs/docs.mk
+include kernels/cuda.mk tests/tests.mk lab/lab.mk docs/docs.mk
 
 clean: ; rm -rf build run
 
@@ -108,7 +108,7 @@ help:
 	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make hello            docs/hello.cpp, a text in one screen'
-	@$(foreach folder,tests lab docs,sed -n 's/^## //p' $(folder)/$(folder).mk;)
+	@$(foreach m,tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo
 	@echo 'variables, their values and what holds now:'

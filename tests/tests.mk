@@ -12,8 +12,8 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := kvcache_test
-RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test)
+EMULATED_TESTS := kvcache_test layers_test matmul_test experts_test logits_test
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test logits_test)
 TOOLS := tokenize render dequantize
 
 test: .venv/tests
@@ -43,7 +43,6 @@ $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 
 # ---- The .cu files without a GPU: the host's compiler and tests/emulation/, under the same tests. race: compiled with
 # -fsanitize=thread, but linked with our own answer to its calls (tests/emulation/race.cpp).
-CU := $(basename $(wildcard *.cu kernels/*.cu))
 EMULATION := $(patsubst %,$(TEST)/tests/emulation/%.o,machine emulation)
 SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU),$(KERNELS)) $(HOST))
 emulate = $(call compile,-x c++ -Wno-unknown-pragmas -DBUILD_EVERY_COMBINATION $1)
