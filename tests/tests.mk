@@ -78,10 +78,11 @@ fuzz: build/fuzz/loader .venv/tests
 	@mkdir -p build/fuzz/corpus
 	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# On one device; a stage's header and source are one line. host/ is what makes a model of its file.
+# On the CPU; a stage's header and source are one line. host/ is what makes a model of its file.
 lines:
 	@wc -l $(wildcard host/safetensors.* host/config.* host/loader.* model.h transformer.* variants.h attention.h attention.cpp \
-	  kvcache.h kvcache.cpp kernels/*.h kernels/*.cpp) | awk '$$2 != "total" { \
+	  kvcache.h kvcache.cpp kernels/*.cpp) \
+	  $(filter-out %gpu.h %mma.h,$(wildcard kernels/*.h)) | awk '$$2 != "total" { \
 	  part = $$2 ~ "^host" ? "from the file to the model" : "from ids to logits"; sum[part] += $$1; sub(".*/", "", $$2); \
 	  sub("[.].*", "", $$2); if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } \
 	  END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i]; for (part in sum) printf "%6d %s\n", sum[part], part }'
