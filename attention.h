@@ -67,6 +67,11 @@ struct Flash {
                      const AttentionShape& shape, float* out, const Workspace& workspace);
   static size_t workspace_bytes(const AttentionShape& shape, const Limits& limits);
 
+  // How far a query's element and a weight are rounded before they are multiplied, relatively: 0 but on tensor cores,
+  // which take 16-bit numbers (kernels/mma.h).
+  template <class Kv>
+  static double operand_rounding();
+
   // The same over PlainRows, for one sequence of the batch: called for each split of its context that a query sees, in
   // order of position, with all else the same. Between the calls out holds the running sum and the workspace the
   // running maximum and denominator; several sequences of the batch may be under way together.

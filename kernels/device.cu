@@ -48,6 +48,22 @@ const char* device_name() {
   return "cuda";
 }
 
+static int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  CHECK_CUDA(cudaDeviceGetAttribute(&value, which, 0));
+  return value;
+}
+
+int multiprocessors() {
+  static const int n = attribute(cudaDevAttrMultiProcessorCount);
+  return n;
+}
+
+size_t shared_memory_per_block() {
+  static const int bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return static_cast<size_t>(bytes);
+}
+
 void* device_allocate(size_t bytes) {
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);

@@ -155,19 +155,27 @@ void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, Place where) {
   load_matrices("ldmatrix_x4_trans", where, d, row, true);
 }
 
-void cp_async_16(void* to, const void* from, bool valid, Place where) {
-  constexpr int BYTES = 16;
+template <int BYTES>
+static void start_copy(const char* what, void* to, const void* from, bool valid, Place where) {
   const Quiet quiet;
   Fiber* me = machine.self;
-  at("cp_async_16", where);
+  at(what, where);
   if (!in_shared(to, BYTES)) stop("the target is not in shared memory");
   if (reinterpret_cast<uintptr_t>(to) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES)
-    stop("an address is not a multiple of 16");
+    stop("an address is not a multiple of its bytes");
   if (valid && !device_memory().holds(from, BYTES)) stop("the source is not in device memory");
   observer->pending_copy(to, BYTES, me->index);
   std::memset(to, 0xff, BYTES);
   me->copies.push_back(
       {static_cast<std::byte*>(to), static_cast<const std::byte*>(from), BYTES, valid ? BYTES : 0, me->copy_groups});
+}
+
+void cp_async_16(void* to, const void* from, bool valid, Place where) {
+  start_copy<16>("cp_async_16", to, from, valid, where);
+}
+
+void cp_async_4(void* to, const void* from, bool valid, Place where) {
+  start_copy<4>("cp_async_4", to, from, valid, where);
 }
 
 void cp_async_commit() {

@@ -96,6 +96,12 @@ inline float f16_to_float(uint16_t x) {
 inline uint16_t float_to_f16(float x) {
   return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
 }
+inline uint32_t pack_bf16(float low, float high) {
+  return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return float_to_f16(low) | uint32_t{float_to_f16(high)} << 16;
+}
 inline float exp2_fast(float x) {
   return std::exp2(x);
 }
@@ -137,6 +143,7 @@ void ldmatrix_x4(uint32_t (&d)[4], const void* row, Place where = Place::current
 void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, Place where = Place::current());
 
 void cp_async_16(void* to, const void* from, bool valid, Place where = Place::current());
+void cp_async_4(void* to, const void* from, bool valid, Place where = Place::current());
 void cp_async_commit();
 namespace emulation {
 void wait_for_copies(int groups_left);
@@ -200,6 +207,14 @@ cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream);
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+// A small GPU, so that work that must fill one and work that does are both seen, with the shared memory of the smallest
+// that we compile for, sm_120.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? 4 : 99 << 10;
+  return cudaSuccess;
+}
 
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
