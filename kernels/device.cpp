@@ -26,6 +26,10 @@ size_t mapped_bytes(size_t bytes) {
 
 }  // namespace
 
+const char* device_name() {
+  return "cpu";
+}
+
 void* device_allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
   const size_t slack = huge ? HUGE_PAGE : 0;  // the kernel aligns to small pages alone

@@ -44,6 +44,10 @@ cudaStream_t device_stream() {
   return stream;
 }
 
+const char* device_name() {
+  return "cuda";
+}
+
 static int attribute(cudaDeviceAttr which) {
   int value = 0;
   CHECK_CUDA(cudaDeviceGetAttribute(&value, which, 0));

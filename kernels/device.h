@@ -8,6 +8,9 @@
 #include <functional>
 #include <memory>
 
+// "cpu" or "cuda".
+const char* device_name();
+
 // Zero-filled memory, aligned to 64 bytes, on huge pages where it is large and the kernel allows (fewer TLB misses: the
 // weights are streamed once a step). Throws Error when the memory cannot be had. Pages are touched only when used.
 void* device_allocate(size_t bytes);
