@@ -76,6 +76,14 @@ void stage(void* device, size_t, const std::function<void(std::byte*)>& write) {
   write(static_cast<std::byte*>(device));
 }
 
+HostCopy::HostCopy(float* device, size_t) : device_(device) {}
+
+void HostCopy::begin(size_t) const {}
+
+float* HostCopy::wait() const {
+  return device_;
+}
+
 void device_forbid(void* memory, size_t bytes) {
   ASAN_POISON_MEMORY_REGION(memory, bytes);
 }

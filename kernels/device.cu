@@ -110,6 +110,23 @@ void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& wr
   synchronize();
 }
 
+// Pinned: a copy to any other memory would not be a piece of the stream like the kernels.
+HostCopy::HostCopy(float* device, size_t most) : device_(device) {
+  if (!device) return;
+  void* memory = nullptr;
+  CHECK_CUDA(cudaMallocHost(&memory, most * sizeof(float)));
+  copy_ = {static_cast<float*>(memory), [](float* p) { cudaFreeHost(p); }};
+}
+
+void HostCopy::begin(size_t n) const {
+  CHECK_CUDA(cudaMemcpyAsync(copy_.get(), device_, n * sizeof(float), cudaMemcpyDeviceToHost, device_stream()));
+}
+
+float* HostCopy::wait() const {
+  synchronize();
+  return copy_.get();
+}
+
 // The GPU has no such thing.
 void device_forbid(void*, size_t) {}
 void device_permit(void*, size_t) {}
