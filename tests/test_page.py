@@ -22,6 +22,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or
 # What the browser finds, as the page's title.
 MEASURE = """<script>addEventListener("load", () => {
   const wide = box => box.scrollWidth > box.clientWidth;
+  for (const details of document.querySelectorAll("details")) details.open = true;
   const seen = {};
   for (const section of document.querySelectorAll("section")) {
     const images = [...section.querySelectorAll("img")];
