@@ -192,6 +192,8 @@ def test_make_estimate():
         (["--gpu", "l4", "--kv-type", "f8"], 2, "f16"),
         (["--gpu", "l4", "--bench"], 2, "makes no sense"),
         (["--gpu", "l4", "-i", "text"], 2, "makes no sense"),
+        (["--gpu", "l4", "--temperature", "0"], 2, "--temperature makes no sense"),
+        (["--gpu", "l4", "-q"], 2, "--stats"),
         (["--gpu", "l4", "--stats", "/nowhere/at/all.json"], 1, "/nowhere/at/all.json"),
     ],
 )
