@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, exported, make, run_binary
 
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
-GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
+GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989.4e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
 
 
 def shapes(config, folder, type=None):
