@@ -8,21 +8,20 @@ DEVICE ?= cpu
 BLOCK ?= 16
 ARCH ?= native
 SANITIZE ?= 0
-MODEL ?= models/SmolLM2-135M-Instruct.Q4_1.gguf
-PROMPT ?= Once upon a time
-ARGS ?= -n 128
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
-JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
-HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
-  sampler engine thread_count scheduler blocks error machine roofline datasheets)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain \
-  estimate probe report output signals)
-# HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
-LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
-  $(addprefix cli/,session measure probe report options),$(HOST) $(CLI))
+# A unit is several files, compiled as one: most of the compiler's time there goes into the standard library's headers.
+unit_host := $(addprefix host/,error json safetensors config loader machine roofline datasheets \
+  engine scheduler blocks thread_count)
+unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
+unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)
+unit_talk := $(addprefix cli/,output signals lines talk chat requests estimate explain heatmap)
+unit_time := $(addprefix cli/,session report measure probe)
+HOST := unit/host unit/text unit/chat
+CLI := cli/options cli/editor unit/talk unit/time
+LIGHT := unit/host unit/chat unit/talk cli/editor  # no loop that runs per element
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
@@ -46,21 +45,23 @@ COMMON := build/$(LEVEL)
 OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
-# Not warned of: GCC 12 on its own headers (bugs 105593, 105651); psabi, since no vector is an argument between files.
+# Not warned of: GCC 12's own headers (bugs 105593, 105651); psabi: no vector is an argument between files; units' linkage.
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o) $(OUT)/run.o: private OPTIMIZE := -Og
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
+SANITIZE_1 := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
-  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-unknown-warning-option
-ifeq ($(SANITIZE),1)
-CXXFLAGS += -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-endif
+  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-subobject-linkage -Wno-unknown-warning-option \
+  $(SANITIZE_$(SANITIZE))
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH)
 LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 
 compile = @mkdir -p $(@D) && echo "  $@" >&2 && $(COMPILE) $1 -MMD -MP -c -o $@ $<
 $(COMMON)/%.o: %.cpp $(COMMON)/flags ; $(compile)
 $(OUT)/%.o: %.cpp $(COMMON)/flags ; $(call compile,$(DEFINES))
+$(COMMON)/%.o: $(COMMON)/%.cpp ; $(compile)
+$(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(HOST) $(CLI))): $(COMMON)/unit/%.cpp: $(COMMON)/flags Makefile
+	@mkdir -p $(@D) && printf '#include "%s.cpp"\n' $(unit_$*) >$@
 
 STAGES := $(CHOSEN:%=$(OUT)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
@@ -97,7 +98,7 @@ run: $(SOURCE_READY) $(COMMON)/variant
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-include tests/tests.mk lab/lab.mk
+include kernels/cuda.mk tests/tests.mk lab/lab.mk docs/docs.mk
 
 clean: ; rm -rf build run
 
@@ -107,7 +108,7 @@ help:
 	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make hello            docs/hello.cpp, a text in one screen'
-	@$(foreach folder,tests lab,sed -n 's/^## //p' $(folder)/$(folder).mk;)
+	@$(foreach m,tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo
 	@echo 'variables, their values and what holds now:'
@@ -115,5 +116,4 @@ help:
 	@printf '  %-10s %-40s %s\n' ARCH 'anything that g++ -march= takes' $(ARCH)
 
 .PHONY: all binary hello run clean help FORCE
-.SECONDARY:
-.DELETE_ON_ERROR:
+.SECONDARY .DELETE_ON_ERROR:

@@ -18,3 +18,7 @@ void LogitsStage::forward(const Model& model, const Step& step) const {
   if (c.logit_scale != 1.0f || c.logit_softcap > 0)
     scale_and_cap(step.team, logits_, area(n, c.vocab_size), c.logit_scale, c.logit_softcap);
 }
+
+float* LogitsStage::host() const {
+  return logits_;
+}

@@ -1,6 +1,8 @@
 // logits.h: from the last hidden rows to logits, where somebody wants them.
 #pragma once
 
+#include <memory>
+
 #include "kernels/step.h"
 
 class LogitsStage {
@@ -11,8 +13,9 @@ class LogitsStage {
   void forward(const Model& model, const Step& step) const;
 
   // [n_logits, vocab_size] on the host, until the next step; the sampler may change them.
-  float* host() const { return logits_; }
+  float* host() const;
 
  private:
-  float* logits_;  // [max_logits, vocab_size]
+  float* logits_;                  // [max_logits, vocab_size]
+  std::shared_ptr<float[]> copy_;  // the same on the host; null on the CPU
 };

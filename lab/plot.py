@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 FIELDS = ("kind", "model", "cache", "kernel", "size")
-COLORS = {"mha": "tab:blue", "gqa": "tab:orange", "mqa": "tab:green", "mla": "tab:red"}
+COLORS = {"mha": "#e45756", "gqa": "#4c78a8", "mqa": "#72a98f", "mla": "#8e6bb0"}
 CACHES = {"contiguous": "tab:blue", "paged": "tab:orange"}
 KERNELS = {"naive": "tab:blue", "flash": "tab:orange"}
 FAMILIES = {"tiny": "the bundled models", "smollm2": "SmolLM2-135M", "wide": "random weights, about 100 MB"}

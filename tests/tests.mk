@@ -12,8 +12,8 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := kvcache_test
-RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test)
+EMULATED_TESTS := kvcache_test layers_test matmul_test experts_test logits_test
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test logits_test)
 TOOLS := tokenize render dequantize
 
 test: .venv/tests
@@ -43,7 +43,6 @@ $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 
 # ---- The .cu files without a GPU: the host's compiler and tests/emulation/, under the same tests. race: compiled with
 # -fsanitize=thread, but linked with our own answer to its calls (tests/emulation/race.cpp).
-CU := $(basename $(wildcard *.cu kernels/*.cu))
 EMULATION := $(patsubst %,$(TEST)/tests/emulation/%.o,machine emulation)
 SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU),$(KERNELS)) $(HOST))
 emulate = $(call compile,-x c++ -Wno-unknown-pragmas -DBUILD_EVERY_COMBINATION $1)
@@ -72,10 +71,11 @@ fuzz: build/fuzz/loader .venv/tests
 	@mkdir -p build/fuzz/corpus
 	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# On one device; a stage's header and source are one line. host/ is what makes a model of its file.
+# On the CPU; a stage's header and source are one line. host/ is what makes a model of its file.
 lines:
 	@wc -l $(wildcard host/safetensors.* host/config.* host/loader.* model.h transformer.* variants.h attention.h attention.cpp \
-	  kvcache.h kvcache.cpp kernels/*.h kernels/*.cpp) | awk '$$2 != "total" { \
+	  kvcache.h kvcache.cpp kernels/*.cpp) \
+	  $(filter-out %gpu.h %mma.h,$(wildcard kernels/*.h)) | awk '$$2 != "total" { \
 	  part = $$2 ~ "^host" ? "from the file to the model" : "from ids to logits"; sum[part] += $$1; sub(".*/", "", $$2); \
 	  sub("[.].*", "", $$2); if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } \
 	  END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i]; for (part in sum) printf "%6d %s\n", sum[part], part }'

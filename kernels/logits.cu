@@ -1,0 +1,27 @@
+// logits.cu: the classifier on a GPU; its rows cross the bus at once, as the sampler is on the host.
+#include "kernels/gpu.h"
+#include "kernels/logits.h"
+
+LogitsStage::LogitsStage(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits)
+    : logits_(arena.take<float>(area(limits.max_logits, c.vocab_size))) {
+  if (logits_) copy_ = std::make_shared<float[]>(area(limits.max_logits, c.vocab_size));
+  workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
+}
+
+void LogitsStage::forward(const Model& model, const Step& step) const {
+  const Config& c = model.config;
+  const int n = step.batch.n_logits;
+  if (n == 0) return;
+  step.norm_x(model.final_norm, step.h);
+  Product classifier = product(model.lm_head, step.h, n, logits_);
+  classifier.x_rows = step.batch.n_tokens;
+  classifier.gather = step.batch.logit_rows;
+  matmul(step.team, &classifier, 1, step.workspace);
+  if (c.logit_scale != 1.0f || c.logit_softcap > 0)
+    scale_and_cap(step.team, logits_, area(n, c.vocab_size), c.logit_scale, c.logit_softcap);
+  if (step.team.rank == 0) download(copy_.get(), logits_, area(n, c.vocab_size) * sizeof(float));
+}
+
+float* LogitsStage::host() const {
+  return copy_.get();
+}
