@@ -34,7 +34,7 @@ from exporter.hf_source import dequantize
 from exporter.model import Model, build, read_config
 from exporter.source import Source
 from exporter.sources import open_source
-from exporter.weights import QUANTIZED, Tensor, Weight, quantize
+from exporter.weights import QUANTIZED, Tensor, Weight, of_array, quantize, stored_type
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +161,48 @@ def test_quantized_error(type, steps):
     bound = step * (share + 2.0**-11 * steps) + 2.0**-11 * peak * type.endswith("1") + steps * 2.0**-24
     assert (error <= bound).all()
     assert error.max() > step.max() / 4  # or the bound says nothing
+
+
+@pytest.mark.parametrize(
+    ("type", "normal", "heavy"),
+    [
+        ("q2_k", 0.29744, 0.34856),
+        ("q3_k", 0.15119, 0.18645),
+        ("q4_k", 0.07150, 0.09137),
+        ("q5_k", 0.03622, 0.04712),
+        ("q6_k", 0.01782, 0.02628),
+    ],
+)
+def test_k_types_err_no_more_than_llama_cpp(type, normal, heavy):
+    """normal, heavy: the relative error of ggml's quantize_row_*_ref (llama-cpp-python 0.3.36) of the same numbers."""
+    random = np.random.RandomState(0)
+    for x, theirs in [(random.randn(64, 2048), normal), (random.standard_t(3, (64, 2048)), heavy)]:
+        error = quantize(x.astype(np.float32), type).float32() - x
+        assert theirs / 2 < np.sqrt((error**2).sum() / (x**2).sum()) <= theirs
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_k_types_of_odd_blocks(type):
+    """Blocks that one number fills are off by what float16 rounds off d or d_min alone: 2^-11 of it."""
+    x = np.array([5, -5, 0, 3e4, -3e4], np.float32).repeat(256).reshape(5, 256)
+    x[2, 7] = 1e-30
+    assert (np.abs(quantize(x, type).float32() - x) <= 1.01 * 2.0**-11 * np.abs(x) + 1e-30).all()
+    quantize(x * 2, type)
+    with pytest.raises(ExportError, match=f"more than {type} can hold"):
+        quantize(x * 1e6, type)
+
+
+def test_rows_that_are_no_blocks_of_a_k_type():
+    """They have the next type of no fewer bits, whose blocks are smaller."""
+    for wanted, types in {
+        "q2_k": ("q2_k", "q4_0", "f16"),
+        "q3_k": ("q3_k", "q4_0", "f16"),
+        "q4_k": ("q4_k", "q5_0", "f16"),
+        "q5_k": ("q5_k", "q5_1", "f16"),
+        "q6_k": ("q6_k", "q8_0", "f16"),
+    }.items():
+        for k, type in zip((512, 576, 100), types, strict=True):
+            assert stored_type(of_array(np.zeros((2, k))), wanted) == type
 
 
 @pytest.mark.parametrize(("type", "bits"), [("f16", 11), ("bf16", 8)])
