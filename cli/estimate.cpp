@@ -11,7 +11,6 @@
 namespace {
 
 constexpr int DEFAULT_CONTEXT = 4096, BLOCK = 16, MOST_SEQUENCES = 65536;
-constexpr int PROMPT_ROWS = 16;      // tokens that share rows as well as more do
 constexpr double SMALL_MODEL = 1e9;  // parameters
 
 // A variant's column of the table.
@@ -67,17 +66,14 @@ class Estimate {
           {"as said", o_.memory, o_.bandwidth, o_.flops, o_.flops, o_.flops, "--bandwidth, --flops, --memory"});
     threads_.emplace(o_.threads);
     const Buffer<std::byte> memory = memory_to_read(*threads_);
-    Machine m = probe(*threads_, o_.threads, {memory.data(), memory.size()}, model, attention_speed_);
+    Machine m = probe(*threads_, o_.threads, {memory.data(), memory.size()}, model);
     m.memory += static_cast<double>(memory.size());
     return m;
   }
 
   Column column(Model model) {
     Machine m = machine_;
-    if (threads_) {
-      m.attention = attention_speed_(*threads_, o_.threads, model.config, 1);
-      m.prompt_attention = attention_speed_(*threads_, o_.threads, model.config, PROMPT_ROWS);
-    }
+    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_);
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);

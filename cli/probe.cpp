@@ -86,17 +86,20 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
   return static_cast<double>(pieces) * PIECE / seconds;
 }
 
-Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model,
-              const AttentionSpeed& attention_speed) {
+Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
   Machine m{.name = "this machine",
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
             .bandwidth = read_bandwidth(threads, size, memory),
             .products = work_of(model, {}, 0).products,
-            .attention = attention_speed(threads, size, model.config, 1),
-            .prompt_attention = 0,
             .launch = barrier_seconds(threads, size)};
   for (size_t type = 0; type < m.products.size(); type++)
     if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type));
   return m;
+}
+
+void probe_attention(Machine& m, Threads& threads, int size, const Config& config, const AttentionSpeed& speed) {
+  constexpr int PROMPT_ROWS = 16;  // tokens that share rows as well as more do
+  m.attention = speed(threads, size, config, 1);
+  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS);
 }

@@ -14,10 +14,11 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
 // Memory that no cache holds.
 Buffer<std::byte> memory_to_read(Threads& threads);
 
-// FLOP/s of attention, of the last `tokens` of a sequence: what differs between builds (cli/probe_attention.h).
-using AttentionSpeed = std::function<double(Threads& threads, int size, const Config& config, int tokens)>;
+// A team of `size` threads: how it reads `memory`, multiplies matrices of the model's weight types, and waits. On a GPU
+// attention too.
+Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model);
 
-// A team of `size` threads: how it reads `memory`, multiplies matrices of the model's weight types, attends, and waits.
-// prompt_attention is left to who needs it.
-Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model,
-              const AttentionSpeed& attention_speed);
+// FLOP/s of this build's attention, of the last `tokens` of a sequence: cli/probe_attention.h.
+using AttentionSpeed = std::function<double(Threads& threads, int size, const Config& config, int tokens)>;
+// On the CPU: how fast the heads of this model attend.
+void probe_attention(Machine& machine, Threads& threads, int size, const Config& config, const AttentionSpeed& speed);

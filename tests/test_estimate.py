@@ -155,7 +155,7 @@ def test_the_table_says_what_the_json_says(plan):
     assert own["kv_bytes_per_token"] == 327680
 
 
-@pytest.mark.parametrize("build", [{}, {"cache": "paged"}, {"kernel": "naive"}, {"kv": "q8"}], ids=str)
+@pytest.mark.parametrize("build", [{}, {"cache": "paged"}, {"kernel": "naive"}], ids=str)
 def test_this_machine_is_probed(plan, build):
     """The attention of this build for each variant: of 32 heads, a layer's pairs of 128 + 128, or 576 + 512."""
     report, own = estimate(plan("llama-3-8b"), "--threads", 1, "-c", 4096, build=build)
