@@ -4,10 +4,10 @@ ATTENTION ?= gqa
 CACHE ?= contiguous
 KERNEL ?= flash
 KV ?= f16
-DEVICE ?= cpu
 BLOCK ?= 16
 ARCH ?= native
 SANITIZE ?= 0
+include kernels/cuda.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
@@ -18,9 +18,9 @@ unit_host := $(addprefix host/,error json safetensors config loader machine roof
 unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
 unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)
 unit_talk := $(addprefix cli/,output signals lines talk chat requests estimate explain heatmap)
-unit_time := $(addprefix cli/,session report measure probe)
+unit_time := $(addprefix cli/,session report measure)
 HOST := unit/host unit/text unit/chat
-CLI := cli/options cli/editor unit/talk unit/time
+CLI := cli/options cli/editor cli/probe unit/talk unit/time
 LIGHT := unit/host unit/chat unit/talk cli/editor  # no loop that runs per element
 
 # ---- Choices. A wrong value is refused with the list of right ones.
@@ -29,12 +29,11 @@ values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
 values_KERNEL := naive flash
 values_KV := f32 f16 bf16 q8
-values_DEVICE := cpu
+values_DEVICE := cpu cuda
 values_BLOCK := 1 2 4 8 16 32 64 128 256
 values_SANITIZE := 0 1
-note_DEVICE := ; cuda is not there yet
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
-  $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
+  $(error $c=$($c) is none of: $(values_$c))))
 
 types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=KvF16 bf16=KvBF16 q8=KvQ8
 type = $(patsubst $1=%,%,$(filter $1=%,$(types)))
@@ -42,7 +41,7 @@ DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call typ
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
-OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)
+OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # Not warned of: GCC 12's own headers (bugs 105593, 105651); psabi: no vector is an argument between files; units' linkage.
@@ -63,9 +62,10 @@ $(COMMON)/%.o: $(COMMON)/%.cpp ; $(compile)
 $(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(HOST) $(CLI))): $(COMMON)/unit/%.cpp: $(COMMON)/flags Makefile
 	@mkdir -p $(@D) && printf '#include "%s.cpp"\n' $(unit_$*) >$@
 
-STAGES := $(CHOSEN:%=$(OUT)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
+STAGES := $(patsubst %,$(OUT)/%.o,$(filter-out $(REPLACED),$(CHOSEN))) \
+  $(patsubst %,$(COMMON)/%.o,$(filter-out $(REPLACED),$(KERNELS) $(HOST) $(CLI))) $(CU_OBJECTS)
 $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
-	@$(COMPILE) -o $@ $^ $(LDLIBS)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 
 # Changes when the compiler's flags do, or the machine behind -march=native: all objects depend on it.
 FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
@@ -98,7 +98,7 @@ run: $(SOURCE_READY) $(COMMON)/variant
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-include kernels/cuda.mk tests/tests.mk lab/lab.mk docs/docs.mk
+include tests/tests.mk lab/lab.mk docs/docs.mk
 
 clean: ; rm -rf build run
 

@@ -6,6 +6,7 @@
 ##      QUICK=1              a few points once, in build/lab/quick/
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
 ##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
+## make gpu-kit          build/gpu-kit/: all that lab/gpu.py needs to check and measure the kernels on another machine's GPU
 
 MEASURE ?= kernels speed paging variants
 ROUNDS ?= 5
@@ -33,8 +34,19 @@ $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 lab: .venv/tests $(SMOLLM2).Q4_1.gguf
 	@$(OWN_MAKES) $(PYTHON) lab/lab.py $(if $(QUICK),--quick,--rounds $(ROUNDS))
 
+# Programs to be carried: for any GPU and any CPU of the last ten years.
+CARRY := DEVICE=cuda CUDA_ARCH="$(CHECKED_ARCH)" ARCH=x86-64-v3
+gpu-kit:
+	@mkdir -p build/$@ && cp lab/gpu.py build/$@
+	@for v in gqa mqa mha mla; do run=$$($(MAKE) -s binary $(CARRY) ATTENTION=$$v) && cp $$run build/$@/run-$$v || exit 1; done
+	@$(MAKE) kit-programs $(CARRY)
+kit-programs: $(EMULATED_TESTS:%=$(TEST)/$(GPU)/%) $(TEST)/$(GPU)/attention_case
+	@cp $^ build/gpu-kit
+$(TEST)/$(GPU)/attention_case: $(TEST)/lab/attention_case.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
+
 estimate: ARGS =
 estimate: $(SOURCE_READY)
 	@weights=$$($(WEIGHTS)) && $(MAKE) all >&2 && ./run "$$weights" --estimate $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
-.PHONY: estimate lab measure weights
+.PHONY: estimate lab measure weights gpu-kit kit-programs
