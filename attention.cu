@@ -49,8 +49,7 @@ constexpr __host__ __device__ int divide_up(int n, int by) {
 
 // What a token sees.
 __device__ Span seen_by(const Batch& batch, const AttentionShape& shape, int token) {
-  const int end = batch.positions[token] + 1;
-  return {shape.window > 0 ? max(0, end - shape.window) : 0, end};
+  return {shape.first_seen(batch.positions[token]), batch.positions[token] + 1};
 }
 
 // --- naive -----------------------------------------------------------------------------------------------------------
@@ -595,7 +594,7 @@ constexpr int sharers(int V, int columns) {
   return divide_up(V, columns) < 4 ? divide_up(V, columns) : 4;
 }
 template <class Kv, int K, int V>
-using ForDecode = Layout<Kv, K, V, sharers(V, 32), sharers(V, 32)>;
+using ForDecode = Layout<Kv, K, V, sharers(V, 32), (V > 128 ? 8 : sharers(V, 32))>;
 template <class Kv, int K, int V>
 using ForPrompts = Layout<Kv, K, V, sharers(V, std::is_same_v<Kv, KvQ8> ? 64 : 128), 8>;
 
@@ -603,14 +602,16 @@ int rows_of(const Batch& batch, const AttentionShape& shape) {
   return batch.n_tokens * (shape.n_heads / shape.n_kv_heads);
 }
 
-// With as many warps in a block as there is shared memory for.
+// With as many warps in a block as there are rows and shared memory for.
 template <class L>
 void launch_flash(const Team& team, const float* q, const CacheView<typename L::Kv, 0>& view, int layer,
                   const int* block_table, const Batch& batch, const AttentionShape& shape, const Part& part,
                   float* out) {
   const int n_rows = rows_of(batch, shape);
   int n_warps = L::WARPS;
-  while (n_warps > L::SHARERS && L::shared_bytes(shape.v_is_k, n_warps) > shared_memory_per_block()) n_warps /= 2;
+  while (n_warps > L::SHARERS &&
+         (n_rows <= ROWS * batch.n_sequences || L::shared_bytes(shape.v_is_k, n_warps) > shared_memory_per_block()))
+    n_warps /= 2;
   const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
   const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(shape.n_kv_heads),
                   static_cast<unsigned>(part.splits));

@@ -65,7 +65,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
           .kernel = BUILD_KERNEL::name,
           .kv = BUILD_KV::name,
-          .device = "cpu",
+          .device = device_name(),
           .block_size = BUILD_BLOCK ? BUILD_BLOCK : context,
           .threads = o.threads,
           .seed = o.sampler.seed,
@@ -106,9 +106,10 @@ Setup plan(const Session& session) {
   const size_t free_bytes = device_memory_available(), weights = session.model.weight_bytes;
   if (weights > free_bytes)
     fail(
-        "%s: its weights take %.1f MB, %.1f MB of memory are free: a smaller model, or one of a smaller --type "
-        "(export.py)",
-        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6);
+        "%s: its weights take %.1f MB, %.1f MB of memory are free: what fits has at most %.1f bits a parameter, such "
+        "as a smaller --type of export.py (q8_0 has 8.5, q4_0 4.5), or is a smaller model",
+        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6,
+        8 * static_cast<double>(free_bytes) / session.model.n_parameters);
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);

@@ -44,6 +44,10 @@ cudaStream_t device_stream() {
   return stream;
 }
 
+const char* device_name() {
+  return "cuda";
+}
+
 static int attribute(cudaDeviceAttr which) {
   int value = 0;
   CHECK_CUDA(cudaDeviceGetAttribute(&value, which, 0));
@@ -104,6 +108,23 @@ void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& wr
   write(host.get());
   upload(device, host.get(), bytes);
   synchronize();
+}
+
+// Pinned: a copy to any other memory would not be a piece of the stream like the kernels.
+HostCopy::HostCopy(float* device, size_t most) : device_(device) {
+  if (!device) return;
+  void* memory = nullptr;
+  CHECK_CUDA(cudaMallocHost(&memory, most * sizeof(float)));
+  copy_ = {static_cast<float*>(memory), [](float* p) { cudaFreeHost(p); }};
+}
+
+void HostCopy::begin(size_t n) const {
+  CHECK_CUDA(cudaMemcpyAsync(copy_.get(), device_, n * sizeof(float), cudaMemcpyDeviceToHost, device_stream()));
+}
+
+float* HostCopy::wait() const {
+  synchronize();
+  return copy_.get();
 }
 
 // The GPU has no such thing.

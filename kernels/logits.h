@@ -1,8 +1,6 @@
 // logits.h: from the last hidden rows to logits, where somebody wants them.
 #pragma once
 
-#include <memory>
-
 #include "kernels/step.h"
 
 class LogitsStage {
@@ -13,9 +11,9 @@ class LogitsStage {
   void forward(const Model& model, const Step& step) const;
 
   // [n_logits, vocab_size] on the host, once the step is done and until the next; the sampler may change them.
-  float* host() const;
+  float* host() const { return copy_.wait(); }
 
  private:
-  float* logits_;                  // [max_logits, vocab_size]
-  std::shared_ptr<float[]> copy_;  // the same on the host; null on the CPU
+  float* logits_;  // [max_logits, vocab_size]
+  HostCopy copy_;  // the same
 };

@@ -242,7 +242,12 @@ std::span<const WeightFormat> weight_formats() {
 }
 
 const char* kernel_level() {
-  return "cuda";
+  static const cudaDeviceProp properties = [] {
+    cudaDeviceProp found;
+    CHECK_CUDA(cudaGetDeviceProperties(&found, 0));
+    return found;
+  }();
+  return properties.name;
 }
 
 int panels(int n) {

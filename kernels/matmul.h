@@ -98,5 +98,6 @@ size_t matmul_workspace_bytes(int rows, int k);
 // barrier. y must not overlap any x.
 void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace);
 
-// Which inner loops this build has: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable".
+// What multiplies: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable", after what the compiler may use; with
+// CUDA the GPU's name. Throws Error where there is no GPU.
 const char* kernel_level();

@@ -4,6 +4,7 @@
 ##      GPU=name             there instead of here (list: all that are known); ARGS= more flags: -c, --parallel, --type
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
 ##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
+## make gpu-kit          build/gpu-kit/: all that lab/gpu.py needs to check and measure the kernels on another machine's GPU
 
 MEASURE ?= kernels speed paging variants
 ROUNDS ?= 5
@@ -27,8 +28,19 @@ weights: $(SOURCE_READY)
 $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 	@$(PYTHON) lab/llama_cpp_peer.py quantize $< $@
 
+# Programs to be carried: for any GPU and any CPU of the last ten years.
+CARRY := DEVICE=cuda CUDA_ARCH="$(CHECKED_ARCH)" ARCH=x86-64-v3
+gpu-kit:
+	@mkdir -p build/$@ && cp lab/gpu.py build/$@
+	@for v in gqa mqa mha mla; do run=$$($(MAKE) -s binary $(CARRY) ATTENTION=$$v) && cp $$run build/$@/run-$$v || exit 1; done
+	@$(MAKE) kit-programs $(CARRY)
+kit-programs: $(EMULATED_TESTS:%=$(TEST)/$(GPU)/%) $(TEST)/$(GPU)/attention_case
+	@cp $^ build/gpu-kit
+$(TEST)/$(GPU)/attention_case: $(TEST)/lab/attention_case.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
+
 estimate: ARGS =
 estimate: $(SOURCE_READY)
 	@weights=$$($(WEIGHTS)) && $(MAKE) all >&2 && ./run "$$weights" --estimate $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
-.PHONY: estimate measure weights
+.PHONY: estimate measure weights gpu-kit kit-programs

@@ -144,9 +144,11 @@ TYPED_TEST(Attention, IsTheFormula) {
       const Data d(s, CONTEXTS);
       const Reference expected = reference<TypeParam>(d, CHUNKS);
       check_kernels<TypeParam, 0>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 1>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 3>(d, CHUNKS, expected);
       check_kernels<TypeParam, 16>(d, CHUNKS, expected);
+      if (mask.window == 5) {  // blocks that some windows do not even fill
+        check_kernels<TypeParam, 1>(d, CHUNKS, expected);
+        check_kernels<TypeParam, 3>(d, CHUNKS, expected);
+      }
       if (testing::Test::HasFatalFailure()) FAIL() << s.n_heads << " heads of " << s.k_dim << ", window " << s.window;
     }
   }

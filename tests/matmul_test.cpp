@@ -29,7 +29,7 @@ bool is_float(const std::string& type) {
   return ggml_type(type) == nullptr;
 }
 bool rounds_activations_to_bf16(const std::string& type) {
-  return type == "bf16" && (kernel_level() == std::string("avx512-bf16") || kernel_level() == std::string("cuda"));
+  return type == "bf16" && (kernel_level() == std::string("avx512-bf16") || device_name() == std::string("cuda"));
 }
 // The next number of inputs from k on that are whole blocks.
 int whole(const std::string& type, int k) {

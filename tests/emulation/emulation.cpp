@@ -213,6 +213,11 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
 }
 
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  return cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
@@ -311,10 +316,15 @@ cudaError_t cudaFreeHost(void* memory) {
 
 // The host's side, where it is not pinned, is read before the call returns, and written before it returns.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  const void* on_device = kind == cudaMemcpyHostToDevice ? to : from;
+  const void* on_device = kind == cudaMemcpyDeviceToHost ? from : to;
   if (bytes == 0) return cudaSuccess;
   if (!device_memory().holds(on_device, bytes)) return cudaErrorInvalidValue;
   if (kind == cudaMemcpyDeviceToHost && is_pinned(to, bytes)) {
+    put(stream, [=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+  }
+  if (kind == cudaMemcpyDeviceToDevice) {
+    if (!device_memory().holds(from, bytes)) return cudaErrorInvalidValue;
     put(stream, [=] { std::memcpy(to, from, bytes); });
     return cudaSuccess;
   }
