@@ -16,6 +16,7 @@
 #include "batches.h"
 #include "device_memory.h"
 #include "kernels/threads.h"
+#include "tensor_cores.h"
 
 inline size_t at(int n) {
   return static_cast<size_t>(n);
@@ -49,15 +50,6 @@ struct Data {
     }
   }
 };
-
-// Whether this device multiplies 16-bit numbers.
-inline bool on_tensor_cores() {
-  return Flash::operand_rounding<KvBF16>() > 0;
-}
-template <class Kv>
-bool flash_takes() {
-  return !std::is_same_v<Kv, KvF32> || !on_tensor_cores();
-}
 
 constexpr int LAYERS = 2, LAYER = 1;
 

@@ -4,12 +4,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <set>
 
+#include "device_memory.h"
 #include "host/engine.h"
 #include "kernels/build.h"
+#include "tensor_cores.h"
 #include "tiny_model.h"
 #include "transformer.h"
 
@@ -85,11 +86,14 @@ void poison(KVCache<Kv, Block>& cache, int block, int first_slot) {
   const CacheShape& shape = cache.shape();
   std::vector<int> slots;
   for (int i = first_slot; i < cache.block_size(); i++) slots.push_back(block * cache.block_size() + i);
+  const Buffer<int> slot_mapping = device_copy(slots);
   Batch batch;
-  batch.n_tokens = static_cast<int>(slots.size()), batch.slot_mapping = slots.data();
-  const auto nan = [&](int dim) { return std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN); };
-  for (int layer = 0; layer < shape.n_layers; layer++)
-    cache.append(Team(), layer, batch, nan(shape.k_dim).data(), shape.v_dim ? nan(shape.v_dim).data() : nullptr);
+  batch.n_tokens = static_cast<int>(slots.size()), batch.slot_mapping = slot_mapping.data();
+  const auto nan = [&](int dim) {
+    return device_copy(std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN));
+  };
+  const Buffer<float> k = nan(shape.k_dim), v = nan(shape.v_dim);
+  for (int layer = 0; layer < shape.n_layers; layer++) cache.append(Team(), layer, batch, k.data(), v.data());
 }
 
 // The slots that the batch writes, and all behind them. A block that is copied first keeps what it holds.
@@ -106,7 +110,7 @@ template <class Attention, class Kernel, class Kv, int Block>
 Machine make(const Model& model, const Limits& limits) {
   const auto transformer = std::make_shared<Transformer<Attention, Kernel, Kv, Block>>(model, limits);
   auto& cache = transformer->cache();
-  std::memset(cache.memory(), 0xff, cache.size());
+  fill(cache.memory(), 0xff, cache.size());
   return {cache.block_size(), [transformer, &cache](const Batch& b, int n_threads) {
             poison_written(cache, b);
             // What is -1 in the tables leads far out of the cache.
@@ -238,6 +242,7 @@ void check_windows(const std::string& variant, int block, Maker maker) {
 
 struct Combination {
   const char *name, *variant;
+  bool is_taken;
   int block;
   Maker maker;
 };
@@ -250,10 +255,16 @@ TEST_P(CrossProduct, WhatLiesBehindTheWindowsIsNotRead) {
   check_windows(GetParam().variant, GetParam().block, GetParam().maker);
 }
 
-#define COMBINATION(Attention, Kernel, Kv, Block) \
-  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, Attention::name, Block, make<Attention, Kernel, Kv, Block>},
-const Combination COMBINATIONS[] = {FOR_EACH_TRANSFORMER(COMBINATION)};
-INSTANTIATE_TEST_SUITE_P(Engine, CrossProduct, testing::ValuesIn(COMBINATIONS),
+#define COMBINATION(Attention, Kernel, Kv, Block)                                                     \
+  Combination{#Attention "_" #Kernel "_" #Kv "_" #Block, Attention::name, takes<Kernel, Kv>(), Block, \
+              make<Attention, Kernel, Kv, Block>},
+// To a GPU's kernels a block's size is a number like others, which CachesAgree varies.
+std::vector<Combination> combinations() {
+  std::vector<Combination> all = { FOR_EACH_TRANSFORMER(COMBINATION) };
+  std::erase_if(all, [](const Combination& c) { return !c.is_taken || (on_tensor_cores() && c.block != 3); });
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Engine, CrossProduct, testing::ValuesIn(combinations()),
                          [](const auto& c) { return std::string(c.param.name); });
 
 // The same text from every cache and block size: only the address of a row differs.
@@ -323,12 +334,12 @@ int64_t run_schedule(const Combination& c, unsigned seed) {
 TEST(CrossProduct, RandomSchedules) {
   int64_t preemptions = 0;
   unsigned seed = 0;
-  for (const Combination& c : COMBINATIONS) {
+  for (const Combination& c : combinations()) {
     SCOPED_TRACE(c.name);
     preemptions += run_schedule(c, seed++);
     if (HasFailure()) return;
   }
-  EXPECT_GT(preemptions, 50);
+  EXPECT_GT(preemptions, seed / 3);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "batches.h"
 #include "host/error.h"
 #include "kernels/build.h"
+#include "tensor_cores.h"
 #include "tiny_model.h"
 
 namespace {
@@ -239,15 +240,6 @@ template <>
 constexpr double STORED<KvBF16> = 0x1p-8;
 template <>
 constexpr double STORED<KvQ8> = 1 / 254.0;
-
-// Whether this device's flash multiplies 16-bit numbers. It takes no float32 then, and narrows what MLA expands.
-bool on_tensor_cores() {
-  return Flash::operand_rounding<KvBF16>() > 0;
-}
-template <class Kernel, class Kv>
-bool takes() {
-  return !std::is_same_v<Kernel, Flash> || !std::is_same_v<Kv, KvF32> || !on_tensor_cores();
-}
 
 // What rounds most passes two layers of attention and MLP; 40 covers the growth that these random weights (gain 1.5 a
 // product) show with a factor of about 3 to spare.
