@@ -219,7 +219,7 @@ int run(const Options& o) {
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
-                block_hash, o.choose_threads);
+                block_hash, o.choose_threads && device_takes_team());
   session.engine = &engine;
   session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();

@@ -7,7 +7,7 @@
 ## make lines            how long each stage is, from the model file to the model and from ids to logits
 
 FUZZ_SECONDS ?= 60
-PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
+PACKAGES += $(if $(filter test gtest %_test kit-programs,$(MAKECMDGOALS)),libgtest-dev)
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
