@@ -184,8 +184,8 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
         if keys.values.get("num_experts_per_tok"):
             keys.refuse(
                 "num_experts",
-                "num_experts_per_tok says that there are experts: num_experts (num_local_experts, n_routed_experts) must "
-                "say how many: fetch the file again",
+                "num_experts_per_tok says that there are experts: num_experts (num_local_experts, n_routed_experts) "
+                "must say how many: fetch the file again",
             )
         return {}
     n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
