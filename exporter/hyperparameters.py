@@ -181,6 +181,12 @@ def softcap(keys: Keys, key: str) -> float:
 
 def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
     if not keys.count("num_experts"):
+        if keys.values.get("num_experts_per_tok"):
+            keys.refuse(
+                "num_experts",
+                "num_experts_per_tok says that there are experts: num_experts (num_local_experts, n_routed_experts) "
+                "must say how many: fetch the file again",
+            )
         return {}
     n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
     if chosen > n:
