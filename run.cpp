@@ -60,7 +60,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
           .kernel = BUILD_KERNEL::name,
           .kv = BUILD_KV::name,
-          .device = "cpu",
+          .device = device_name(),
           .block_size = BUILD_BLOCK ? BUILD_BLOCK : context,
           .threads = o.threads,
           .seed = o.sampler.seed,
@@ -101,9 +101,10 @@ Setup plan(const Session& session) {
   const size_t free_bytes = device_memory_available(), weights = session.model.weight_bytes;
   if (weights > free_bytes)
     fail(
-        "%s: its weights take %.1f MB, %.1f MB of memory are free: a smaller model, or one of a smaller --type "
-        "(export.py)",
-        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6);
+        "%s: its weights take %.1f MB, %.1f MB of memory are free: what fits has at most %.1f bits a parameter, such "
+        "as a smaller --type of export.py (q8_0 has 8.5, q4_0 4.5), or is a smaller model",
+        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6,
+        8 * static_cast<double>(free_bytes) / session.model.n_parameters);
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
@@ -155,13 +156,6 @@ std::optional<Machine> probed(const Session& session) {
                session.model);
 }
 
-// What one token's attention is handed; of MLA the absorbed form's.
-AttentionWidths attention_widths(const Config& c) {
-  const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
-  const bool v_is_k = shape.v_dim == 0;
-  return {c.n_heads, shape.n_kv_heads, shape.k_dim, v_is_k ? c.kv_lora_rank : shape.v_dim, v_is_k};
-}
-
 using Mode = void (*)(Session&);
 Mode mode(const Options& o) {
   if (o.chat) return chat;
@@ -187,8 +181,9 @@ void estimate_speed(const Options& o) {
 int run(const Options& o) {
   check_outputs(o);
   Threads threads(o.threads);
-  std::optional<OutputFile> stats;
+  std::optional<OutputFile> stats, output;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  if (const std::string& path = o.logits.empty() ? o.heatmap : o.logits; !path.empty()) output.emplace(path);
   std::optional<Editor> editor;
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
@@ -198,21 +193,20 @@ int run(const Options& o) {
   Runtime::check(model);
   check_mla(o, model.config);
   const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
-  Session session{
-      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
+  Session session{.options = o, .model = model, .tokenizer = tokenizer, .threads = threads};
+  if (editor) session.editor = &*editor;
+  if (output) session.output = &*output;
   read_input(session);
+  check_layer(session);
   if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
+  if (o.explain) return explain(session), 0;
   file.pack(threads);
   blame_for_lost_pages("");
   if (!o.heatmap.empty()) {
     draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
-    return 0;
-  }
-  if (o.explain) {
-    explain(session, attention_widths(model.config));
     return 0;
   }
   Runtime runtime(model, session.setup.limits);

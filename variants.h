@@ -254,10 +254,12 @@ class Mla {
             .window = c.window[static_cast<size_t>(layer)]};
   }
 
-  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average.
+  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average. A
+  // single token takes the absorbed form: to expand a context for it never pays.
   bool expands(const Step& step, int s) const {
     if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
     const double t = step.host.query_start[s + 1] - step.host.query_start[s], n = step.host.context_len[s];
+    if (t == 1) return false;
     const double pairs = t * (n - t / 2);
     return form_flop(step.config, true, t, n, pairs) < form_flop(step.config, false, t, n, pairs);
   }

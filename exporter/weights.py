@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 
 from exporter.errors import ExportError
+from exporter.quantize import K_TYPES, quantize_k
 
 GROUP = 32  # inputs that share a scale in most types
 CHUNK = 1 << 20  # elements that are read at a time
@@ -27,16 +28,14 @@ QUANTIZED = {
     "q4_1": (0, 2),
     "q5_0": (0,),
     "q5_1": (0, 2),
-    "q2_k": (80, 82),
-    "q3_k": (108,),
-    "q4_k": (0, 2),
-    "q5_k": (0, 2),
-    "q6_k": (208,),
+    **{name: kind.halves for name, kind in K_TYPES.items()},
     "iq4_nl": (0,),
     "iq4_xs": (0,),
     "mxfp4": (),
 }
-CHOICES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")  # what weights can be turned into
+CHOICES = (*FLOATS, "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", *K_TYPES)  # what weights can be turned into
+# A K type's next of at least its bits, for rows that are no whole blocks of 256.
+OF_SMALLER_BLOCKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
 def ggml(type: str) -> gguf.GGMLQuantizationType:
@@ -74,7 +73,7 @@ class Weight:
 
 
 def quantize(x: np.ndarray, type: str) -> Weight:
-    """x [n, k] float32 in another type, rounded to nearest, or by the gguf package."""
+    """x [n, k] float32 in another type: rounded to nearest, by the gguf package, or with a search of the scales."""
     peak = np.abs(x).max(initial=0)
     if not np.isfinite(peak):
         raise ExportError("holds an infinite or undefined value: the checkpoint is damaged")
@@ -85,11 +84,12 @@ def quantize(x: np.ndarray, type: str) -> Weight:
         return Weight("bf16", ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
     limit = np.float32(np.finfo(np.float16).max)
     # Of half floats: the weight, its minimum or the scale, which is the largest weight divided by this.
-    if peak > limit * {"q8_0": 127, "q4_0": 8, "q5_0": 16, "mxfp4": np.inf}.get(type, 1):
+    most = {"q8_0": 127, "q4_0": 8, "q5_0": 16, "mxfp4": np.inf} | {k: kind.most for k, kind in K_TYPES.items()}
+    if peak > limit * most.get(type, 1):
         raise ExportError(f"holds {peak:g}, more than {type} can hold: export with --type bf16")
     if type == "f16":
         return Weight("f16", x.astype(np.float16))
-    return Weight(type, gguf.quantize(x, ggml(type)))
+    return Weight(type, quantize_k(x, type) if type in K_TYPES else gguf.quantize(x, ggml(type)))
 
 
 @dataclass
@@ -203,4 +203,6 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 def stored_type(tensor: Tensor, type: str | None) -> str:
     """The type in which a matrix is written: `type` or its own; rows of quantised types are whole blocks."""
     type = type or tensor.keep or tensor.type
-    return "f16" if tensor.k % block(type)[0] else type
+    while tensor.k % block(type)[0]:
+        type = OF_SMALLER_BLOCKS.get(type, "f16")
+    return type

@@ -41,14 +41,6 @@ void each_matrix(M& model, F f) {
   }
 }
 
-double bytes_of(const Matrix& m) {
-  return m.n == 0 ? 0 : static_cast<double>(packed_bytes(m.type, m.n, m.k)) * m.groups;
-}
-
-double elements(const Matrix& m) {
-  return static_cast<double>(m.n) * m.k * m.groups;
-}
-
 // Of the last t tokens of a context of n with keys that they see, in a window of w tokens (0: all).
 double visible_pairs(double t, double n, double w) {
   const auto up_to = [](double m) { return m * (m + 1) / 2; };
@@ -159,7 +151,7 @@ Work work_of(const Model& model, const StepShape& s, double kv_bytes_per_token) 
     if (use == Use::heads) multiplied = 0;
     if (use == Use::stored || m.n == 0) return;
     work.weight_bytes += read * bytes_of(m);
-    work.products[static_cast<size_t>(m.type)] += 2 * elements(m) * multiplied;
+    work.products[static_cast<size_t>(m.type)] += 2 * multiply_adds(m) * multiplied;
   });
   for (const int window : c.window) {
     const double seen = window > 0 ? std::min(s.context, window + s.tokens - 1) : s.context;
@@ -207,6 +199,14 @@ double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_
 
 // ---- The model's sizes.
 
+double bytes_of(const Matrix& m) {
+  return m.n == 0 ? 0 : static_cast<double>(packed_bytes(m.type, m.n, m.k)) * m.groups;
+}
+
+double multiply_adds(const Matrix& m) {
+  return static_cast<double>(m.n) * m.k * m.groups;
+}
+
 double weight_bytes(const Model& model) {
   double bytes = static_cast<double>(model.vector_bytes);
   each_matrix(model, [&](const Matrix& m, Use) { bytes += bytes_of(m); });
@@ -215,8 +215,8 @@ double weight_bytes(const Model& model) {
 
 double parameters(const Model& model) {
   double n = static_cast<double>(model.vector_bytes / sizeof(float));
-  each_matrix(model, [&](const Matrix& m, Use) { n += elements(m); });
-  for (const Layer& l : model.layers) n -= elements(l.w_uk_t.weight);  // w_uk's, turned
+  each_matrix(model, [&](const Matrix& m, Use) { n += multiply_adds(m); });
+  for (const Layer& l : model.layers) n -= multiply_adds(l.w_uk_t.weight);  // w_uk's, turned
   return n;
 }
 

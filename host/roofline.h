@@ -74,6 +74,9 @@ double tokens_read(const Config& config, double context);
 // Of experts, those that a step of this many tokens is expected to hit, each with num_experts_per_tok of them.
 double experts_hit(const Config& config, double tokens);
 
+// Bytes of a matrix in memory, all of its groups; multiply-adds of one row of activations with all of them.
+double bytes_of(const Matrix& matrix);
+double multiply_adds(const Matrix& matrix);
 // Bytes of all weights in memory.
 double weight_bytes(const Model& model);
 double parameters(const Model& model);

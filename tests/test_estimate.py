@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, exported, make, run_binary
 
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
-GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
+GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989.4e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
 
 
 def shapes(config, folder, type=None):
@@ -192,6 +192,8 @@ def test_make_estimate():
         (["--gpu", "l4", "--kv-type", "f8"], 2, "f16"),
         (["--gpu", "l4", "--bench"], 2, "makes no sense"),
         (["--gpu", "l4", "-i", "text"], 2, "makes no sense"),
+        (["--gpu", "l4", "--temperature", "0"], 2, "--temperature makes no sense"),
+        (["--gpu", "l4", "-q"], 2, "--stats"),
         (["--gpu", "l4", "--stats", "/nowhere/at/all.json"], 1, "/nowhere/at/all.json"),
     ],
 )

@@ -20,6 +20,7 @@ import gguf_models
 import numpy as np
 import pytest
 from conftest import ROOT
+from llama2c_model import llama2c_file
 from numpy_model import NumpyModel, load
 from published_configs import PUBLISHED
 from safetensors import safe_open
@@ -33,7 +34,7 @@ from exporter.hf_source import dequantize
 from exporter.model import Model, build, read_config
 from exporter.source import Source
 from exporter.sources import open_source
-from exporter.weights import QUANTIZED, Tensor, Weight, quantize
+from exporter.weights import QUANTIZED, Tensor, Weight, of_array, quantize, stored_type
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,48 @@ def test_quantized_error(type, steps):
     bound = step * (share + 2.0**-11 * steps) + 2.0**-11 * peak * type.endswith("1") + steps * 2.0**-24
     assert (error <= bound).all()
     assert error.max() > step.max() / 4  # or the bound says nothing
+
+
+@pytest.mark.parametrize(
+    ("type", "normal", "heavy"),
+    [
+        ("q2_k", 0.29744, 0.34856),
+        ("q3_k", 0.15119, 0.18645),
+        ("q4_k", 0.07150, 0.09137),
+        ("q5_k", 0.03622, 0.04712),
+        ("q6_k", 0.01782, 0.02628),
+    ],
+)
+def test_k_types_err_no_more_than_llama_cpp(type, normal, heavy):
+    """normal, heavy: the relative error of ggml's quantize_row_*_ref (llama-cpp-python 0.3.36) of the same numbers."""
+    random = np.random.RandomState(0)
+    for x, theirs in [(random.randn(64, 2048), normal), (random.standard_t(3, (64, 2048)), heavy)]:
+        error = quantize(x.astype(np.float32), type).float32() - x
+        assert theirs / 2 < np.sqrt((error**2).sum() / (x**2).sum()) <= theirs
+
+
+@pytest.mark.parametrize("type", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_k_types_of_odd_blocks(type):
+    """Blocks that one number fills are off by what float16 rounds off d or d_min alone: 2^-11 of it."""
+    x = np.array([5, -5, 0, 3e4, -3e4], np.float32).repeat(256).reshape(5, 256)
+    x[2, 7] = 1e-30
+    assert (np.abs(quantize(x, type).float32() - x) <= 1.01 * 2.0**-11 * np.abs(x) + 1e-30).all()
+    quantize(x * 2, type)
+    with pytest.raises(ExportError, match=f"more than {type} can hold"):
+        quantize(x * 1e6, type)
+
+
+def test_rows_that_are_no_blocks_of_a_k_type():
+    """They have the next type of no fewer bits, whose blocks are smaller."""
+    for wanted, types in {
+        "q2_k": ("q2_k", "q4_0", "f16"),
+        "q3_k": ("q3_k", "q4_0", "f16"),
+        "q4_k": ("q4_k", "q5_0", "f16"),
+        "q5_k": ("q5_k", "q5_1", "f16"),
+        "q6_k": ("q6_k", "q8_0", "f16"),
+    }.items():
+        for k, type in zip((512, 576, 100), types, strict=True):
+            assert stored_type(of_array(np.zeros((2, k))), wanted) == type
 
 
 @pytest.mark.parametrize(("type", "bits"), [("f16", 11), ("bf16", 8)])
@@ -393,45 +436,6 @@ def test_rope_freqs_of_gguf(tmp_path):
 
 
 # ---- llama2.c
-
-
-def llama2c_file(path, version, shared, config=(64, 96, 2, 4, 2, 40, 16)):
-    """A checkpoint in version 0 or 1 of its format, as llama2.c's export.py orders it; {our name: array}."""
-    dim, hidden, layers, heads, kv_heads, vocab, length = config
-    random, kv = np.random.default_rng(3), dim // heads * kv_heads
-    shapes = dict(
-        attention_norm=(dim,),
-        q_proj=(dim, dim),
-        k_proj=(kv, dim),
-        v_proj=(kv, dim),
-        o_proj=(dim, dim),
-        mlp_norm=(dim,),
-        gate_proj=(hidden, dim),
-        down_proj=(dim, hidden),
-        up_proj=(hidden, dim),
-    )
-    weights = {
-        f"layers.{layer}.{name}.weight": random.normal(size=shape)
-        for name, shape in shapes.items()
-        for layer in range(layers)
-    }
-    weights |= {
-        "embed_tokens.weight": random.normal(size=(vocab, dim)),
-        "norm.weight": random.normal(size=dim),
-        "lm_head.weight": random.normal(size=(vocab, dim)),
-    }
-    stacked = [key for name in shapes for key in (f"layers.{layer}.{name}.weight" for layer in range(layers))]
-    norms = [key for key in stacked if "norm" in key]
-    last = [] if shared else ["lm_head.weight"]
-    if version == 0:
-        head = struct.pack("<7i", dim, hidden, layers, heads, kv_heads, vocab if shared else -vocab, length)
-        order = ["embed_tokens.weight", *stacked, "norm.weight", "tables", *last]
-    else:
-        head = (struct.pack("<Ii7iB", 0x616B3432, 1, *config, shared)).ljust(256, b"\0")
-        order = [*norms, "norm.weight", "embed_tokens.weight", *(key for key in stacked if key not in norms), *last]
-    tables = np.zeros(length * (dim // heads))
-    path.write_bytes(head + b"".join(weights.get(key, tables).astype("<f4").tobytes() for key in order))
-    return weights
 
 
 @pytest.mark.parametrize("version", [0, 1])
@@ -907,7 +911,8 @@ def test_nothing_half_written(tmp_path, capsys, monkeypatch):
         line = refused(capsys, source, "-o", tmp_path / "m.safetensors", "--type", type)
         assert "layers.1.down_proj.weight" in line and words in line
         assert sorted(tmp_path.iterdir()) == before and (tmp_path / "m.safetensors").read_bytes() == b"older"
-    assert "No such file" in refused(capsys, source, "-o", tmp_path / "nowhere/m.safetensors")
+    line = refused(capsys, source, "-o", tmp_path / "nowhere/m.safetensors")
+    assert "nowhere/m.tokenizer.bin: No such file" in line
 
 
 STOPPED_HALF_WAY = """
@@ -955,6 +960,12 @@ def test_errors_are_one_kind():
 
 
 # ---- Which source, and where to
+
+
+def test_the_fuzzed_sources_are_whole(tmp_path):
+    """Or their damage says nothing."""
+    for source in fuzz_export.whole_sources(tmp_path):
+        assert export.main([str(source), "-o", str(tmp_path / "m.safetensors")]) == 0
 
 
 def test_damaged_sources():

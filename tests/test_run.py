@@ -797,6 +797,10 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
 
 # ---- Wrong input: one line that names the thing, and the right exit code
 
+WHOLE = ("-n", "-c", "-b", "-t", "--top-k", "--samples", "--parallel", "--layer", "--head", "--chunks")
+NUMBERS = ("--temperature", "--top-p", "--min-p", "--repeat-penalty", "--bandwidth", "--flops", "--memory")
+SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed")
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "names"),
@@ -823,7 +827,11 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "--temperature", "-nan"], 2, "temperature -nan"),
         (["MODEL", "--seed", "-2"], 2, "-2"),
         (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
-        (["MODEL", "--seed", "1.5"], 2, "1.5"),
+        (["MODEL", "--seed", "1.5"], 2, "--seed 1.5: must be a whole number"),
+        *((["MODEL", flag, word], 2, f" {word}: must be a whole") for flag in WHOLE for word in ("nan", "1e3")),
+        *((["MODEL", flag, "many"], 2, " many: must be a number") for flag in NUMBERS),
+        *((["MODEL", "-i", "x", "--explain", flag, "1"], 2, f"{flag} makes no sense") for flag in SAMPLING),
+        (["MODEL", "--perplexity", "SHORT", "--ignore-eos"], 2, "--ignore-eos makes no sense"),
         *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
         (["MODEL", "--perplexity", ""], 2, "--perplexity"),
         (["MODEL", "-c", "-1"], 2, "-1"),
@@ -892,6 +900,8 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "-i", "x", "--stats", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "-i", "x", "--stats", "y" * 256], 1, "File name too long"),
         (["MODEL", "-i", "x", "--logits", "nowhere/logits.npy"], 1, "nowhere/logits.npy"),
+        (["MODEL", "-i", "x", "--heatmap", "nowhere/picture.png"], 1, "nowhere/picture.png"),
+        (["MODEL", "-i", "x", "--explain", "--layer", "9"], 1, "--layer 9: this model has layers 0 .. 1"),
         (["MODEL", "-i", "x", "--logits", "/dev/full"], 1, "/dev/full"),
     ],
 )
@@ -902,7 +912,7 @@ def test_wrong_input(model, tmp_path, arguments, code, names):
     os.mkfifo(tmp_path / "PIPE")
     places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
     places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE", "TEMPLATE")}
-    quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
+    quiet = ["-q"] if "/dev/full" in arguments else []  # all else is refused before the report, and so before any work
     done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint
