@@ -331,7 +331,8 @@ struct State {
     for_each_row(rows, first, [&](int r, int row) {
       const size_t at = part.at(rows.index(row));
       float* to = part.o + at * to_size(v_dim);
-      if (threadIdx.x % (32 * L::SHARERS) < 32 && lane_id() % 4 == 0) part.m_l[2 * at] = m[r], part.m_l[2 * at + 1] = l[r];
+      if (threadIdx.x % (32 * L::SHARERS) < 32 && lane_id() % 4 == 0)
+        part.m_l[2 * at] = m[r], part.m_l[2 * at + 1] = l[r];
       for_each_column(r, v_dim, [&](float x, int column) { to[column] = x; });
     });
   }
