@@ -82,7 +82,7 @@ def story(answer: str) -> str:
         return ""
     text = whole_sentences(text)
     words = text.split()
-    sentences = SENTENCE_END.split(text)
+    sentences = SENTENCE_END.split(text)  # with the space before: the first may come back, as a refrain
     phrases = Counter(zip(*(words[i:] for i in range(5)), strict=False))
     told_once = len(sentences) == len({*sentences}) and max(phrases.values(), default=0) <= 2
     return text if len(words) >= SHORTEST and told_once else ""

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the four tiny models, which differ in their attention alone, and writes them as model files.
 
-    python3 -m venv build/torch && build/torch/bin/pip install torch transformers
+    python3 -m venv build/torch && build/torch/bin/pip install torch==2.15.0 transformers==5.24.0
     build/torch/bin/python models/train.py build/corpus.txt
 
 They begin as one: MQA is the case of the other three in which all heads read the same key and value, so its weights,
@@ -65,7 +65,7 @@ MLA = {  # a token's latent and rotated key take as many bytes as MQA's value an
 }
 VARIANTS = ("mha", "mqa", "gqa", "mla")
 
-TOGETHER, APART = 1305, 350  # steps as one model, and as four
+TOGETHER, APART = 1305, 150  # steps as one model, and as four
 BATCH, WARMUP = 16, 20  # stories, steps
 RATE, MATRIX_RATE = 4e-3, 0.02
 HELD_OUT = 20  # every 20th story
