@@ -76,7 +76,7 @@ def test_commands(page, checkout):
         done = subprocess.run(command, shell=True, cwd=checkout, env=OUR_MAKE, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert re.fullmatch(pattern(lines), done.stdout), f"{command}\n{done.stdout}"
-        for name in re.findall(r"[\w-]+\.png", command):
+        for name in re.findall(r"[\w/-]+\.png", command):
             assert_shown(checkout / name)
 
 

@@ -17,7 +17,7 @@ from page import page
 
 CHAPTERS = sorted((ROOT / "docs").glob("[1-8]-*.md"))
 SHOTS = ROOT / "build" / "docs"  # to be looked at
-WIDE, NARROW = 1250, 500
+WIDE, NARROW = 1300, 500
 BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or shutil.which("google-chrome")
 # What the browser finds, as the page's title.
 MEASURE = """<script>addEventListener("load", () => {
