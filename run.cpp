@@ -12,7 +12,7 @@
 #include "cli/estimate.h"
 #include "cli/explain.h"
 #include "cli/heatmap.h"
-#include "cli/probe.h"
+#include "cli/probe_attention.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "host/loader.h"
@@ -156,16 +156,11 @@ std::optional<Machine> probed(const Session& session) {
   const Stats& stats = session.measured.stats;
   const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};
-  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
-  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
-               session.model);
-}
-
-// What one token's attention is handed; of MLA the absorbed form's.
-AttentionWidths attention_widths(const Config& c) {
-  const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
-  const bool v_is_k = shape.v_dim == 0;
-  return {c.n_heads, shape.n_kv_heads, shape.k_dim, v_is_k ? c.kv_lora_rank : shape.v_dim, v_is_k};
+  const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
+  Machine machine = probe(session.threads, threads, {weights.data(), std::min(weights.size(), MOST)}, session.model);
+  probe_attention(machine, session.threads, threads, session.model.config,
+                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
+  return machine;
 }
 
 using Mode = void (*)(Session&);
@@ -187,14 +182,15 @@ void check_mla(const Options& o, const Config& c) {
 void estimate_speed(const Options& o) {
   check_outputs(o);
   ModelFile shapes(o.model);
-  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes, attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
 }
 
 int run(const Options& o) {
   check_outputs(o);
   Threads threads(o.threads);
-  std::optional<OutputFile> stats;
+  std::optional<OutputFile> stats, output;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  if (const std::string& path = o.logits.empty() ? o.heatmap : o.logits; !path.empty()) output.emplace(path);
   std::optional<Editor> editor;
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
@@ -204,21 +200,20 @@ int run(const Options& o) {
   Runtime::check(model);
   check_mla(o, model.config);
   const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
-  Session session{
-      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
+  Session session{.options = o, .model = model, .tokenizer = tokenizer, .threads = threads};
+  if (editor) session.editor = &*editor;
+  if (output) session.output = &*output;
   read_input(session);
+  check_layer(session);
   if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
+  if (o.explain) return explain(session), 0;
   file.pack(threads);
   blame_for_lost_pages("");
   if (!o.heatmap.empty()) {
     draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
-    return 0;
-  }
-  if (o.explain) {
-    explain(session, attention_widths(model.config));
     return 0;
   }
   Runtime runtime(model, session.setup.limits);

@@ -74,7 +74,7 @@ AttentionMap watch(const Session& session) {
   return map;
 }
 
-// Throws Error where the prompt is too long to draw, or the model has no such layer or head.
+// Throws Error where the prompt is too long to draw, or the model has no such head.
 void check_heatmap(const Session& session);
 
 // Draws the head that --head names, or all of the layer, to the file that --heatmap names.

@@ -22,6 +22,7 @@ th, td { border-bottom: 1px solid #ccc; padding: .25rem .75rem .25rem 0; text-al
 pre { background: #f5f5f2; padding: .75rem; overflow-x: auto; line-height: 1.35; }
 pre, code { font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace; font-size: 13px; }
 p, li { max-width: 52rem; }
+p:has(img) { max-width: 62rem; }
 img { max-width: 100%; display: block; margin: 1rem 0; }
 """
 

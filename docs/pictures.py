@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 QUERY, KEY, VALUE, LATENT, EMPTY = "#4c78a8", "#e45756", "#f2a33a", "#72a98f", "#ececec"
+SCORE, DONE = "#8e6bb0", "#d3c6e0"
 VARIANTS = {"MHA": "#e45756", "GQA": "#4c78a8", "MQA": "#72a98f", "MLA": "#8e6bb0"}
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 120})
 
@@ -130,7 +131,115 @@ def gqa():
     return figure
 
 
-PICTURES = {"cache": cache, "roofline": roofline, "mqa": mqa, "gqa": gqa}
+def mla():
+    """Widths of DeepSeek V2 and V3: 128 heads, a latent of 512, a rotated key of 64."""
+    figure, (expanded, absorbed) = canvas(26, 10.4, 2)
+
+    def row(area, y):
+        box(area, 0.6, y, 8, 1, "latent c: 512", LATENT)
+        box(area, 8.6, y, 2, 1, "k: 64", KEY)
+        area.text(10.8, y + 0.5, "the row\nthat is kept", va="center", size=10)
+
+    def step(area, start, end, label="", at=(0, 0), **style):
+        arrow(area, start, end, **style)
+        area.text(*at, label, va="center", size=10)
+
+    expanded.text(6.5, 9.8, "expanded: prompts", ha="center", size=13)
+    row(expanded, 0.4)
+    box(expanded, 0.6, 7.4, 2.6, 1, "q: 128", QUERY)
+    box(expanded, 3.2, 7.4, 1.4, 1, "64", QUERY)
+    box(expanded, 0.6, 4.4, 2.6, 1, "K: 128", KEY)
+    box(expanded, 3.2, 4.4, 1.4, 1, "64", KEY)
+    box(expanded, 6, 4.4, 2.6, 1, "V: 128", VALUE)
+    box(expanded, 6, 7.4, 2.6, 1, "out: 128", QUERY)
+    expanded.text(9, 6.4, "of each of\n128 heads", va="center", size=10)
+    step(expanded, (2.6, 7.3), (2.6, 5.5), "score", (2.8, 6.4), arrowstyle="<->")
+    step(expanded, (7.3, 5.5), (7.3, 7.3), "weighted", (5.2, 6.4))
+    step(expanded, (1.9, 1.5), (1.9, 4.3), "W_UK", (0.5, 2.9))
+    step(expanded, (7.3, 1.5), (7.3, 4.3), "W_UV", (7.5, 3.6))
+    step(expanded, (9.4, 1.5), (4.1, 4.3), "the same\nfor all heads", (3.2, 2.6))
+
+    absorbed.text(6.5, 9.8, "absorbed: decode", ha="center", size=13)
+    box(absorbed, 0.6, 8.2, 2.6, 1, "q: 128", QUERY)
+    box(absorbed, 3.2, 8.2, 1.4, 1, "64", QUERY)
+    box(absorbed, 0.6, 6.2, 8, 1, "q in the latent space: 512", QUERY)
+    box(absorbed, 8.6, 6.2, 2, 1, "64", QUERY)
+    row(absorbed, 4.2)
+    box(absorbed, 0.6, 2.2, 8, 1, "weighted sum of latents: 512", VALUE)
+    box(absorbed, 0.6, 0.2, 2.6, 1, "out: 128", QUERY)
+    absorbed.text(10.8, 6.7, "of each of\n128 heads", va="center", size=10)
+    absorbed.text(10.8, 2.7, "of each of\n128 heads", va="center", size=10)
+    step(absorbed, (2.3, 8.1), (2.3, 7.3), "W_UK^T", (0.4, 7.7))
+    step(absorbed, (4.2, 8.1), (9.4, 7.3))
+    step(absorbed, (4.6, 6.1), (4.6, 5.3), "score: 512 + 64 wide", (4.9, 5.7), arrowstyle="<->")
+    step(absorbed, (4.6, 4.1), (4.6, 3.3), "its first 512 are the value", (4.9, 3.7))
+    step(absorbed, (1.9, 2.1), (1.9, 1.3), "W_UV", (2.1, 1.7))
+    return figure
+
+
+def paged():
+    """Two requests with a common prompt of 8 tokens, blocks of 4."""
+    figure, (slots, blocks) = canvas(30, 11, 2)
+    slots.text(7, 10.3, "a slot of the longest context each", ha="center", size=13)
+    for y, used, name in ((7.6, 11, "A"), (5.4, 9, "B"), (3.2, 4, "C")):
+        slots.text(0.2, y + 0.4, name, va="center", size=12)
+        for i in range(16):
+            box(
+                slots,
+                1 + i * 0.8,
+                y,
+                0.8,
+                0.8,
+                color=(LATENT if i < 8 and name != "C" else QUERY) if i < used else EMPTY,
+            )
+    slots.text(1, 1.8, "24 of 48 places hold a token", size=11)
+
+    blocks.text(7, 10.3, "blocks of 4 tokens from one pool", ha="center", size=13)
+    tables = {"A": [2, 5, 0], "B": [2, 5, 3], "C": [6]}
+    for (name, table), y in zip(tables.items(), (8.6, 7.2, 5.8), strict=True):
+        blocks.text(0.2, y + 0.4, name, va="center", size=12)
+        for i, block in enumerate(table):
+            box(blocks, 1 + i * 1.1, y, 1.1, 0.8, str(block), "white", 10)
+            blocks.add_patch(Rectangle((1 + i * 1.1, y), 1.1, 0.8, fill=False, edgecolor="#888888"))
+    blocks.text(4.8, 9, "block_table: which blocks are its own,\nin the order of the tokens", va="center", size=10)
+    used = {2: (LATENT, 4), 5: (LATENT, 4), 0: (QUERY, 3), 3: (QUERY, 1), 6: (QUERY, 4)}
+    for block in range(8):
+        x, y = 0.6 + block % 4 * 3.5, 3 - block // 4 * 1.9
+        blocks.text(x, y + 0.95, str(block), size=10)
+        color, n = used.get(block, (EMPTY, 0))
+        for i in range(4):
+            box(blocks, x + i * 0.8, y, 0.8, 0.8, color=color if i < n else EMPTY)
+    blocks.text(0.6, 0.2, "16 of 20 places hold a token, 3 blocks are free", size=11)
+    blocks.text(8.2, 6.3, "2 and 5: the prompt that\nA and B share", va="center", size=10, color="#4d7c6c")
+    return figure
+
+
+def flash():
+    """A prompt of 12 tokens, query tiles of 4 rows, tiles of 4 tokens."""
+    figure, (naive, tiled) = canvas(30, 14.6, 2)
+    titles = {
+        naive: ("naive: all scores, their softmax, then the sums", "[n, n] of every head goes to memory and back"),
+        tiled: ("flash: a tile of scores at a time", "of the tiles that are done: max, sum and out [4, d]"),
+    }
+    for area, (title, below) in titles.items():
+        area.text(7.5, 13.9, title, ha="center", size=13)
+        area.text(7.5, 0.5, below, ha="center", size=11)
+        area.text(1.9, 12.3, "Q", ha="center", size=11)
+        area.text(7.8, 12.3, "K and V of tokens 0 .. 11", ha="center", size=11)
+        for i in range(12):
+            row, at_work = 10.2 - 0.8 * i, area is naive or 4 <= i < 8
+            box(area, 1.5, row, 0.8, 0.8, color=QUERY if at_work else "#c3d2e3")
+            box(area, 3 + 0.8 * i, 11.3, 0.8, 0.8, color=KEY if at_work else "#f3c3c4")
+            for j in range(i + 1):
+                color = EMPTY if not at_work else SCORE if area is naive or j >= 4 else DONE
+                box(area, 3 + 0.8 * j, row, 0.8, 0.8, color=color)
+        area.add_patch(Rectangle((3, 1.4), 9.6, 9.6, fill=False, edgecolor="#999999", linewidth=0.8))
+    tiled.add_patch(Rectangle((6.2, 4.6), 3.2, 3.2, fill=False, edgecolor="black", linewidth=2))
+    tiled.text(9.7, 7, "scores\nat work", va="center", size=10)
+    return figure
+
+
+PICTURES = {f.__name__: f for f in (cache, roofline, mqa, gqa, mla, paged, flash)}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

@@ -6,7 +6,7 @@ PROMPT ?= Once upon a time
 ARGS ?= -n 128
 
 PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev libstb-dev \
-  $(if $(filter run estimate test lint weights measure docs pictures models/% .venv/%,$(MAKECMDGOALS)),python3-venv)
+  $(if $(filter run estimate test lint weights lab measure docs pictures models/% .venv/%,$(MAKECMDGOALS)),python3-venv)
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)

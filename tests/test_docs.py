@@ -24,6 +24,17 @@ def test_links(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name[0].isdigit()], ids=lambda page: page.name)
+def test_functions(page):
+    """What the section on the function names is in one of the files that it links to."""
+    section = re.search(r"^## The (?:exact )?function\n(.*?)^## ", page.read_text(), re.MULTILINE | re.DOTALL)[1]
+    sources = "".join(
+        (page.parent / link).read_text() for link in re.findall(r"\]\((\.\./[^)#]+\.(?:h|cpp|cu))\)", section)
+    )
+    names = re.findall(r"`(?:\w+::)?(\w+)`", section)
+    assert names and [name for name in names if not re.search(rf"\b{name}\b", sources)] == []
+
+
 def commands(page):
     """[(command, the lines below it)]: `    $ command`, and the indented lines that follow, empty ones between them."""
     found = re.findall(r"^ {4}\$ (.*)\n((?:(?:\n)* {4}(?!\$ ).*\n)*)", page.read_text(), re.MULTILINE)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make
 from PIL import Image
 
 sys.path.append(str(ROOT / "docs"))
@@ -22,6 +22,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or
 # What the browser finds, as the page's title.
 MEASURE = """<script>addEventListener("load", () => {
   const wide = box => box.scrollWidth > box.clientWidth;
+  for (const details of document.querySelectorAll("details")) details.open = true;
   const seen = {};
   for (const section of document.querySelectorAll("section")) {
     const images = [...section.querySelectorAll("img")];
@@ -55,8 +56,13 @@ def look(text, file, width=WIDE):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    return look(page(CHAPTERS), tmp_path_factory.mktemp("page") / "page.html")
+def article():
+    return (ROOT / make("docs").strip()).read_text()
+
+
+@pytest.fixture(scope="module")
+def seen(article, tmp_path_factory):
+    return look(article, tmp_path_factory.mktemp("page") / "page.html")
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
@@ -73,11 +79,11 @@ def test_a_chapter_in_a_browser(chapter, seen, tmp_path):
     assert max(n for n, _ in colours) < 0.95 * WIDE * height  # a page is mostly white, but not all of it
 
 
-def test_the_whole_page(seen, tmp_path):
+def test_the_whole_page(article, seen, tmp_path):
+    assert list(seen["sections"]) == [chapter.name for chapter in CHAPTERS]
     assert (seen["wide"], seen["nowhere"]) == (False, [])
-    text = page(CHAPTERS)
-    assert not look(text, tmp_path / "page.html", NARROW)["wide"]  # what is too wide for a telephone moves by itself
-    for target in re.findall(r'(?:href|src)="([^"#:]+)["#]', text):
+    assert not look(article, tmp_path / "page.html", NARROW)["wide"]  # on a telephone, what is wide moves by itself
+    for target in re.findall(r'(?:href|src)="([^"#:]+)["#]', article):
         assert (ROOT / "docs" / target).exists(), target
 
 
