@@ -167,7 +167,8 @@ __device__ QueryRows find_rows(const Batch& batch, const AttentionShape& shape, 
   return {s, start, group, static_cast<int>(blockIdx.y) * group, shape.n_heads, begin, min(begin + n, n_rows)};
 }
 
-// The part of the context that a launch works on, and where results lie that are not whole yet.
+// The part of the context that a launch works on, and where results lie that are not whole yet: a split's, until
+// merge_splits; or with splits = 1 a launch's, which the next one goes on from.
 struct Part {
   int first = 0, n = INT_MAX;  // positions: block z of the grid has n, from first + z n on
   int splits = 1;              // blocks of the grid; where there are several, merge_splits is to follow
@@ -195,7 +196,7 @@ __device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, c
 // --- flash: the kernel -----------------------------------------------------------------------------------------------
 
 // A block of threads has 16 query rows for each SHARERS warps; grid: blocks of query rows, KV heads, parts of the
-// context. table: null where the cache has one block, of one split, and no table.
+// context. block_table: null where the cache is one block, of one split.
 template <class L>
 __global__ void __launch_bounds__(L::WARPS * 32, L::WARPS_AT_ONCE / L::WARPS)
     flash(const float* q, CacheView<typename L::Kv, 0> view, int layer, const int* block_table, Batch batch,
