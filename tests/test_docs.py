@@ -62,7 +62,7 @@ def checkout(tmp_path_factory):
         pytest.skip("tiny models take the same paths under the sanitizers")
     source = ROOT / "models" / f"{MODEL}.gguf"
     if not source.exists():
-        pytest.skip(f"models/{source.name} is not here: `make run` downloads it")
+        pytest.skip(f"models/{source.name} is not here: `make smollm2` downloads it")
     here = tmp_path_factory.mktemp("docs")
     (here / "models").mkdir()
     for entry in [*ROOT.iterdir(), ROOT / "models" / "models.mk", source]:
