@@ -552,6 +552,15 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(kind, normalized, tmp_p
             assert_as_tokenizers(made, tmp_path, [*ADDED, "cafe\u0301"])
 
 
+@pytest.mark.parametrize("kind", ["prepend", "first", "gemma", "byte-nfc"])
+def test_added_tokens_of_one_character_and_of_white_space(kind, tmp_path):
+    """One that its normalized form alone would find is no part of other texts; one may lie in stripped white space."""
+    made = grown(kind)
+    made.add_tokens([AddedToken("Ω", normalized=True), AddedToken("▁q", normalized=False), AddedToken("世")])
+    made.add_special_tokens([AddedToken("<b>", lstrip=True, rstrip=True), AddedToken("\u3000", normalized=False)])
+    assert_as_tokenizers(made, tmp_path, ["Ω", "\u2126", "▁q", " q", "世", "<b>", "\u3000", "   "])
+
+
 @pytest.mark.parametrize("lacks_bytes", [False, True])
 @pytest.mark.parametrize("unk", ["<unk>", None])
 @pytest.mark.parametrize("fuse", [False, True])
