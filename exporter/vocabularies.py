@@ -11,7 +11,7 @@ from exporter.chat import ChatTemplate, chat_template, find_template
 from exporter.ends import ends_by_template, ends_by_text
 from exporter.errors import ExportError, shown
 from exporter.hf_source import read_json
-from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
+from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre, takes_everything
 from exporter.source import is_listed, whole_file
 
 # Flags. IGNORE_MERGES: a piece that is a token is that token; BYTE_FALLBACK: a code point that is none is its bytes;
@@ -357,6 +357,8 @@ def read_normalizer(t: Tokenizer, node: dict | None, where) -> None:
 
 def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
     match kind_of(node):
+        case kind if t.flags & BYTE_LEVEL and kind not in (None, "Sequence"):
+            raise ExportError(f"{where}: pre_tokenizer {kind} comes after ByteLevel, not supported: use another model")
         case None:
             pass
         case "Sequence":
@@ -374,7 +376,10 @@ def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
             t.patterns += [" [^ ]*"] if node.get("split", True) else []
         case "Split" if node["pattern"] == {"String": " "} and node["behavior"] == "MergedWithPrevious":
             pass  # Gemma's: after its normalizer no space is left to split at
-        case "Split" if (node["behavior"], node["invert"]) in (("Isolated", False), ("Removed", True)):
+        case "Split" if (node["behavior"], node["invert"]) == ("Isolated", False) or (
+            (node["behavior"], node["invert"]) == ("Removed", True)
+            and takes_everything(node["pattern"].get("Regex", ""))
+        ):
             pattern = node["pattern"]
             t.patterns.append(pcre(pattern["Regex"], where) if "Regex" in pattern else re.escape(pattern["String"]))
         case kind:
