@@ -12,7 +12,7 @@
 #include "cli/estimate.h"
 #include "cli/explain.h"
 #include "cli/heatmap.h"
-#include "cli/probe.h"
+#include "cli/probe_attention.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "host/loader.h"
@@ -39,13 +39,8 @@ std::string read_template(const std::string& path) {
 }
 
 Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
-  namespace fs = std::filesystem;
-  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
-  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
-    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
-    if (fs::exists(beside)) path = beside;
-  }
-  Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
+  const std::string path = tokenizer_path(model.path);
+  Tokenizer tokenizer = Tokenizer::load(path, model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
@@ -156,9 +151,11 @@ std::optional<Machine> probed(const Session& session) {
   const Stats& stats = session.measured.stats;
   const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};
-  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
-  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
-               session.model);
+  const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
+  Machine machine = probe(session.threads, threads, {weights.data(), std::min(weights.size(), MOST)}, session.model);
+  probe_attention(machine, session.threads, threads, session.model.config,
+                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
+  return machine;
 }
 
 using Mode = void (*)(Session&);
@@ -180,7 +177,7 @@ void check_mla(const Options& o, const Config& c) {
 void estimate_speed(const Options& o) {
   check_outputs(o);
   ModelFile shapes(o.model);
-  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes, attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
 }
 
 int run(const Options& o) {
@@ -217,7 +214,7 @@ int run(const Options& o) {
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
-                block_hash, o.choose_threads);
+                block_hash, o.choose_threads && device_takes_team());
   session.engine = &engine;
   session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <span>
 
@@ -536,6 +537,18 @@ void Encoder::merge_symbols() {
 }
 
 }  // namespace
+
+std::string tokenizer_path(const std::string& model) {
+  namespace fs = std::filesystem;
+  std::error_code error;  // a model that is not there is load_model's to report
+  const fs::path file = fs::weakly_canonical(model, error);
+  const fs::path own = fs::path(model).replace_extension(".tokenizer.bin");
+  const fs::path linked = fs::path(file).replace_extension(".tokenizer.bin");
+  const fs::path shared = file.parent_path().parent_path() / "tokenizer.bin";
+  for (const fs::path& path : {own, linked, shared})
+    if (fs::exists(path, error)) return path.string();
+  return own.string();
+}
 
 Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
   auto impl = std::make_shared<Impl>();

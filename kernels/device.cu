@@ -1,6 +1,8 @@
 // device.cu: a GPU: its memory, its one stream, and what its errors mean.
 #include "kernels/device.h"
 
+#include <algorithm>
+
 #include "host/error.h"
 #include "kernels/gpu.h"
 
@@ -48,6 +50,10 @@ const char* device_name() {
   return "cuda";
 }
 
+bool device_takes_team() {
+  return false;
+}
+
 static int attribute(cudaDeviceAttr which) {
   int value = 0;
   CHECK_CUDA(cudaDeviceGetAttribute(&value, which, 0));
@@ -81,9 +87,10 @@ void device_free(void* memory, size_t) {
 
 size_t device_memory_available() {
   device_stream();
+  constexpr size_t LEFT_TO_CUDA = size_t{128} << 20;  // for kernels and graphs, which it loads at their first use
   size_t available = 0, total = 0;
   CHECK_CUDA(cudaMemGetInfo(&available, &total));
-  return available;
+  return available - std::min(available, LEFT_TO_CUDA);
 }
 
 void upload(void* device, const void* host, size_t bytes) {

@@ -144,9 +144,11 @@ TYPED_TEST(Attention, IsTheFormula) {
       const Data d(s, CONTEXTS);
       const Reference expected = reference<TypeParam>(d, CHUNKS);
       check_kernels<TypeParam, 0>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 1>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 3>(d, CHUNKS, expected);
       check_kernels<TypeParam, 16>(d, CHUNKS, expected);
+      if (mask.window == 5) {  // blocks that some windows do not even fill
+        check_kernels<TypeParam, 1>(d, CHUNKS, expected);
+        check_kernels<TypeParam, 3>(d, CHUNKS, expected);
+      }
       if (testing::Test::HasFatalFailure()) FAIL() << s.n_heads << " heads of " << s.k_dim << ", window " << s.window;
     }
   }
@@ -180,6 +182,7 @@ TYPED_TEST(Attention, LargeLatents) {
 // By hand: key j is the unit vector j, so the query 1e4 e_j selects value j, to the bit; where it is 0, the
 // exponential's least value, e^-87, may show.
 TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   const int n = 70, dim = 80;
   Data d(make_shape(2, 1, dim, dim), {n});
   for (int t = 0; t < n; t++)
@@ -233,6 +236,7 @@ void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected
 }
 
 TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   for (AttentionShape s : {make_shape(6, 2, 20, 20), make_shape(2, 1, 24, 20, true)}) {
     for (int window : {0, 70}) {
       s.window = window;
@@ -245,58 +249,6 @@ TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
       expect_same_in_any_chunks<Flash, TypeParam, 3>(d, flash);
       expect_same_in_any_chunks<Flash, TypeParam, 16>(d, flash);
     }
-  }
-}
-
-// Rows in plain memory, a split at a time, give what attend gives for a cache of the same rows, in the type that is
-// multiplied.
-TEST(AttendRows, SameBitsAsAttend) {
-  const std::vector<float> sinks = {1, -3, 20, 0};
-  for (int window : {0, 300}) {
-    AttentionShape s = make_shape(4, 2, 24, 20);
-    s.window = window;
-    s.sinks = window > 0 ? sinks.data() : nullptr;
-    const int context = 700, first = 640, n = context - first;
-    const Data d(s, {context});
-    const std::vector<float> expected = on_tensor_cores() ? attention_of<Flash, KvBF16, 0>(d, {{0, first, n}}, 2)
-                                                          : attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    Batches batches(2, context, 0);
-    DeviceBatch on_device;
-    const Batch& batch = on_device.upload(batches.batch({{0, 0, 1}, {1, first, n}}));
-    const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
-    std::vector<float> q(at(q_width));
-    q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
-    const Buffer<float> device_q = device_copy(q), k = device_copy(d.k[0]), v = device_copy(d.v[0]);
-    Buffer<float> device_out = device_copy(std::vector<float>(at((n + 1) * out_width), -7));
-    const Buffer<float> device_sinks = device_copy(sinks);
-    if (s.sinks) s.sinks = device_sinks.data();
-    ScratchMemory<Flash> scratch(s, n + 1, context, 2);
-    const int unseen = window > 0 ? first - window + 1 : 0;
-    Threads(2).run(2, [&](const Team& team) {
-      for (int split = unseen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
-        const PlainRows rows{k.data() + split * s.n_kv_heads * s.k_dim, v.data() + split * s.n_kv_heads * s.v_dim,
-                             split, std::min(ATTENTION_SPLIT, context - split)};
-        Flash::attend_rows(team, device_q.data(), rows, batch, 1, s, device_out.data(), scratch.workspace);
-      }
-    });
-    std::vector<float> out = host_copy(device_out);
-    for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
-    out.erase(out.begin(), out.begin() + out_width);
-    expect_same_bits(out, expected, "window " + std::to_string(window));
-  }
-}
-
-// A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
-// behaviour.
-TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
-  Data d(make_shape(2, 1, 20, 20), {100, 70});
-  const std::vector<float> expected = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-  for (float bad : {INFINITY, NAN, 3e38f}) {
-    for (int i = 0; i < 20; i++) d.k[0][at(90 * 20 + i)] = d.v[0][at(90 * 20 + i)] = bad;
-    std::vector<float> out = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-    const auto others = out.begin() + 100 * 40;
-    expect_same_bits({others, out.end()}, {expected.begin() + 100 * 40, expected.end()}, "the other sequence");
-    attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
   }
 }
 
