@@ -32,6 +32,7 @@
 #include "kernels/build.h"
 #include "kernels/gpu.h"
 #include "kernels/mma.h"
+#include "kernels/tiles.h"
 
 namespace attention {  // a name: nvcc warns of what a build with another KV leaves unused in one without
 
@@ -45,18 +46,10 @@ constexpr __host__ __device__ size_t to_size(int n) {
 constexpr __host__ __device__ int divide_up(int n, int by) {
   return (n + by - 1) / by;
 }
-__device__ int warp_id() {
-  return static_cast<int>(threadIdx.x) / 32;
-}
 
-// Positions begin .. end - 1.
-struct Span {
-  int begin = 0, end = 0;
-};
 // What a token sees.
 __device__ Span seen_by(const Batch& batch, const AttentionShape& shape, int token) {
-  const int end = batch.positions[token] + 1;
-  return {shape.window > 0 ? max(0, end - shape.window) : 0, end};
+  return {shape.first_seen(batch.positions[token]), batch.positions[token] + 1};
 }
 
 // --- naive -----------------------------------------------------------------------------------------------------------
@@ -104,30 +97,32 @@ __global__ void naive(const float* q, CacheView<Kv, 0> view, int layer, Batch ba
 
 // --- flash: a block's work and memory --------------------------------------------------------------------------------
 
-constexpr int TILE = 32;   // tokens: a lane looks up the block of each
 constexpr int ROWS = 16;   // query rows of a warp
 constexpr int GROUP = 32;  // elements of a row that are one step of the work: they share q8's scale
-constexpr int MOST_WARPS = 8;
 static_assert(SPLIT % TILE == 0 && GROUP == KvQ8::QUANT_GROUP);
 
-// Sizes for heads up to K wide with values up to V wide. SHARERS warps share 16 query rows: each scores TOKENS of a
-// tile, and makes COLUMNS of the result from the weights of all. One warp alone reads shared memory least; in decode,
-// where a block has 16 rows or fewer, several are done sooner; and no warp has registers for more than 128 columns.
-template <class Kv_, int K_, int V_, int SHARERS_>
+// Sizes for heads up to K wide with values up to V wide, and blocks of up to WARPS warps. SHARERS of them share 16
+// query rows: each scores TOKENS of a tile, and makes COLUMNS of the result from the weights of all. Prompts fill a
+// block with rows, so that a tile is read once for many, and share them only where a warp has no registers for all
+// columns; decode has 16 rows or fewer, and several warps are done with a tile sooner. It does not change a bit.
+template <class Kv_, int K_, int V_, int SHARERS_, int WARPS_>
 struct Layout {
   using Kv = Kv_;
   using Op = Operands<Kv>;
   using Rows = HeadRows<Kv, 0>;
-  static constexpr int K = K_, V = V_, SHARERS = SHARERS_, COLUMNS = V / SHARERS, TOKENS = TILE / SHARERS;
+  static constexpr int K = K_, V = V_, SHARERS = SHARERS_, WARPS = WARPS_, COLUMNS = V / SHARERS,
+                       TOKENS = TILE / SHARERS;
   static constexpr int BYTES = sizeof(typename Codec<Kv>::Element);
   static constexpr bool IS_SCALED = Rows::IS_QUANTISED;
+  // Of a multiprocessor; the registers of each follow from it.
+  static constexpr int WARPS_AT_ONCE = COLUMNS > 32 ? 8 : IS_SCALED ? 12 : 16;
   static_assert(K % GROUP == 0 && COLUMNS % GROUP == 0 && TOKENS % 8 == 0);
 
   // Bytes from a row in shared memory to the next: an odd number of chunks, so that 8 rows' chunks, which are loaded
   // together, lie in different banks of the memory.
   static constexpr int stride(int bytes) { return divide_up(bytes, 2 * CHUNK) * 2 * CHUNK + CHUNK; }
-  static constexpr int scale_bytes(int n) { return IS_SCALED ? n / GROUP * 2 : 0; }
-  static constexpr int K_STRIDE = stride(K * BYTES + scale_bytes(K)), V_STRIDE = stride(V * BYTES + scale_bytes(V));
+  static constexpr int K_STRIDE = stride(K * BYTES + scale_bytes<Kv>(K));
+  static constexpr int V_STRIDE = stride(V * BYTES + scale_bytes<Kv>(V));
   static constexpr int Q_STRIDE = stride(K * 2), Q_PART = ROWS * Q_STRIDE;
 
   struct Row {
@@ -189,14 +184,12 @@ struct Part {
 };
 
 template <class L>
-class Tiles;
-template <class L>
 struct State;
 template <class L>
 __device__ void load_queries(const float* q, const QueryRows& rows, int first, const Batch& batch,
                              const AttentionShape& shape, typename L::Shared& shared);
 template <class L>
-__device__ void attend_tile(State<L>& state, std::byte* tile, int first, const AttentionShape& shape,
+__device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, const AttentionShape& shape,
                             typename L::Shared& shared);
 
 // --- flash: the kernel -----------------------------------------------------------------------------------------------
@@ -204,11 +197,11 @@ __device__ void attend_tile(State<L>& state, std::byte* tile, int first, const A
 // A block of threads has 16 query rows for each SHARERS warps; grid: blocks of query rows, KV heads, parts of the
 // context. table: null where the cache has one block, of one split, and no table.
 template <class L>
-__global__ void __launch_bounds__(MOST_WARPS * 32)
+__global__ void __launch_bounds__(L::WARPS * 32, L::WARPS_AT_ONCE / L::WARPS)
     flash(const float* q, CacheView<typename L::Kv, 0> view, int layer, const int* block_table, Batch batch,
           AttentionShape shape, Part part, float* out) {
-  const int n_groups = static_cast<int>(blockDim.x) / 32 / L::SHARERS, group = warp_id() / L::SHARERS;
-  const QueryRows rows = find_rows(batch, shape, n_groups * ROWS);
+  const int n_warps = static_cast<int>(blockDim.x) / 32, sixteen = warp_id() / L::SHARERS;
+  const QueryRows rows = find_rows(batch, shape, n_warps / L::SHARERS * ROWS);
   if (rows.begin >= rows.end) return;  // the whole block
   const int part_begin = part.first + static_cast<int>(blockIdx.z) * part.n, part_end = part_begin + part.n;
   const Span seen{seen_by(batch, shape, rows.token(rows.begin)).begin,
@@ -218,10 +211,12 @@ __global__ void __launch_bounds__(MOST_WARPS * 32)
 
   const int* table = block_table ? block_table + to_size(rows.sequence) * to_size(batch.max_blocks) : nullptr;
   std::byte* memory = dynamic_shared<std::byte>();  // two tiles, then what each 16 rows have
-  auto& shared = reinterpret_cast<typename L::Shared*>(memory + 2 * L::tile_bytes(shape.v_is_k))[group];
-  Tiles<L> tiles(view, layer, table, {seen.begin, end}, begin, shape.v_is_k, memory);
+  auto& shared = reinterpret_cast<typename L::Shared*>(memory + 2 * L::tile_bytes(shape.v_is_k))[sixteen];
+  Tiles<L> tiles{
+      {view, layer, static_cast<int>(blockIdx.y)}, view.shape, table, {seen.begin, end}, shape.v_is_k, memory};
+  tiles.find_blocks(begin);
   tiles.start_copy(begin);
-  const int first_row = rows.begin + group * ROWS;
+  const int first_row = rows.begin + sixteen * ROWS;
   load_queries<L>(q, rows, first_row, batch, shape, shared);
 
   State<L> total, split;
@@ -231,7 +226,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32)
     tiles.start_copy(at + TILE);
     cp_async_wait<1>();  // all but the copy just begun
     __syncthreads();
-    attend_tile(split, tiles.tile(at), at, shape, shared);
+    attend_tile(split, tiles, at, shape, shared);
     if ((at + TILE) % SPLIT == 0 || at + TILE >= end) {
       split.add_lanes();
       total.merge(split);
@@ -239,8 +234,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32)
     }
     __syncthreads();  // nobody reads the tile any more
   }
-  const bool is_whole = part.splits == 1 && end == seen.end;
-  is_whole ? total.store(out, rows, first_row, shape) : total.store(part, rows, first_row, shape.v_dim);
+  total.store(part, rows, first_row, shape, part.splits == 1 && end == seen.end, out);
 }
 
 // --- flash: sums -----------------------------------------------------------------------------------------------------
@@ -327,21 +321,17 @@ struct State {
       for_each_column(r, v_dim, [&](float& x, int column) { x = from[column]; });
     });
   }
-  __device__ void store(const Part& part, const QueryRows& rows, int first, int v_dim) {
+  // Into `out`, divided by the sum, where the context is at its end. fmaf(.., 0): a sum of nothing but underflows may
+  // be -0 or +0, depending on how many tokens follow that the row does not see.
+  __device__ void store(const Part& part, const QueryRows& rows, int first, const AttentionShape& shape, bool is_whole,
+                        float* out) {
     for_each_row(rows, first, [&](int r, int row) {
-      const size_t at = part.at(rows.index(row));
-      float* to = part.o + at * to_size(v_dim);
-      if (threadIdx.x % (32 * L::SHARERS) < 32 && lane_id() % 4 == 0)
+      const size_t at = is_whole ? rows.index(row) : part.at(rows.index(row));
+      float* to = (is_whole ? out : part.o) + at * to_size(shape.v_dim);
+      if (!is_whole && warp_id() % L::SHARERS == 0 && lane_id() % 4 == 0)
         part.m_l[2 * at] = m[r], part.m_l[2 * at + 1] = l[r];
-      for_each_column(r, v_dim, [&](float x, int column) { to[column] = x; });
-    });
-  }
-  // The result. fmaf(.., 0): a sum of nothing but underflows may be -0 or +0, depending on how many tokens follow that
-  // the row does not see.
-  __device__ void store(float* out, const QueryRows& rows, int first, const AttentionShape& shape) {
-    for_each_row(rows, first, [&](int r, int row) {
-      float* to = out + rows.index(row) * to_size(shape.v_dim);
-      const float factor = last_factor(m[r], l[r], shape.sinks ? shape.sinks + rows.head(row) : nullptr);
+      const float* sink = shape.sinks ? shape.sinks + rows.head(row) : nullptr;
+      const float factor = is_whole ? last_factor(m[r], l[r], sink) : 1;
       for_each_column(r, shape.v_dim, [&](float x, int column) { to[column] = fmaf(x, factor, 0); });
     });
   }
@@ -367,101 +357,6 @@ __global__ void merge_splits(Batch batch, AttentionShape shape, Part part, float
     out[row * to_size(v_dim) + to_size(column)] = fmaf(o, factor, 0);
   }
 }
-
-// --- flash: copies ahead ---------------------------------------------------------------------------------------------
-
-// Rows in shared memory; q8's scales lie behind a row's elements.
-struct TileRows {
-  std::byte* start;
-  int stride, scales;
-  __device__ std::byte* row(int token) const { return start + token * stride; }
-  __device__ float scale(int token, int group) const {
-    return f16_to_float(load_vector<uint16_t>(row(token) + scales + group * 2));
-  }
-};
-template <class L>
-__device__ TileRows keys_of(std::byte* tile) {
-  return {tile, L::K_STRIDE, L::K * L::BYTES};
-}
-template <class L>
-__device__ TileRows values_of(std::byte* tile, bool v_is_k) {
-  if (v_is_k) return keys_of<L>(tile);
-  return {tile + TILE * L::K_STRIDE, L::V_STRIDE, L::V * L::BYTES};
-}
-
-// The tiles of a sequence's context, in memory for two. `is_there`: positions; what lies before or behind may be
-// another's, and becomes zeros.
-template <class L>
-class Tiles {
-  using Rows = typename L::Rows;
-
- public:
-  __device__ Tiles(const CacheView<typename L::Kv, 0>& view, int layer, const int* table, Span is_there, int first,
-                   bool v_is_k, std::byte* memory)
-      : rows_(view, layer, static_cast<int>(blockIdx.y)),
-        shape_(view.shape),
-        table_(table),
-        is_there_(is_there),
-        v_is_k_(v_is_k),
-        memory_(memory),
-        block_(block_at(first)) {}
-
-  // Of the tokens first .. first + TILE - 1.
-  __device__ std::byte* tile(int first) const { return memory_ + first / TILE % 2 * L::tile_bytes(v_is_k_); }
-
-  // Begins the copy of a tile, each the one behind the last. Past the end of nothing, so that a wait means the same.
-  __device__ void start_copy(int first) {
-    if (first < is_there_.end) {
-      const int slot = (first + lane_id()) % shape_.block_size;
-      copy<L::K>(first, rows_.k(block_, slot), rows_.k_scales(block_, slot), shape_.k_dim, keys_of<L>(tile(first)));
-      if (!v_is_k_)
-        copy<L::V>(first, rows_.v(block_, slot), rows_.v_scales(block_, slot), shape_.v_dim,
-                   values_of<L>(tile(first), false));
-    }
-    cp_async_commit();
-    block_ = block_at(first + TILE);
-  }
-
- private:
-  // The cache's block of the lane's token; where that is not there, any.
-  __device__ int block_at(int first) const {
-    const int token = first + lane_id();
-    return table_ && token >= is_there_.begin && token < is_there_.end ? table_[token / shape_.block_size] : 0;
-  }
-
-  // Lane i's row of dim elements goes to row i of the tile.
-  template <int DIM>
-  __device__ void copy(int first, const std::byte* row, const std::byte* scales, int dim, const TileRows& to) const {
-    copy_bytes<CHUNK, DIM * L::BYTES>(first, row, static_cast<int>(Rows::stride(dim)), to.start, to.stride);
-    if constexpr (L::IS_SCALED)
-      copy_bytes<4, L::scale_bytes(DIM)>(first, scales, static_cast<int>(Rows::scales(dim)) * 2, to.start + to.scales,
-                                         to.stride);
-  }
-  // n bytes of each, and zeros up to ALL, in pieces.
-  template <int PIECE, int ALL>
-  __device__ void copy_bytes(int first, const std::byte* from, int n, std::byte* to, int stride) const {
-    constexpr int PIECES = ALL / PIECE;
-    static_assert(ALL % PIECE == 0);
-    const uint64_t address = reinterpret_cast<uint64_t>(from);
-    for (int i = static_cast<int>(threadIdx.x); i < TILE * PIECES; i += static_cast<int>(blockDim.x)) {
-      const int row = i / PIECES, at = i % PIECES * PIECE;
-      const auto* source = reinterpret_cast<const std::byte*>(__shfl_sync(WHOLE_WARP, address, row));
-      const bool valid = at < n && first + row >= is_there_.begin && first + row < is_there_.end;
-      if constexpr (PIECE == 16)
-        cp_async_16(to + row * stride + at, source + (valid ? at : 0), valid);
-      else
-        cp_async_4(to + row * stride + at, source + (valid ? at : 0), valid);
-    }
-  }
-
-  Rows rows_;
-  CacheShape shape_;
-  const int* table_;
-  Span is_there_;
-  bool v_is_k_;
-  std::byte* memory_;
-  int block_;  // of the lane's token in the next tile
-};
 
 // --- flash: a tile's work --------------------------------------------------------------------------------------------
 
@@ -500,6 +395,7 @@ __device__ void multiply_keys(float (&s)[L::TOKENS / 8][4], const std::byte* q, 
 #pragma unroll
     for (int j = 0; j < 4; j++) s[i][j] = 0;
   const std::byte* query = q + lane_id() % 16 * L::Q_STRIDE + lane_id() / 16 * 16;
+#pragma unroll(L::IS_SCALED ? 1 : 4)
   for (int group = 0; group < n; group++) {
     A<Op::Q_PARTS> a[2];
 #pragma unroll
@@ -604,11 +500,11 @@ __device__ void multiply_values(State<L>& state, const float (&weights)[TILE / 8
 
 // Joins the tile of positions first .. first + TILE - 1 to the state: the online softmax.
 template <class L>
-__device__ void attend_tile(State<L>& state, std::byte* tile, int first, const AttentionShape& shape,
+__device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, const AttentionShape& shape,
                             typename L::Shared& shared) {
   const int mine = warp_id() % L::SHARERS * L::TOKENS;
   float s[L::TOKENS / 8][4], m[2], weights[TILE / 8][4];
-  multiply_keys<L>(s, shared.q, keys_of<L>(tile), mine, divide_up(shape.k_dim, GROUP));
+  multiply_keys<L>(s, shared.q, tiles.keys(first), mine, divide_up(shape.k_dim, GROUP));
   score<L>(s, m, first + mine, shape.softcap, shared);
 
   float base[2], factor[2];
@@ -616,7 +512,7 @@ __device__ void attend_tile(State<L>& state, std::byte* tile, int first, const A
   for (int r = 0; r < 2; r++) {
     m[r] = fmaxf(m[r], state.m[r]);
     base[r] = m[r] == NONE ? 0 : m[r];
-    factor[r] = exp2_fast(state.m[r] - base[r]);
+    factor[r] = m[r] == state.m[r] ? 1 : exp2_fast(state.m[r] - base[r]);
     state.m[r] = m[r], state.l[r] *= factor[r];
   }
   if (__ballot_sync(WHOLE_WARP, factor[0] != 1 || factor[1] != 1))
@@ -634,7 +530,7 @@ __device__ void attend_tile(State<L>& state, std::byte* tile, int first, const A
   for (int i = 0; i < TILE / 8; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) state.l[j / 2] += weights[i][j];
-  multiply_values(state, weights, values_of<L>(tile, shape.v_is_k));
+  multiply_values(state, weights, tiles.values(first));
 }
 
 // --- MLA's expanded form ---------------------------------------------------------------------------------------------
@@ -667,54 +563,82 @@ struct RowsMemory {
 
 // --- launching -------------------------------------------------------------------------------------------------------
 
+// What Flash says of KvF32, which is Naive's.
+constexpr const char* NO_F32 = "flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive";
+#ifndef BUILD_EVERY_COMBINATION
+static_assert(
+    !std::is_same_v<BUILD_KERNEL, Flash> || !std::is_same_v<BUILD_KV, KvF32>,
+    "KERNEL=flash KV=f32: flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive");
+#endif
+
 // Kernels know a block's size as data: one kernel for every cache.
 template <class Kv, int Block>
 CacheView<Kv, 0> any_block_size(const CacheView<Kv, Block>& view) {
   return {view.memory, view.shape, view.block_bytes};
 }
 
-// f<L>() with the layout for the narrowest widths that hold the heads.
-template <class Kv, class F>
-void with_layout(const AttentionShape& shape, bool is_decode, F f) {
-  const auto call = [&]<int K, int V>() {
-    if (is_decode) return f.template operator()<Layout<Kv, K, V, V / 32 < 4 ? V / 32 : 4>>();
-    f.template operator()<Layout<Kv, K, V, divide_up(V, 128)>>();
-  };
+// f<K, V>() of the narrowest widths that hold the heads.
+template <class F>
+void with_widths(const AttentionShape& shape, F f) {
   const auto holds = [&](int k, int v) { return shape.k_dim <= k && shape.v_dim <= v; };
-  if (holds(64, 64)) return call.template operator()<64, 64>();
-  if (holds(128, 128)) return call.template operator()<128, 128>();
-  if (holds(192, 128)) return call.template operator()<192, 128>();
-  if (holds(256, 256)) return call.template operator()<256, 256>();
-  if (holds(576, 512)) return call.template operator()<576, 512>();
+  if (holds(64, 64)) return f.template operator()<64, 64>();
+  if (holds(128, 128)) return f.template operator()<128, 128>();
+  if (holds(192, 128)) return f.template operator()<192, 128>();
+  if (holds(256, 256)) return f.template operator()<256, 256>();
+  if (holds(576, 512)) return f.template operator()<576, 512>();
   fail("attention: heads are %d wide and their values %d: flash holds 576 and 512, make KERNEL=naive any", shape.k_dim,
        shape.v_dim);
 }
+// Warps that share 16 query rows and have `columns` of V each, or more where that were over four.
+constexpr int sharers(int V, int columns) {
+  return divide_up(V, columns) < 4 ? divide_up(V, columns) : 4;
+}
+template <class Kv, int K, int V>
+using ForDecode = Layout<Kv, K, V, sharers(V, 32), (V > 128 ? 8 : sharers(V, 32))>;
+template <class Kv, int K, int V>
+using ForPrompts = Layout<Kv, K, V, sharers(V, std::is_same_v<Kv, KvQ8> ? 64 : 128), 8>;
 
-// How many blocks of query rows there may be, at most, and warps in each: as many as there is shared memory for.
+int rows_of(const Batch& batch, const AttentionShape& shape) {
+  return batch.n_tokens * (shape.n_heads / shape.n_kv_heads);
+}
+
+// With as many warps in a block as there are rows and shared memory for.
 template <class L>
-struct Grid {
-  int n_warps = MOST_WARPS, n_blocks;
-  Grid(const Batch& batch, const AttentionShape& shape, bool is_decode) {
-    if (is_decode) n_warps = L::SHARERS;
-    while (n_warps > L::SHARERS && L::shared_bytes(shape.v_is_k, n_warps) > shared_memory_per_block()) n_warps /= 2;
-    n_blocks = batch.n_tokens * (shape.n_heads / shape.n_kv_heads) / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
+void launch_flash(const Team& team, const float* q, const CacheView<typename L::Kv, 0>& view, int layer,
+                  const int* block_table, const Batch& batch, const AttentionShape& shape, const Part& part,
+                  float* out) {
+  const int n_rows = rows_of(batch, shape);
+  int n_warps = L::WARPS;
+  while (n_warps > L::SHARERS &&
+         (n_rows <= ROWS * batch.n_sequences || L::shared_bytes(shape.v_is_k, n_warps) > shared_memory_per_block()))
+    n_warps /= 2;
+  const int n_blocks = n_rows / (n_warps / L::SHARERS * ROWS) + batch.n_sequences;
+  const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(shape.n_kv_heads),
+                  static_cast<unsigned>(part.splits));
+  launch(team, flash<L>, grid, static_cast<unsigned>(n_warps) * 32, L::shared_bytes(shape.v_is_k, n_warps), q, view,
+         layer, block_table, batch, shape, part, out);
+}
+
+// Blocks of threads take a split each where there would be too few to fill the GPU otherwise, and the workspace holds
+// their results.
+template <class L, int Block>
+void attend_cache(const Team& team, const float* q, const KVCache<typename L::Kv, Block>& cache, int layer,
+                  const Batch& batch, const AttentionShape& shape, float* out, const Workspace& workspace) {
+  constexpr int WARPS_TO_FILL = 32;  // of a multiprocessor
+  const int n_warps = divide_up(rows_of(batch, shape), ROWS) * L::SHARERS * shape.n_kv_heads;
+  const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
+  const auto parts = [&](Arena& arena) { return Part(arena, shape, batch.n_tokens, n_splits); };
+  Part part;
+  if (n_splits > 1 && n_warps < WARPS_TO_FILL * multiprocessors() && bytes_of(parts) <= workspace.bytes()) {
+    Arena arena = workspace.begin();
+    part = parts(arena);
   }
-};
+  launch_flash<L>(team, q, any_block_size(cache.view()), layer, batch.block_table, batch, shape, part, out);
+  const unsigned merges = part.splits > 1 ? static_cast<unsigned>(batch.n_tokens * shape.n_heads) : 0;
+  launch(team, merge_splits, merges, 128, 0, batch, shape, part, out);
+}
 
 constexpr size_t MOST_PARTIAL_BYTES = size_t{128} << 20;
-
-// What Flash says of KvF32.
-constexpr const char* NO_F32 = "flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive";
-
-template <class L>
-void launch_flash(const Team& team, const Grid<L>& grid, const float* q, const CacheView<typename L::Kv, 0>& view,
-                  int layer, const int* block_table, const Batch& batch, const AttentionShape& shape, const Part& part,
-                  float* out) {
-  const dim3 blocks(static_cast<unsigned>(grid.n_blocks), static_cast<unsigned>(shape.n_kv_heads),
-                    static_cast<unsigned>(part.splits));
-  launch(team, flash<L>, blocks, static_cast<unsigned>(grid.n_warps) * 32, L::shared_bytes(shape.v_is_k, grid.n_warps),
-         q, view, layer, block_table, batch, shape, part, out);
-}
 
 }  // namespace attention
 
@@ -732,51 +656,38 @@ size_t Naive::workspace_bytes(const AttentionShape&, const Limits&) {
   return 0;
 }
 
-// Blocks of threads take a split each where they would be too few otherwise, and the workspace holds their results.
 template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
-  constexpr int WARPS_TO_FILL = 32;  // of a multiprocessor
-  const int G = shape.n_kv_heads;
-  const bool is_decode = batch.n_tokens * (shape.n_heads / G) <= ROWS * batch.n_sequences;
   if constexpr (std::is_same_v<Kv, KvF32>)
     fail("%s", NO_F32);
   else
-    with_layout<Kv>(shape, is_decode, [&]<class L>() {
-      const Grid<L> grid(batch, shape, is_decode);
-      const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
-      const auto parts = [&](Arena& arena) { return Part(arena, shape, batch.n_tokens, n_splits); };
-      Part part;
-      if (n_splits > 1 && grid.n_blocks * G * grid.n_warps < WARPS_TO_FILL * multiprocessors() &&
-          bytes_of(parts) <= workspace.bytes()) {
-        Arena arena = workspace.begin();
-        part = parts(arena);
-      }
-      launch_flash(team, grid, q, any_block_size(cache.view()), layer, batch.block_table, batch, shape, part, out);
-      if (part.splits > 1)
-        launch(team, merge_splits, static_cast<unsigned>(batch.n_tokens * shape.n_heads), 128, 0, batch, shape, part,
-               out);
+    with_widths(shape, [&]<int K, int V>() {
+      if (rows_of(batch, shape) > ROWS * batch.n_sequences)
+        attend_cache<ForPrompts<Kv, K, V>>(team, q, cache, layer, batch, shape, out, workspace);
+      else
+        attend_cache<ForDecode<Kv, K, V>>(team, q, cache, layer, batch, shape, out, workspace);
     });
 }
 
-// A split at a time goes into a cache of one block, and the sums go on from launch to launch.
+// A split's rows go into a cache of one block, and the sums go on from launch to launch.
 void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows, const Batch& batch, int sequence,
                         const AttentionShape& shape, float* out, const Workspace& workspace) {
   Arena arena = workspace.begin();
   const RowsMemory memory(arena, shape, batch.n_tokens);
+  const dim3 grid(static_cast<unsigned>(rows.n), static_cast<unsigned>(shape.n_kv_heads));
+  launch(team, narrow_rows, grid, 128, 0, rows, memory.view);
   Part part;
   part.first = rows.first, part.n = SPLIT, part.o = out, part.m_l = memory.m_l;
   Batch one = batch;
   one.n_sequences = 1, one.query_start += sequence;
-  launch(team, narrow_rows, dim3(static_cast<unsigned>(rows.n), static_cast<unsigned>(shape.n_kv_heads)), 128, 0, rows,
-         memory.view);
-  with_layout<KvBF16>(shape, false, [&]<class L>() {
-    launch_flash(team, Grid<L>(one, shape, false), q, memory.view, 0, nullptr, one, shape, part, out);
+  with_widths(shape, [&]<int K, int V>() {
+    launch_flash<ForPrompts<KvBF16, K, V>>(team, q, memory.view, 0, nullptr, one, shape, part, out);
   });
 }
 
 size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
-  with_layout<KvBF16>(shape, true, [&]<class>() {});  // refuses what is too wide
+  with_widths(shape, [&]<int, int>() {});  // refuses what is too wide
   const int T = limits.max_tokens, n_splits = divide_up(limits.context, SPLIT);
   return max(min(MOST_PARTIAL_BYTES, bytes_of([&](Arena& arena) { Part(arena, shape, T, n_splits); })),
              bytes_of([&](Arena& arena) { RowsMemory(arena, shape, T); }));

@@ -12,7 +12,7 @@
 #include "cli/estimate.h"
 #include "cli/explain.h"
 #include "cli/heatmap.h"
-#include "cli/probe.h"
+#include "cli/probe_attention.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "host/loader.h"
@@ -151,9 +151,11 @@ std::optional<Machine> probed(const Session& session) {
   const Stats& stats = session.measured.stats;
   const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};
-  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
-  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
-               session.model);
+  const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
+  Machine machine = probe(session.threads, threads, {weights.data(), std::min(weights.size(), MOST)}, session.model);
+  probe_attention(machine, session.threads, threads, session.model.config,
+                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
+  return machine;
 }
 
 using Mode = void (*)(Session&);
@@ -175,7 +177,7 @@ void check_mla(const Options& o, const Config& c) {
 void estimate_speed(const Options& o) {
   check_outputs(o);
   ModelFile shapes(o.model);
-  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes, attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
 }
 
 int run(const Options& o) {

@@ -282,9 +282,9 @@ class Mla {
     const Product first[] = {product(w.kv_a_proj, step.h, T, kv_),
                              rank ? product(w.q_a_proj, step.h, T, q_a_) : product(w.q_proj, step.h, T, q_)};
     matmul(team, first, 2, step.workspace);
-    if (w.kv_a_norm) norm(team, c.norm, c.norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
+    if (w.kv_a_norm) norm(team, c.norm, c.latent_norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
     if (rank) {
-      if (w.q_a_norm) norm(team, c.norm, c.norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
+      if (w.q_a_norm) norm(team, c.norm, c.latent_norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
       const Product second = product(w.q_b_proj, q_a_, T, q_);
       matmul(team, &second, 1, step.workspace);
     }

@@ -63,7 +63,7 @@ std::string unescape(const char* flag, const std::string& text) {
 
 void unescape_texts(Options& o) {
   o.prompt = unescape("--prompt", o.prompt);
-  o.system = unescape("--system", o.system);
+  if (o.system) o.system = unescape("--system", *o.system);
   for (std::string& stop : o.stop) stop = unescape("--stop", stop);
 }
 

@@ -74,7 +74,7 @@ void check_output(const std::string& flag, const std::string& path, const Option
   };
   refuse(o.model, "the model");
   refuse(tokenizer_path(o.model), "the model's tokenizer");
-  for (const std::string& input : {o.prompt_file, o.prompts, o.perplexity})
+  for (const std::string& input : {o.prompt_file, o.prompts, o.perplexity, o.chat_template})
     if (input != "-") refuse(input, "read by this run");
   refuse("/dev/stdin", "standard input");
   if (is_descriptor(path)) return;

@@ -65,7 +65,10 @@ Machine probe(Threads& threads, int size, std::span<const std::byte> memory, con
             .products = work_of(model, {}, 0).products,
             .attention = matmul_speed(*find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
             .launch = launch_seconds()};
+  m.prompt_attention = m.attention;
   for (size_t type = 0; type < m.products.size(); type++)
     if (m.products[type] > 0) m.products[type] = matmul_speed(static_cast<WeightType>(type));
   return m;
 }
+
+void probe_attention(Machine&, Threads&, int, const Config&, const AttentionSpeed&) {}

@@ -61,9 +61,8 @@ def dimensions(keys: Keys, architecture: Architecture) -> dict:
 
 def latent_dimensions(keys: Keys) -> dict:
     sizes = {key: keys.positive(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
-    if abs(keys.number("norm_eps") - 1e-6) > 1e-9:
-        keys.refuse("norm_eps", "the latent's norm has 1e-6 whatever this says, so it must be 1e-6")
-    return dict(q_lora_rank=keys.count("q_lora_rank")) | sizes
+    # transformers' norms of the latents have their class's eps, whatever rms_norm_eps says.
+    return dict(q_lora_rank=keys.count("q_lora_rank"), latent_norm_eps=1e-6) | sizes
 
 
 def variant(config: dict) -> str:

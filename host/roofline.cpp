@@ -113,6 +113,7 @@ Machine machine_of(const Datasheet& sheet) {
             .bandwidth = sheet.bandwidth * 1e9,
             .products = {},
             .attention = sheet.bf16 * 1e12,
+            .prompt_attention = sheet.bf16 * 1e12,
             .launch = GPU_LAUNCH};
   for (const WeightFormat& format : weight_formats())
     m.products.push_back(1e12 * (format.block > 1 ? sheet.int8 : format.name == "f32" ? sheet.f32 : sheet.bf16));
@@ -186,13 +187,15 @@ const char* StepTime::bound() const {
 }
 
 double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_token, const Machine& machine) {
+  Machine of_prompts = machine;
+  of_prompts.attention = machine.prompt_attention;
   double seconds = 0;
   for (int done = 0; done < n;) {
     const int tokens = std::min(chunk, n - done);
     done += tokens;
     const StepShape step{
         .sequences = 1, .tokens = double(tokens), .context = double(done), .logits = double(done == n)};
-    seconds += time_of(work_of(model, step, kv_bytes_per_token), machine).total();
+    seconds += time_of(work_of(model, step, kv_bytes_per_token), of_prompts).total();
   }
   return seconds;
 }

@@ -22,7 +22,8 @@ struct Machine {
   double memory = 0;             // bytes
   double bandwidth = 0;          // bytes/s that it reads
   std::vector<double> products;  // [weight types] FLOP/s of matmul, dense
-  double attention = 0;          // FLOP/s of attention
+  double attention = 0;          // FLOP/s of attention in decode: a token of each sequence
+  double prompt_attention = 0;   // ... of the tokens of a prompt, which share the rows that they see
   double launch = 0;             // s from one stage to the next: a kernel's launch, a barrier
 };
 

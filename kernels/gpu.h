@@ -137,6 +137,12 @@ __device__ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 #include "kernels/team.h"
 
 constexpr uint32_t WHOLE_WARP = 0xffffffff;
+__device__ inline int warp_id() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
+__device__ inline int lane_id() {
+  return static_cast<int>(threadIdx.x) % 32;
+}
 
 // Throws Error, which says what failed, where, and what helps. device.cu
 void check_cuda(cudaError_t error, const char* call, const char* file, int line);

@@ -17,10 +17,6 @@ struct A {
   uint32_t part[PARTS][4];
 };
 
-__device__ inline int lane_id() {
-  return static_cast<int>(threadIdx.x) % 32;
-}
-
 struct F16 {
   static __device__ uint32_t pack(float low, float high) { return pack_f16(low, high); }
   static __device__ float unpack(uint32_t x) { return f16_to_float(static_cast<uint16_t>(x)); }

@@ -144,9 +144,11 @@ TYPED_TEST(Attention, IsTheFormula) {
       const Data d(s, CONTEXTS);
       const Reference expected = reference<TypeParam>(d, CHUNKS);
       check_kernels<TypeParam, 0>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 1>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 3>(d, CHUNKS, expected);
       check_kernels<TypeParam, 16>(d, CHUNKS, expected);
+      if (mask.window == 5) {  // blocks that some windows do not even fill
+        check_kernels<TypeParam, 1>(d, CHUNKS, expected);
+        check_kernels<TypeParam, 3>(d, CHUNKS, expected);
+      }
       if (testing::Test::HasFatalFailure()) FAIL() << s.n_heads << " heads of " << s.k_dim << ", window " << s.window;
     }
   }
@@ -180,6 +182,7 @@ TYPED_TEST(Attention, LargeLatents) {
 // By hand: key j is the unit vector j, so the query 1e4 e_j selects value j, to the bit; where it is 0, the
 // exponential's least value, e^-87, may show.
 TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   const int n = 70, dim = 80;
   Data d(make_shape(2, 1, dim, dim), {n});
   for (int t = 0; t < n; t++)
@@ -233,6 +236,7 @@ void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected
 }
 
 TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   for (AttentionShape s : {make_shape(6, 2, 20, 20), make_shape(2, 1, 24, 20, true)}) {
     for (int window : {0, 70}) {
       s.window = window;
@@ -289,6 +293,7 @@ TEST(AttendRows, SameBitsAsAttend) {
 // A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
 // behaviour.
 TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   Data d(make_shape(2, 1, 20, 20), {100, 70});
   const std::vector<float> expected = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
   for (float bad : {INFINITY, NAN, 3e38f}) {

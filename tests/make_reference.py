@@ -640,9 +640,18 @@ MODELS = {
     },
     "deepseek_v3_plain": {
         "config": deepseek_v3(
-            q_lora_rank=None, norm_topk_prob=False, rope_scaling=None, kv_lora_rank=96, v_head_dim=64
+            q_lora_rank=None,
+            norm_topk_prob=False,
+            rope_scaling=None,
+            kv_lora_rank=96,
+            v_head_dim=64,
+            rms_norm_eps=0.1,  # Moonlight's is not 1e-6, which that of the latents' norms stays
         ),
-        "matters": {"correction bias": (r"e_score_correction_bias", 0.0), "normalisation": {"norm_topk_prob": True}},
+        "matters": {
+            "correction bias": (r"e_score_correction_bias", 0.0),
+            "normalisation": {"norm_topk_prob": True},
+            "eps": {"rms_norm_eps": 1e-6},
+        },
         "dtype": "BF16",
     },
     "deepseek_v3_fp8": {  # as published: float8 in blocks of 128 x 128

@@ -29,7 +29,7 @@ def test_functions(page):
     """What the section on the function names is in one of the files that it links to."""
     section = re.search(r"^## The (?:exact )?function\n(.*?)^## ", page.read_text(), re.MULTILINE | re.DOTALL)[1]
     sources = "".join(
-        (page.parent / link).read_text() for link in re.findall(r"\]\((\.\./[^)#]+\.(?:h|cpp))\)", section)
+        (page.parent / link).read_text() for link in re.findall(r"\]\((\.\./[^)#]+\.(?:h|cpp|cu))\)", section)
     )
     names = re.findall(r"`(?:\w+::)?(\w+)`", section)
     assert names and [name for name in names if not re.search(rf"\b{name}\b", sources)] == []

@@ -33,15 +33,17 @@ def plan(tmp_path_factory):
     return get
 
 
-def run(*arguments, code=0):
-    done = subprocess.run([str(a) for a in (run_binary(), *arguments)], capture_output=True, text=True, timeout=120)
+def run(*arguments, code=0, build=None):
+    done = subprocess.run(
+        [str(a) for a in (run_binary(**build or {}), *arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stderr}"
     return done
 
 
-def estimate(model, *arguments):
+def estimate(model, *arguments, build=None):
     """The JSON, and its own variant."""
-    report = json.loads(run(model, "--estimate", *arguments, "-q", "--stats", "-").stdout)
+    report = json.loads(run(model, "--estimate", *arguments, "-q", "--stats", "-", build=build).stdout)
     (own,) = (variant for variant in report["variants"] if variant["own"])
     return report, own
 
@@ -153,11 +155,18 @@ def test_the_table_says_what_the_json_says(plan):
     assert own["kv_bytes_per_token"] == 327680
 
 
-def test_this_machine_is_probed(plan):
-    report, own = estimate(plan("llama-3-8b"), "--threads", 1)
+@pytest.mark.parametrize("build", [{}, {"cache": "paged"}, {"kernel": "naive"}], ids=str)
+def test_this_machine_is_probed(plan, build):
+    """The attention of this build for each variant: of 32 heads, a layer's pairs of 128 + 128, or 576 + 512."""
+    report, own = estimate(plan("llama-3-8b"), "--threads", 1, "-c", 4096, build=build)
     assert report["machine"] == "this machine"
     assert 1e8 < report["bytes_per_second"] < 1e13 and 1e8 < report["flop_per_second"] < 1e15
     assert own["seconds_of_weights"] == pytest.approx(own["weight_bytes_per_step"] / report["bytes_per_second"])
+    for variant in report["variants"]:
+        width = 2 * 512 + 64 if variant["attention"] == "mla" else 2 * 128
+        flop = 2 * 32 * 32 * 4096 * width
+        assert 1e7 < flop / variant["seconds_of_attention"] < 1e13, variant["attention"]
+        assert variant["prompt_seconds"] > 1e-13 * 4096 * 2 * own["parameters"] * 0.8
 
 
 def test_gpu_list_needs_no_model():

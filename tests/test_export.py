@@ -609,7 +609,6 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
         ("deepseek_v3", {"kv_lora_rank": 31}, "says [264, 31] (kv_lora_rank,"),
         ("deepseek_v3", {"q_lora_rank": 16}, "says [16] (q_lora_rank)"),
         ("deepseek_v3", {"qk_rope_head_dim": 16}, "qk_rope_head_dim)"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
     ],
 )
 def test_refused_configs(name, config, words, tmp_path, capsys):

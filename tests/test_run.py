@@ -321,6 +321,7 @@ def contents(folder):
         (["-i", "x", "--stats", "link"], None, None),
         (["-i", "x", "--stats", "hard"], None, None),
         (["-i", "x", "--stats", "m.tokenizer.bin"], None, None),
+        (["-m", "sub/link.safetensors", "-i", "x", "--stats", "m.tokenizer.bin"], None, None),
         (["-i", "x", "--logits", "m.safetensors"], None, None),
         (["-f", "prompt", "--stats", "prompt"], None, None),
         (["-f", "prompt", "--logits", "prompt"], None, None),
@@ -328,6 +329,7 @@ def contents(folder):
         (["--prompts", "requests", "--stats", "requests"], None, None),
         (["--prompts", "-", "--stats", "requests"], "requests", None),
         (["--perplexity", "prompt", "--stats", "prompt"], None, None),
+        (["--chat", "--chat-template", "prompt", "--stats", "prompt"], None, None),
         (["-i", "x", "--stats", "out"], None, "out"),
         (["-i", "x", "--stats", "new", "--logits", "new"], None, None),
         (["-i", "x", "--stats", "new", "--logits", "sub/../new"], None, None),
@@ -341,10 +343,11 @@ def test_no_output_goes_over_what_the_run_reads(model, tmp_path, arguments, stdi
     (tmp_path / "requests").write_text('{"prompt": "a", "n": 1}\n')
     (tmp_path / "out").touch()
     (tmp_path / "link").symlink_to("m.safetensors")
+    (tmp_path / "sub/link.safetensors").symlink_to("../m.safetensors")
     (tmp_path / "hard").hardlink_to(tmp_path / "m.safetensors")
     (tmp_path / "to_new").symlink_to("new")
     before = contents(tmp_path)
-    line = command("m.safetensors", *arguments, "-q", "-t", 1)
+    line = command(*([] if "-m" in arguments else ["m.safetensors"]), *arguments, "-q", "-t", 1)
     with open(tmp_path / (stdin or "prompt")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
         done = subprocess.run(line, cwd=tmp_path, stdin=source, stdout=to, stderr=subprocess.PIPE)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
@@ -720,6 +723,12 @@ def chat_prompt(messages):
     """CHATML's bytes where each token is a byte, and <|im_start|> and <|im_end|> are one token each."""
     text = "".join(f"_{role}\n{content}_\n" for role, content in messages) + "_assistant\n"
     return text.encode()
+
+
+def test_an_empty_system_message_is_one(model, tmp_path):
+    for flags, system in ((), []), (("--system", ""), [("system", "")]):
+        told = stats(tmp_path, model, "--chat", "-n", 1, *flags, "-q", stdin=b"hi\n")
+        assert told["prompt_tokens"] == len(chat_prompt([*system, ("user", "hi")]))
 
 
 def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(model, tmp_path):

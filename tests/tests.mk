@@ -83,7 +83,7 @@ fuzz: build/fuzz/loader .venv/tests
 lines:
 	@wc -l $(wildcard host/safetensors.* host/config.* host/loader.* model.h transformer.* variants.h attention.h attention.cpp \
 	  kvcache.h kvcache.cpp kernels/*.cpp) \
-	  $(filter-out %gpu.h %mma.h,$(wildcard kernels/*.h)) | awk '$$2 != "total" { \
+	  $(filter-out %gpu.h %mma.h %tiles.h,$(wildcard kernels/*.h)) | awk '$$2 != "total" { \
 	  part = $$2 ~ "^host" ? "from the file to the model" : "from ids to logits"; sum[part] += $$1; sub(".*/", "", $$2); \
 	  sub("[.].*", "", $$2); if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } \
 	  END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i]; for (part in sum) printf "%6d %s\n", sum[part], part }'

@@ -64,8 +64,8 @@ class Reference {
     if (m_.tensors.count(name + ".bias")) add(y, row(at(name + ".bias"), 0));
     return y;
   }
-  Vec rms(Vec x, const std::string& weight) const {
-    const double factor = 1 / std::sqrt(dot(x, x) / static_cast<double>(x.size()) + m_.number("norm_eps"));
+  Vec rms(Vec x, const std::string& weight, const char* eps = "norm_eps") const {
+    const double factor = 1 / std::sqrt(dot(x, x) / static_cast<double>(x.size()) + m_.number(eps));
     for (size_t i = 0; i < x.size(); i++) x[i] *= factor * static_cast<double>(at(weight).data[i]);
     return x;
   }
@@ -120,13 +120,13 @@ class Reference {
       std::vector<Vec> k, v;
       for (size_t t = 0; t < h.size(); t++) {
         const Vec kv = times(name + "kv_a_proj", h[t]);
-        const Vec latent = rms(slice(kv, 0, r), name + "kv_a_norm.weight");
+        const Vec latent = rms(slice(kv, 0, r), name + "kv_a_norm.weight", "latent_norm_eps");
         Vec shared = slice(kv, r, p);
         rotate(shared, 0, t);
         k.push_back(times(at(name + "w_uk.weight"), latent, head * nope, nope));
         k.back().insert(k.back().end(), shared.begin(), shared.end());
         v.push_back(times(at(name + "w_uv.weight"), latent, head * v_dim, v_dim));
-        const Vec q_a = rms(times(name + "q_a_proj", h[t]), name + "q_a_norm.weight");
+        const Vec q_a = rms(times(name + "q_a_proj", h[t]), name + "q_a_norm.weight", "latent_norm_eps");
         Vec q = slice(times(name + "q_b_proj", q_a), head * (nope + p), nope + p);
         rotate(q, nope, t);
         const Vec o = attend(q, k, v, t, layer);
