@@ -94,7 +94,7 @@ include models/models.mk
 run help: export TEXT := $(value PROMPT)
 run: $(SOURCE_READY) $(COMMON)/variant
 	@weights=$$($(WEIGHTS)) && variant=$$($(COMMON)/variant "$$weights") && \
-	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" -i "$$TEXT" $(ARGS)
+	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" $${TEXT:+-i "$$TEXT"} $(ARGS)
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
@@ -104,11 +104,11 @@ clean: ; rm -rf build run
 
 help:
 	@echo 'make                  the binary of one combination: build/.../run, and ./run points at it'
-	@echo 'make run              text from a model; installs, downloads and exports what is missing'
+	@echo 'make run              text from a model; installs what is missing, exports what is no model file'
 	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make hello            docs/hello.cpp, a text in one screen'
-	@$(foreach m,tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
+	@$(foreach m,models/models tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo
 	@echo 'variables, their values and what holds now:'

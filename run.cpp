@@ -39,13 +39,8 @@ std::string read_template(const std::string& path) {
 }
 
 Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
-  namespace fs = std::filesystem;
-  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
-  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
-    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
-    if (fs::exists(beside)) path = beside;
-  }
-  Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
+  const std::string path = tokenizer_path(model.path);
+  Tokenizer tokenizer = Tokenizer::load(path, model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
@@ -219,7 +214,7 @@ int run(const Options& o) {
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
-                block_hash, o.choose_threads);
+                block_hash, o.choose_threads && device_takes_team());
   session.engine = &engine;
   session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();

@@ -181,6 +181,12 @@ def softcap(keys: Keys, key: str) -> float:
 
 def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
     if not keys.count("num_experts"):
+        if keys.values.get("num_experts_per_tok"):
+            keys.refuse(
+                "num_experts",
+                "num_experts_per_tok says that there are experts: num_experts (num_local_experts, n_routed_experts) "
+                "must say how many: fetch the file again",
+            )
         return {}
     n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
     if chosen > n:
@@ -200,7 +206,7 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
             "num_experts_per_tok",
             f"more than the {n // groups * best} experts of topk_group {best} of the {groups} groups: fetch it again",
         )
-    return dict(
+    found = dict(
         n_routed_experts=n,
         num_experts_per_tok=chosen,
         n_shared_experts=keys.count("n_shared_experts"),
@@ -213,6 +219,7 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
         topk_group=best if grouped else 1,
         group_score=rules.get("group_score", "max"),
     )
+    return found if any(found["moe_layers"]) else {}
 
 
 def moe_layers(keys: Keys, n_layers: int) -> list[int]:

@@ -9,6 +9,10 @@
 
 #include "host/chat.h"
 
+// Where a model's tokenizer is: NAME.tokenizer.bin beside NAME.safetensors, or beside the file that this is a link to;
+// where there is neither, tokenizer.bin one folder up, which the models of a folder share. Of none of them: the first.
+std::string tokenizer_path(const std::string& model);
+
 class Tokenizer {
  public:
   // Throws Error for a missing, truncated or corrupt file. `sha256` (hexadecimal; "" : unchecked) must be the file's.

@@ -30,6 +30,10 @@ const char* device_name() {
   return "cpu";
 }
 
+bool device_takes_team() {
+  return true;
+}
+
 void* device_allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
   const size_t slack = huge ? HUGE_PAGE : 0;  // the kernel aligns to small pages alone

@@ -1,6 +1,8 @@
 // device.cu: a GPU: its memory, its one stream, and what its errors mean.
 #include "kernels/device.h"
 
+#include <algorithm>
+
 #include "host/error.h"
 #include "kernels/gpu.h"
 
@@ -15,6 +17,7 @@ static const char* advice(cudaError_t error) {
       return driver == 0 ? "no GPU's driver is here: a program of make DEVICE=cpu needs none"
                          : "update the GPU's driver, or take a program of make DEVICE=cpu";
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
       return "compiled for other GPUs: make CUDA_ARCH=N, N as of nvidia-smi --query-gpu=compute_cap --format=csv, "
              "without the point";
     case cudaErrorDevicesUnavailable:
@@ -48,6 +51,10 @@ const char* device_name() {
   return "cuda";
 }
 
+bool device_takes_team() {
+  return false;
+}
+
 static int attribute(cudaDeviceAttr which) {
   int value = 0;
   CHECK_CUDA(cudaDeviceGetAttribute(&value, which, 0));
@@ -70,7 +77,7 @@ void* device_allocate(size_t bytes) {
   if (error == cudaErrorMemoryAllocation)
     fail("cannot allocate %.1f MB of the GPU's memory, of which %.1f MB are free: %s", double(bytes) / 1e6,
          double(device_memory_available()) / 1e6, advice(error));
-  CHECK_CUDA(error);
+  check_cuda(error, "cudaMalloc", __FILE__, __LINE__);
   fill(memory, 0, bytes);
   return memory;
 }
@@ -81,9 +88,10 @@ void device_free(void* memory, size_t) {
 
 size_t device_memory_available() {
   device_stream();
+  constexpr size_t LEFT_TO_CUDA = size_t{128} << 20;  // for kernels and graphs, which it loads at their first use
   size_t available = 0, total = 0;
   CHECK_CUDA(cudaMemGetInfo(&available, &total));
-  return available;
+  return available - std::min(available, LEFT_TO_CUDA);
 }
 
 void upload(void* device, const void* host, size_t bytes) {

@@ -10,6 +10,8 @@
 
 // "cpu" or "cuda".
 const char* device_name();
+// Whether a team's threads compute a step; with CUDA the calling thread alone puts it on the device's stream.
+bool device_takes_team();
 
 // Zero-filled memory, aligned to 64 bytes, on huge pages where it is large and the kernel allows (fewer TLB misses: the
 // weights are streamed once a step). Throws Error when the memory cannot be had. Pages are touched only when used.

@@ -9,7 +9,7 @@ is needed there. After the bytes a second that a large copy reads and writes, th
                 a tensor core's product with it; with compute-sanitizer, where it is installed
     decode      attention of one new token: bytes a second of the cache, beside torch's SDPA
     prompts     attention of a whole prompt: FLOP a second, beside SDPA's flash and cuDNN
-    models      the program's --bench of each model, and of decode the share of the copy's bandwidth
+    models      the program's --bench of each model: tokens a second, and of decode the share of the bandwidth
 
 What cannot be measured is there as "not measured: " and why. Times are the best of several.
 """
@@ -170,14 +170,11 @@ def prompts(folder: Path, torch: Torch) -> list[dict]:
     return rows
 
 
-def bench(folder: Path, weights: Path, bandwidth: float) -> dict:
+def bench(folder: Path, weights: Path) -> dict:
     with weights.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     attention = json.loads(header["__metadata__"]["config"])["attention"]
     report = json.loads(program(folder / f"run-{attention}", weights, "--bench", "-q"))
-    for test in report["tests"]:
-        if "gb_per_second" in test:
-            test["% of the copy's bandwidth"] = 1e11 * test["gb_per_second"] / bandwidth
     return report | {"model": weights.name}
 
 
@@ -216,7 +213,7 @@ def main() -> None:
         "checks": lambda: check(options.folder),
         "decode": lambda: decode(options.folder, torch, bandwidth),
         "prompts": lambda: prompts(options.folder, torch),
-        "models": lambda: [attempt(bench, options.folder, weights, bandwidth) for weights in options.models],
+        "models": lambda: [attempt(bench, options.folder, weights) for weights in options.models],
     }
     path = options.folder / "gpu.json"
     for name, part in parts.items():

@@ -227,8 +227,10 @@ std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
 template <class Kernel, class Kv, int Block>
 void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected) {
   const std::string name = std::string(Kernel::name) + ", block " + std::to_string(Block);
-  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 600, 1, false), expected, name + ", whole");
-  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 100, 3, false), expected, name + ", chunks of 100, 3 threads");
+  if (Block == 0 || Block == 16) {
+    expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 600, 1, false), expected, name + ", whole");
+    expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 100, 3, false), expected, name + ", chunks of 100, 3 threads");
+  }
   expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 37, 2, true), expected,
                    name + ", chunks of 37 in company, 2 threads");
   if (Block == 16 && std::is_same_v<Kernel, Flash>)
@@ -249,59 +251,6 @@ TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
       expect_same_in_any_chunks<Flash, TypeParam, 3>(d, flash);
       expect_same_in_any_chunks<Flash, TypeParam, 16>(d, flash);
     }
-  }
-}
-
-// Rows in plain memory, a split at a time, give what attend gives for a cache of the same rows, in the type that is
-// multiplied.
-TEST(AttendRows, SameBitsAsAttend) {
-  const std::vector<float> sinks = {1, -3, 20, 0};
-  for (int window : {0, 300}) {
-    AttentionShape s = make_shape(4, 2, 24, 20);
-    s.window = window;
-    s.sinks = window > 0 ? sinks.data() : nullptr;
-    const int context = 700, first = 640, n = context - first;
-    const Data d(s, {context});
-    const std::vector<float> expected = on_tensor_cores() ? attention_of<Flash, KvBF16, 0>(d, {{0, first, n}}, 2)
-                                                          : attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    Batches batches(2, context, 0);
-    DeviceBatch on_device;
-    const Batch& batch = on_device.upload(batches.batch({{0, 0, 1}, {1, first, n}}));
-    const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
-    std::vector<float> q(at(q_width));
-    q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
-    const Buffer<float> device_q = device_copy(q), k = device_copy(d.k[0]), v = device_copy(d.v[0]);
-    Buffer<float> device_out = device_copy(std::vector<float>(at((n + 1) * out_width), -7));
-    const Buffer<float> device_sinks = device_copy(sinks);
-    if (s.sinks) s.sinks = device_sinks.data();
-    ScratchMemory<Flash> scratch(s, n + 1, context, 2);
-    const int unseen = window > 0 ? first - window + 1 : 0;
-    Threads(2).run(2, [&](const Team& team) {
-      for (int split = unseen / ATTENTION_SPLIT * ATTENTION_SPLIT; split < context; split += ATTENTION_SPLIT) {
-        const PlainRows rows{k.data() + split * s.n_kv_heads * s.k_dim, v.data() + split * s.n_kv_heads * s.v_dim,
-                             split, std::min(ATTENTION_SPLIT, context - split)};
-        Flash::attend_rows(team, device_q.data(), rows, batch, 1, s, device_out.data(), scratch.workspace);
-      }
-    });
-    std::vector<float> out = host_copy(device_out);
-    for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
-    out.erase(out.begin(), out.begin() + out_width);
-    expect_same_bits(out, expected, "window " + std::to_string(window));
-  }
-}
-
-// A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
-// behaviour.
-TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
-  if (!takes<Flash, TypeParam>()) GTEST_SKIP() << "no flash for this type";
-  Data d(make_shape(2, 1, 20, 20), {100, 70});
-  const std::vector<float> expected = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-  for (float bad : {INFINITY, NAN, 3e38f}) {
-    for (int i = 0; i < 20; i++) d.k[0][at(90 * 20 + i)] = d.v[0][at(90 * 20 + i)] = bad;
-    std::vector<float> out = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-    const auto others = out.begin() + 100 * 40;
-    expect_same_bits({others, out.end()}, {expected.begin() + 100 * 40, expected.end()}, "the other sequence");
-    attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
   }
 }
 

@@ -88,6 +88,13 @@ TEST(DeviceBatch, DecodeIsCapturedOnceForItsSizes) {
   EXPECT_EQ(steps.calls_of(9), 2) << "only the latest graph is kept";
 }
 
+// What they launch may depend on what their arrays hold.
+TEST(DeviceBatch, PromptsAreNotCaptured) {
+  Steps steps({});
+  for (int i = 0; i < 4; i++) steps.run({1, 2, 3}, 1);
+  EXPECT_EQ(steps.calls, 4);
+}
+
 TEST(DeviceBatch, ExpandedMlaIsNotCaptured) {
   Limits limits;
   limits.mla_form = MlaForm::expanded;

@@ -13,6 +13,25 @@ def has_gpu():
     return shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("says", "device"),
+    [
+        ("echo 9.0", "cuda"),
+        ("echo 9.0; echo 12.0", "cuda"),
+        ("echo NVIDIA-SMI has failed; exit 9", "cpu"),
+        (":", "cpu"),
+    ],
+)
+def test_device_is_cuda_where_there_is_a_gpu(says, device, tmp_path):
+    for name, script in {"nvidia-smi": says, "nvcc": ":"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["make", "help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["DEVICE", "cpu", "cuda", device] in lines, done.stderr
+
+
 @pytest.fixture(scope="module")
 def program():
     if not shutil.which("nvcc") and not list(ROOT.glob(".venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc")):

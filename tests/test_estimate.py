@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, exported, make, run_binary
 
+import export as program
+
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
 GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989.4e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
 
@@ -240,3 +242,18 @@ def test_wrong_configs(tmp_path, change, names):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and names in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.iterdir())])
+def test_a_config_that_lacks_a_field_is_refused_by_its_name(name, tmp_path, capsys):
+    """Or is planned with, where the field has a default."""
+    config, refused = json.loads((CONFIGS / f"{name}.json").read_text()), 0
+    for key in config:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        if program.main([str(tmp_path / "config.json"), "-o", str(tmp_path / "x.safetensors")]) == 0:
+            (tmp_path / "x.safetensors").unlink()
+            continue
+        line, refused = capsys.readouterr().err, refused + 1
+        assert line.count("\n") == 1 and key in line, line
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert refused >= 5

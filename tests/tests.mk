@@ -7,16 +7,17 @@
 ## make lines            how long each stage is, from the model file to the model and from ids to logits
 
 FUZZ_SECONDS ?= 60
-PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
+PACKAGES += $(if $(filter test gtest %_test kit-programs,$(MAKECMDGOALS)),libgtest-dev)
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := batch_test attention_test kvcache_test layers_test matmul_test experts_test logits_test \
-  transformer_test cross_product_test
+EMULATED_TESTS := batch_test attention_test attention_small_test kvcache_test layers_test matmul_test experts_test \
+  logits_test transformer_test cross_product_test
 # DEVICE=cuda: the same tests on the GPU itself.
 CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(EMULATED_TESTS))
-RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test layers_test experts_test logits_test)
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test attention_small_test kvcache_test layers_test experts_test \
+  logits_test)
 TOOLS := tokenize render dequantize
 
 test: .venv/tests
