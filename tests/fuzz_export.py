@@ -132,7 +132,8 @@ def whole_sources(place: Path) -> list[Path]:
     sources = [folder(name, place, "tokenizer.json") for name in FOLDERS]
     sources += [folder("llama_yarn", place, "tokenizer.model"), folder("gpt2", place, "vocab.json")]
     sources += [gguf_file(name, place, ("llama", "gpt2")[i % 2]) for i, name in enumerate(GGUFS)]
-    return [*sources, llama2c(place)]
+    bare = shutil.copyfile(sources[0] / "config.json", place / "config.json")
+    return [*sources, llama2c(place), bare]
 
 
 # ---- Damage
@@ -216,7 +217,7 @@ def damage_file(path: Path, rng: random.Random) -> None:
 def damaged(whole: Path, place: Path, rng: random.Random) -> Path:
     """A copy of a source, and of what lies beside it, with one thing wrong."""
     source = place / whole.parent.name if whole.suffix == ".bin" else place / whole.name
-    if whole.suffix == ".gguf":
+    if whole.is_file() and whole.suffix != ".bin":
         shutil.copyfile(whole, source)
         damage_file(source, rng)
         return source
@@ -234,12 +235,13 @@ def attempt(source: Path, output: Path, options: list[str]) -> str:
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             code = export.main([str(source), "-o", str(output), *options])
-        if code == 0:
+        shapes_alone = source.name == "config.json"
+        if code == 0 and not shapes_alone:
             safe_open(output, "numpy")
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     made = [path.name for path in output.parent.iterdir()]
-    if len(made) != (2 if code == 0 else 0) or said.getvalue().count("\n") != (code != 0):
+    if len(made) != (2 - shapes_alone if code == 0 else 0) or said.getvalue().count("\n") != (code != 0):
         return f"left {made}, said {said.getvalue()}"
     if "not enough memory" in said.getvalue():
         return said.getvalue()

@@ -247,8 +247,7 @@ template <class Attention, class Kernel, class Kv>
 double tolerance() {
   double rounding = STORED<Kv>;
   if (std::is_same_v<Kernel, Flash>) rounding = std::max(rounding, Flash::operand_rounding<Kv>());
-  if (std::is_same_v<Kernel, Flash> && std::is_same_v<Attention, Mla> && on_tensor_cores())
-    rounding = std::max(rounding, STORED<KvBF16>);
+  if (std::is_same_v<Kernel, Flash> && std::is_same_v<Attention, Mla> && on_tensor_cores()) rounding += STORED<KvBF16>;
   return 40 * rounding;
 }
 
