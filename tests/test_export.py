@@ -727,16 +727,23 @@ def test_gguf_keys_that_switch_nothing_on_are_taken(tmp_path):
         source.metadata = whole | {f"llama.{key}": value}
         source.config = gguf_config(source)
         assert build(source).config == plain, key
-    on = {"attention.sliding_window": 8, "attention.clamp_kqv": 8.0, "expert_used_count": 2, "logit_scale": 2.0}
+    on = {"attention.sliding_window": 8, "attention.clamp_kqv": 8.0, "logit_scale": 2.0}
     on |= {"rope.scaling.attn_factor": 0.5, "pooling_type": 1, "attention.causal": False, "attention.scale": 0.5}
-    words = {"expert_used_count": "num_experts_per_tok", "logit_scale": "logits_scaling"}
-    words |= {"attention.scale": "attention_multiplier", "rope.scaling.attn_factor": "attn_factor"}
+    words = {
+        "logit_scale": "logits_scaling",
+        "attention.scale": "attention_multiplier",
+        "rope.scaling.attn_factor": "attn_factor",
+    }
     words |= {"attention.sliding_window": "sliding_window", "attention.causal": "is_causal"}
     for key, value in on.items():
         source.metadata = whole | {f"llama.{key}": value}
         source.config = gguf_config(source)
         with pytest.raises(ExportError, match=f"{words.get(key, key)} is {value}"):
             build(source)
+    source.metadata = whole | {"llama.expert_used_count": 2}
+    source.config = gguf_config(source)
+    with pytest.raises(ExportError, match="num_experts_per_tok says that there are experts"):
+        build(source)
 
 
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
