@@ -4,25 +4,24 @@ ATTENTION ?= gqa
 CACHE ?= contiguous
 KERNEL ?= flash
 KV ?= f16
-DEVICE ?= cpu
 BLOCK ?= 16
 ARCH ?= native
 SANITIZE ?= 0
-MODEL ?= models/SmolLM2-135M-Instruct.Q4_1.gguf
-PROMPT ?= Once upon a time
-ARGS ?= -n 128
+include kernels/cuda.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
-JINJA := jinja_parse jinja_eval jinja_filters jinja_methods jinja_value
-HOST := $(addprefix host/,loader config safetensors json tokenizer added_tokens pretokenize unicode chat $(JINJA) \
-  sampler engine thread_count scheduler blocks error machine roofline datasheets)
-CLI := $(addprefix cli/,options session talk chat editor requests lines measure heatmap explain \
-  estimate probe report output signals)
-# HOST and CLI but for these: the compiler's time goes into templates, and no loop runs per element.
-LIGHT := $(filter-out $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler) \
-  $(addprefix cli/,session measure probe report options),$(HOST) $(CLI))
+# A unit is several files, compiled as one: most of the compiler's time there goes into the standard library's headers.
+unit_host := $(addprefix host/,error json safetensors config loader machine roofline datasheets \
+  engine scheduler blocks thread_count)
+unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
+unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)
+unit_talk := $(addprefix cli/,output signals lines talk chat requests estimate explain heatmap)
+unit_time := $(addprefix cli/,session report measure)
+HOST := unit/host unit/text unit/chat
+CLI := cli/options cli/editor cli/probe unit/talk unit/time
+LIGHT := unit/host unit/chat unit/talk cli/editor  # no loop that runs per element
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
@@ -30,12 +29,11 @@ values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
 values_KERNEL := naive flash
 values_KV := f32 f16 bf16 q8
-values_DEVICE := cpu
+values_DEVICE := cpu cuda
 values_BLOCK := 1 2 4 8 16 32 64 128 256
 values_SANITIZE := 0 1
-note_DEVICE := ; cuda is not there yet
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
-  $(error $c=$($c) is none of: $(values_$c)$(note_$c))))
+  $(error $c=$($c) is none of: $(values_$c))))
 
 types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=KvF16 bf16=KvBF16 q8=KvQ8
 type = $(patsubst $1=%,%,$(filter $1=%,$(types)))
@@ -43,28 +41,31 @@ DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call typ
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
-OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(DEVICE)-$(LEVEL)
+OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
-# Not warned of: GCC 12 on its own headers (bugs 105593, 105651); psabi, since no vector is an argument between files.
+# Not warned of: GCC 12's own headers (bugs 105593, 105651); psabi: no vector is an argument between files; units' linkage.
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o) $(OUT)/run.o: private OPTIMIZE := -Og
 $(COMMON)/cli/options.o: private OPTIMIZE := -O0
+SANITIZE_1 := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
-  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-unknown-warning-option
-ifeq ($(SANITIZE),1)
-CXXFLAGS += -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-endif
+  -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-subobject-linkage -Wno-unknown-warning-option \
+  $(SANITIZE_$(SANITIZE))
 COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH)
 LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 
 compile = @mkdir -p $(@D) && echo "  $@" >&2 && $(COMPILE) $1 -MMD -MP -c -o $@ $<
 $(COMMON)/%.o: %.cpp $(COMMON)/flags ; $(compile)
 $(OUT)/%.o: %.cpp $(COMMON)/flags ; $(call compile,$(DEFINES))
+$(COMMON)/%.o: $(COMMON)/%.cpp ; $(compile)
+$(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(HOST) $(CLI))): $(COMMON)/unit/%.cpp: $(COMMON)/flags Makefile
+	@mkdir -p $(@D) && printf '#include "%s.cpp"\n' $(unit_$*) >$@
 
-STAGES := $(CHOSEN:%=$(OUT)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
+STAGES := $(patsubst %,$(OUT)/%.o,$(filter-out $(REPLACED),$(CHOSEN))) \
+  $(patsubst %,$(COMMON)/%.o,$(filter-out $(REPLACED),$(KERNELS) $(HOST) $(CLI))) $(CU_OBJECTS)
 $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
-	@$(COMPILE) -o $@ $^ $(LDLIBS)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 
 # Changes when the compiler's flags do, or the machine behind -march=native: all objects depend on it.
 FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
@@ -93,21 +94,21 @@ include models/models.mk
 run help: export TEXT := $(value PROMPT)
 run: $(SOURCE_READY) $(COMMON)/variant
 	@weights=$$($(WEIGHTS)) && variant=$$($(COMMON)/variant "$$weights") && \
-	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" -i "$$TEXT" $(ARGS)
+	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" $${TEXT:+-i "$$TEXT"} $(ARGS)
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
 	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
-include tests/tests.mk lab/lab.mk
+include tests/tests.mk lab/lab.mk docs/docs.mk
 
 clean: ; rm -rf build run
 
 help:
 	@echo 'make                  the binary of one combination: build/.../run, and ./run points at it'
-	@echo 'make run              text from a model; installs, downloads and exports what is missing'
+	@echo 'make run              text from a model; installs what is missing, exports what is no model file'
 	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make hello            docs/hello.cpp, a text in one screen'
-	@$(foreach folder,tests lab,sed -n 's/^## //p' $(folder)/$(folder).mk;)
+	@$(foreach m,models/models tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo
 	@echo 'variables, their values and what holds now:'
@@ -115,5 +116,4 @@ help:
 	@printf '  %-10s %-40s %s\n' ARCH 'anything that g++ -march= takes' $(ARCH)
 
 .PHONY: all binary hello run clean help FORCE
-.SECONDARY:
-.DELETE_ON_ERROR:
+.SECONDARY .DELETE_ON_ERROR:

@@ -4,7 +4,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "kernels/build.h"
 
@@ -23,32 +22,7 @@ struct Scratch {
         rows(arena.take<float>(area(n_threads, width))) {}
 };
 
-int first_seen(const AttentionShape& shape, int position) {
-  return shape.window > 0 ? std::max(0, position - shape.window + 1) : 0;
-}
-
 }  // namespace
-
-template <class Kv, int Block>
-void attention_weights(const float* q, const KVCache<Kv, Block>& cache, int layer, const int* blocks, int head,
-                       int position, const AttentionShape& shape, float* row, float* weights) {
-  const int g = head / (shape.n_heads / shape.n_kv_heads), block_size = cache.block_size();
-  const int first = first_seen(shape, position);
-  std::fill_n(weights, first, 0.0f);
-  float largest = shape.sinks ? shape.sinks[head] : -INFINITY;
-  for (int p = first; p <= position; p++) {
-    cache.load_k(layer, blocks[p / block_size], g, p % block_size, row);
-    float score = 0;
-    for (int i = 0; i < shape.k_dim; i++) score += q[i] * row[i];
-    score *= shape.scale;
-    if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
-    weights[p] = score;
-    largest = std::max(largest, score);
-  }
-  float sum = shape.sinks ? std::exp(shape.sinks[head] - largest) : 0;
-  for (int p = first; p <= position; p++) sum += weights[p] = std::exp(weights[p] - largest);
-  for (int p = first; p <= position; p++) weights[p] /= sum;
-}
 
 template <class Kv, int Block>
 void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
@@ -70,7 +44,7 @@ void Naive::attend(const Team& team, const float* q, const KVCache<Kv, Block>& c
     attention_weights(q + area(t * H + h, shape.k_dim), cache, layer, blocks, h, position, shape, row, weights);
     float* result = out + area(t * H + h, shape.v_dim);
     std::fill_n(result, shape.v_dim, 0.0f);
-    for (int p = first_seen(shape, position); p <= position; p++) {
+    for (int p = shape.first_seen(position); p <= position; p++) {
       cache.load_v(layer, blocks[p / block_size], g, p % block_size, shape.v_dim, row);
       for (int i = 0; i < shape.v_dim; i++) result[i] += weights[p] * row[i];
     }
@@ -82,8 +56,6 @@ size_t Naive::workspace_bytes(const AttentionShape& shape, const Limits& limits)
 }
 
 #define INSTANTIATE(Kv, Block)                                                                                    \
-  template void attention_weights(const float*, const KVCache<Kv, Block>&, int, const int*, int, int,             \
-                                  const AttentionShape&, float*, float*);                                         \
   template void Naive::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
                                          const AttentionShape&, float*, const Workspace&);
 FOR_EACH_CACHE(INSTANTIATE)

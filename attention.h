@@ -8,6 +8,9 @@
 // row.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "kvcache.h"
 
 struct AttentionShape {
@@ -20,6 +23,9 @@ struct AttentionShape {
   int window = 0;                // token t sees t - window + 1 .. t; 0: 0 .. t
   const float* sinks = nullptr;  // [n_heads] scores without a value, which join the softmax as they are, neither
                                  // scaled nor capped (gpt-oss); null: none
+
+  // The first position that a token at this one sees.
+  constexpr int first_seen(int position) const { return window > 0 && position >= window ? position - window + 1 : 0; }
 };
 
 // The context is cut at multiples of this many tokens; each piece's result is computed on its own, and the results are
@@ -35,10 +41,28 @@ struct PlainRows {
 };
 
 // What one query row q [k_dim] of a head, at this position of a sequence whose block table is given, looks at: weights
-// [position + 1], the softmax of its scores; 0 for what is behind the window. row: scratch, [k_dim].
+// [position + 1], the softmax of its scores; 0 for what is behind the window. row: scratch, [k_dim]. All of it lies on
+// the host; of a cache on a GPU a row at a time is fetched.
 template <class Kv, int Block>
 void attention_weights(const float* q, const KVCache<Kv, Block>& cache, int layer, const int* blocks, int head,
-                       int position, const AttentionShape& shape, float* row, float* weights);
+                       int position, const AttentionShape& shape, float* row, float* weights) {
+  const int g = head / (shape.n_heads / shape.n_kv_heads), block_size = cache.block_size();
+  const int first = shape.first_seen(position);
+  std::fill_n(weights, first, 0.0f);
+  float largest = shape.sinks ? shape.sinks[head] : -INFINITY;
+  for (int p = first; p <= position; p++) {
+    cache.load_k(layer, blocks[p / block_size], g, p % block_size, row);
+    float score = 0;
+    for (int i = 0; i < shape.k_dim; i++) score += q[i] * row[i];
+    score *= shape.scale;
+    if (shape.softcap > 0) score = shape.softcap * std::tanh(score / shape.softcap);
+    weights[p] = score;
+    largest = std::max(largest, score);
+  }
+  float sum = shape.sinks ? std::exp(shape.sinks[head] - largest) : 0;
+  for (int p = first; p <= position; p++) sum += weights[p] = std::exp(weights[p] - largest);
+  for (int p = first; p <= position; p++) weights[p] /= sum;
+}
 
 // A kernel's `attend`: q [T, n_heads, k_dim], out [T, n_heads, v_dim]. Every row's arithmetic depends on its position
 // and its sequence's cache rows alone, so the result is the same bit for bit for any batch, chunking, block size and
@@ -66,6 +90,11 @@ struct Flash {
   static void attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                      const AttentionShape& shape, float* out, const Workspace& workspace);
   static size_t workspace_bytes(const AttentionShape& shape, const Limits& limits);
+
+  // How far a query's element and a weight are rounded before they are multiplied, relatively: 0 but on tensor cores,
+  // which take 16-bit numbers (kernels/mma.h).
+  template <class Kv>
+  static double operand_rounding();
 
   // The same over PlainRows, for one sequence of the batch: called for each split of its context that a query sees, in
   // order of position, with all else the same. Between the calls out holds the running sum and the workspace the

@@ -30,6 +30,7 @@ struct Config {
 
   NormKind norm = NormKind::rms;
   float norm_eps = 1e-5f;
+  float latent_norm_eps = 1e-5f;  // of the norms of MLA's latents
   Activation activation = Activation::silu;
   float swiglu_limit = 0;       // swiglu_oai clamps its inputs to this
   float attention_scale = 0;    // factor on q . k

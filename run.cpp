@@ -12,7 +12,7 @@
 #include "cli/estimate.h"
 #include "cli/explain.h"
 #include "cli/heatmap.h"
-#include "cli/probe.h"
+#include "cli/probe_attention.h"
 #include "cli/session.h"
 #include "host/error.h"
 #include "host/loader.h"
@@ -39,13 +39,8 @@ std::string read_template(const std::string& path) {
 }
 
 Tokenizer load_tokenizer(const Model& model, const std::string& chat_template) {
-  namespace fs = std::filesystem;
-  fs::path path = fs::path(model.path).replace_extension(".tokenizer.bin");
-  if (!fs::exists(path)) {  // the model may be a link: then it lies beside the file itself
-    const fs::path beside = fs::canonical(model.path).replace_extension(".tokenizer.bin");
-    if (fs::exists(beside)) path = beside;
-  }
-  Tokenizer tokenizer = Tokenizer::load(path.string(), model.tokenizer_sha256);
+  const std::string path = tokenizer_path(model.path);
+  Tokenizer tokenizer = Tokenizer::load(path, model.tokenizer_sha256);
   if (tokenizer.vocab_size() > model.config.vocab_size)
     fail("%s has %d tokens, the model's vocabulary %d: export the model again", path.c_str(), tokenizer.vocab_size(),
          model.config.vocab_size);
@@ -65,7 +60,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
           .kernel = BUILD_KERNEL::name,
           .kv = BUILD_KV::name,
-          .device = "cpu",
+          .device = device_name(),
           .block_size = BUILD_BLOCK ? BUILD_BLOCK : context,
           .threads = o.threads,
           .seed = o.sampler.seed,
@@ -106,9 +101,10 @@ Setup plan(const Session& session) {
   const size_t free_bytes = device_memory_available(), weights = session.model.weight_bytes;
   if (weights > free_bytes)
     fail(
-        "%s: its weights take %.1f MB, %.1f MB of memory are free: a smaller model, or one of a smaller --type "
-        "(export.py)",
-        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6);
+        "%s: its weights take %.1f MB, %.1f MB of memory are free: what fits has at most %.1f bits a parameter, such "
+        "as a smaller --type of export.py (q8_0 has 8.5, q4_0 4.5), or is a smaller model",
+        session.model.path.c_str(), static_cast<double>(weights) / 1e6, static_cast<double>(free_bytes) / 1e6,
+        8 * static_cast<double>(free_bytes) / session.model.n_parameters);
   const size_t available = free_bytes - weights;
   const WantedContext wanted = wanted_context(session);
   if (o.context > config.seq_len) fail("-c %d: this model's longest context is %d tokens", o.context, config.seq_len);
@@ -155,16 +151,11 @@ std::optional<Machine> probed(const Session& session) {
   const Stats& stats = session.measured.stats;
   const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};
-  const int64_t threads = (2 * stats.decode_threads / stats.decode_steps + 1) / 2;
-  return probe(session.threads, static_cast<int>(threads), {weights.data(), std::min(weights.size(), MOST)},
-               session.model);
-}
-
-// What one token's attention is handed; of MLA the absorbed form's.
-AttentionWidths attention_widths(const Config& c) {
-  const CacheShape shape = BUILD_ATTENTION::cache_shape(c, 1, 1);
-  const bool v_is_k = shape.v_dim == 0;
-  return {c.n_heads, shape.n_kv_heads, shape.k_dim, v_is_k ? c.kv_lora_rank : shape.v_dim, v_is_k};
+  const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
+  Machine machine = probe(session.threads, threads, {weights.data(), std::min(weights.size(), MOST)}, session.model);
+  probe_attention(machine, session.threads, threads, session.model.config,
+                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
+  return machine;
 }
 
 using Mode = void (*)(Session&);
@@ -186,14 +177,15 @@ void check_mla(const Options& o, const Config& c) {
 void estimate_speed(const Options& o) {
   check_outputs(o);
   ModelFile shapes(o.model);
-  estimate(o, shapes.model, BUILD_KV::name, activation_bytes);
+  estimate(o, shapes.model, BUILD_KV::name, activation_bytes, attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
 }
 
 int run(const Options& o) {
   check_outputs(o);
   Threads threads(o.threads);
-  std::optional<OutputFile> stats;
+  std::optional<OutputFile> stats, output;
   if (!o.stats.empty()) stats.emplace(o.stats);
+  if (const std::string& path = o.logits.empty() ? o.heatmap : o.logits; !path.empty()) output.emplace(path);
   std::optional<Editor> editor;
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
@@ -203,27 +195,26 @@ int run(const Options& o) {
   Runtime::check(model);
   check_mla(o, model.config);
   const Tokenizer tokenizer = load_tokenizer(model, o.chat_template);
-  Session session{
-      .options = o, .model = model, .tokenizer = tokenizer, .threads = threads, .editor = editor ? &*editor : nullptr};
+  Session session{.options = o, .model = model, .tokenizer = tokenizer, .threads = threads};
+  if (editor) session.editor = &*editor;
+  if (output) session.output = &*output;
   read_input(session);
+  check_layer(session);
   if (!o.heatmap.empty()) check_heatmap(session);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
+  if (o.explain) return explain(session), 0;
   file.pack(threads);
   blame_for_lost_pages("");
   if (!o.heatmap.empty()) {
     draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
     return 0;
   }
-  if (o.explain) {
-    explain(session, attention_widths(model.config));
-    return 0;
-  }
   Runtime runtime(model, session.setup.limits);
   Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
                 session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
-                block_hash, o.choose_threads);
+                block_hash, o.choose_threads && device_takes_team());
   session.engine = &engine;
   session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
   catch_interrupt();

@@ -43,8 +43,8 @@ class Transformer {
   const float* forward(const Batch& batch, Threads& threads, int n_threads) {
     if (n_threads > limits_.max_threads)
       fail("a step of %d threads, in memory that was made for %d", n_threads, limits_.max_threads);
-    const Batch& on_device = parts_.batch.upload(batch);
-    threads.run(n_threads, [&](const Team& team) { step(team, on_device, batch); });
+    parts_.batch.run(batch, threads, n_threads,
+                     [&](const Team& team, const Batch& on_device) { step(team, on_device, batch); });
     return parts_.logits.host();
   }
 
@@ -93,7 +93,8 @@ class Transformer {
     std::vector<Angles> angles;  // one for each RoPE table
 
     Parts(const Model& m, const Limits& limits, Arena& kv, Arena& arena)
-        : cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
+        : batch(limits),
+          cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
           attention(arena, matmul_workspace, m.config, limits),
           mlp(arena, matmul_workspace, m.config, limits),
           logits(arena, matmul_workspace, m.config, limits),

@@ -254,10 +254,12 @@ class Mla {
             .window = c.window[static_cast<size_t>(layer)]};
   }
 
-  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average.
+  // Whether sequence s takes the expanded form: the one with fewer FLOP. A query sees n - t / 2 tokens on average. A
+  // single token takes the absorbed form: to expand a context for it never pays.
   bool expands(const Step& step, int s) const {
     if (form_ != MlaForm::automatic) return form_ == MlaForm::expanded;
     const double t = step.host.query_start[s + 1] - step.host.query_start[s], n = step.host.context_len[s];
+    if (t == 1) return false;
     const double pairs = t * (n - t / 2);
     return form_flop(step.config, true, t, n, pairs) < form_flop(step.config, false, t, n, pairs);
   }
@@ -280,9 +282,9 @@ class Mla {
     const Product first[] = {product(w.kv_a_proj, step.h, T, kv_),
                              rank ? product(w.q_a_proj, step.h, T, q_a_) : product(w.q_proj, step.h, T, q_)};
     matmul(team, first, 2, step.workspace);
-    if (w.kv_a_norm) norm(team, c.norm, c.norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
+    if (w.kv_a_norm) norm(team, c.norm, c.latent_norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
     if (rank) {
-      if (w.q_a_norm) norm(team, c.norm, c.norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
+      if (w.q_a_norm) norm(team, c.norm, c.latent_norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
       const Product second = product(w.q_b_proj, q_a_, T, q_);
       matmul(team, &second, 1, step.workspace);
     }

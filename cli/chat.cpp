@@ -78,7 +78,7 @@ std::string answer(Session& s, int n) {
 
 void chat(Session& s) {
   std::vector<Message> messages;
-  if (!s.options.system.empty()) messages.push_back({Message::system, s.options.system});
+  if (s.options.system) messages.push_back({Message::system, *s.options.system});
   bool forgot = false;
   for (std::string turn; next_turn(s, turn);) {
     if (turn.empty()) continue;

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 
 #include "cli/output.h"
-#include "cli/probe.h"
 #include "host/error.h"
 
 namespace {
@@ -24,8 +24,9 @@ struct Column {
 
 class Estimate {
  public:
-  Estimate(const Options& o, Model& model, const char* kv, const Activations& activations)
-      : o_(o), activations_(activations), kv_(o.kv_type.empty() ? kv : o.kv_type) {
+  Estimate(const Options& o, Model& model, const char* kv, const Activations& activations,
+           const AttentionSpeed& attention_speed)
+      : o_(o), activations_(activations), attention_speed_(attention_speed), kv_(o.kv_type.empty() ? kv : o.kv_type) {
     if (o.context > model.config.seq_len)
       fail("-c %d: this model's longest context is %d tokens", o.context, model.config.seq_len);
     context_ = o.model_context ? model.config.seq_len
@@ -54,7 +55,7 @@ class Estimate {
   std::string rows() const;  // a column for each variant
   std::string notes() const;
 
-  Machine machine(const Model& model) const {
+  Machine machine(const Model& model) {
     if (!o_.gpu.empty()) try {
         return machine_of(find_datasheet(o_.gpu));
       } catch (const Error& e) {
@@ -63,14 +64,16 @@ class Estimate {
     if (o_.bandwidth > 0)
       return machine_of(
           {"as said", o_.memory, o_.bandwidth, o_.flops, o_.flops, o_.flops, "--bandwidth, --flops, --memory"});
-    Threads threads(o_.threads);
-    const Buffer<std::byte> memory = memory_to_read(threads);
-    Machine m = probe(threads, threads.most(), {memory.data(), memory.size()}, model);
+    threads_.emplace(o_.threads);
+    const Buffer<std::byte> memory = memory_to_read(*threads_);
+    Machine m = probe(*threads_, o_.threads, {memory.data(), memory.size()}, model);
     m.memory += static_cast<double>(memory.size());
     return m;
   }
 
-  Column column(Model model) const {
+  Column column(Model model) {
+    Machine m = machine_;
+    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_);
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);
@@ -78,8 +81,8 @@ class Estimate {
     const double sequences = o_.parallel;
     c.decode = work_of(model, {.sequences = sequences, .tokens = 1, .context = double(context_), .logits = sequences},
                        c.kv_bytes_per_token);
-    c.time = time_of(c.decode, machine_);
-    c.prompt_seconds = prompt_seconds(model, context_, o_.batch, c.kv_bytes_per_token, machine_);
+    c.time = time_of(c.decode, m);
+    c.prompt_seconds = prompt_seconds(model, context_, o_.batch, c.kv_bytes_per_token, m);
     c.ridge = ridge_batch(model, machine_);
     const auto fits = [&](int n, int context) { return bytes(c, model, n, context) <= machine_.memory; };
     c.largest_batch = largest(MOST_SEQUENCES, [&](int n) { return fits(n, context_); });
@@ -105,6 +108,8 @@ class Estimate {
 
   const Options& o_;
   const Activations& activations_;
+  const AttentionSpeed& attention_speed_;
+  std::optional<Threads> threads_;  // where this machine is probed
   std::string kv_, source_;
   int context_ = 0;
   Machine machine_;
@@ -229,8 +234,9 @@ Json Estimate::json() const {
 
 }  // namespace
 
-void estimate(const Options& o, Model& model, const char* kv, const Activations& activations) {
-  const Estimate e(o, model, kv, activations);
+void estimate(const Options& o, Model& model, const char* kv, const Activations& activations,
+              const AttentionSpeed& attention_speed) {
+  const Estimate e(o, model, kv, activations, attention_speed);
   if (!o.quiet) print(e.table());
   if (o.stats.empty()) return;
   OutputFile file(o.stats);

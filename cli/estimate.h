@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "cli/options.h"
+#include "cli/probe.h"
 #include "host/roofline.h"
 #include "kernels/batch.h"
 
@@ -11,6 +12,7 @@
 using Activations = std::function<size_t(const Model&, const Limits&)>;
 
 // Prints the table, and writes --stats. kv: the KV type without --kv-type. Throws Usage, Error.
-void estimate(const Options& options, Model& model, const char* kv, const Activations& activations);
+void estimate(const Options& options, Model& model, const char* kv, const Activations& activations,
+              const AttentionSpeed& attention_speed);
 // --gpu list
 void list_machines();

@@ -51,13 +51,12 @@ class Image {
     }
   }
 
-  void save(const std::string& path) const {
-    OutputFile file(path);
+  void save(OutputFile& file) const {
     const auto write = [](void* to, void* data, int n) {
       static_cast<OutputFile*>(to)->write(data, static_cast<size_t>(n));
     };
     if (!stbi_write_png_to_func(write, &file, width_, height_, 3, pixels_.data(), width_ * 3))
-      fail("cannot write %s: out of memory", path.c_str());
+      fail("--heatmap: out of memory");
     file.commit();
   }
 
@@ -122,7 +121,6 @@ void check_heatmap(const Session& s) {
   const Config& c = s.model.config;
   if (s.prompt.size() > MOST_TOKENS_DRAWN)
     fail("--heatmap: the prompt has %zu tokens, at most %d can be drawn", s.prompt.size(), MOST_TOKENS_DRAWN);
-  if (s.options.layer >= c.n_layers) fail("--layer %d: this model has layers 0 .. %d", s.options.layer, c.n_layers - 1);
   if (s.options.head >= c.n_heads) fail("--head %d: this model has heads 0 .. %d", s.options.head, c.n_heads - 1);
 }
 
@@ -143,5 +141,5 @@ void draw(const Session& session, const AttentionMap& map) {
   draw_scale(image, GAP + 250, GAP);
   for (int i = 0; i < heads; i++)
     draw_head(image, panel, GAP + i % columns * step, GAP + header + i / columns * step, map, first + i, labels);
-  image.save(o.heatmap);
+  image.save(*session.output);
 }

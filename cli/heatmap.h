@@ -23,17 +23,30 @@ struct Watched : Kernel {
   template <class Kv, int Block>
   static void attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                      const AttentionShape& shape, float* out, const Workspace& workspace) {
-    if (layer == map->layer) {
-      const size_t T = static_cast<size_t>(map->n_tokens), H = static_cast<size_t>(shape.n_heads);
-      const size_t k_dim = static_cast<size_t>(shape.k_dim);
-      team.for_each(map->n_tokens * shape.n_heads, [&](int index) {
-        const size_t t = static_cast<size_t>(index) / H, h = static_cast<size_t>(index) % H;
-        std::vector<float> row(k_dim);
-        attention_weights(q + (t * H + h) * k_dim, cache, layer, batch.block_table, static_cast<int>(h),
-                          batch.positions[t], shape, row.data(), map->weights.data() + (h * T + t) * T);
-      });
-    }
+    if (layer == map->layer && team.rank == 0) watch(q, cache, batch, shape);
     Kernel::attend(team, q, cache, layer, batch, shape, out, workspace);
+  }
+
+  // Of q [T, n_heads, k_dim].
+  template <class Kv, int Block>
+  static void watch(const float* q, const KVCache<Kv, Block>& cache, const Batch& batch, AttentionShape shape) {
+    const int T = map->n_tokens, H = shape.n_heads;
+    const auto queries = on_host(q, area(T * H, shape.k_dim));
+    const auto blocks = on_host(batch.block_table, area(1, batch.max_blocks));
+    const auto sinks = on_host(shape.sinks, shape.sinks ? area(H, 1) : 0);
+    if (shape.sinks) shape.sinks = sinks.data();
+    std::vector<float> row(area(1, shape.k_dim));
+    for (int t = 0; t < T; t++)  // at position t
+      for (int h = 0; h < H; h++)
+        attention_weights(queries.data() + area(t * H + h, shape.k_dim), cache, map->layer, blocks.data(), h, t, shape,
+                          row.data(), map->weights.data() + area(h * T + t, T));
+  }
+
+  template <class T>
+  static std::vector<T> on_host(const T* x, size_t n) {
+    std::vector<T> copy(n);
+    if (n > 0) download(copy.data(), x, n * sizeof(T));
+    return copy;
   }
 };
 
@@ -61,7 +74,7 @@ AttentionMap watch(const Session& session) {
   return map;
 }
 
-// Throws Error where the prompt is too long to draw, or the model has no such layer or head.
+// Throws Error where the prompt is too long to draw, or the model has no such head.
 void check_heatmap(const Session& session);
 
 // Draws the head that --head names, or all of the layer, to the file that --heatmap names.

@@ -117,7 +117,7 @@ void perplexity(Session& s) {
 
 // float32 [tokens, vocab_size], row by row as they are computed.
 void write_logits(Session& s) {
-  OutputFile file(s.options.logits);
+  OutputFile& file = *s.output;
   const int vocab_size = s.model.config.vocab_size;
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + std::to_string(s.prompt.size()) + ", " +
                        std::to_string(vocab_size) + "), }";

@@ -63,7 +63,7 @@ std::string unescape(const char* flag, const std::string& text) {
 
 void unescape_texts(Options& o) {
   o.prompt = unescape("--prompt", o.prompt);
-  o.system = unescape("--system", o.system);
+  if (o.system) o.system = unescape("--system", *o.system);
   for (std::string& stop : o.stop) stop = unescape("--stop", stop);
 }
 
@@ -80,9 +80,6 @@ void check(const Options& o) {
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
-  for (const auto& [flag, figure] :
-       {std::pair("--bandwidth", o.bandwidth), {"--flops", o.flops}, {"--memory", o.memory}})
-    require(figure >= 0, flag, figure, "must be a number > 0");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 
@@ -117,7 +114,7 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
         const char* end = text.data() + text.size();
         const auto [last, error] = std::from_chars(text.data(), end, seed);
         const bool right = last == end && error == std::errc() && seed >= 0;
-        return right ? "" : text + " is no whole number from -1 to 2^63 - 1";
+        return right ? "" : throw Usage(complaint("--seed", text, "must be a whole number from -1 to 2^63 - 1"));
       });
 }
 
@@ -170,12 +167,27 @@ void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
 void add_estimate_flags(CLI::App& app, Options& o) {
   app.add_flag("--estimate", o.estimate, "no run: what the model takes, and how fast it can be; for -c and --parallel");
   app.add_option("--gpu", o.gpu, "on this GPU instead of this machine; list: all that are known");
-  app.add_option("--bandwidth", o.bandwidth, "... on one that reads this many GB/s,")->check(CLI::PositiveNumber);
-  app.add_option("--flops", o.flops, "... does this many TFLOP/s (dense)")->check(CLI::PositiveNumber);
-  app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)")->check(CLI::PositiveNumber);
+  app.add_option("--bandwidth", o.bandwidth, "... on one that reads this many GB/s,");
+  app.add_option("--flops", o.flops, "... does this many TFLOP/s (dense)");
+  app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)");
   app.add_option("--type", o.weight_type, "... with weights of this type instead of the file's");
   app.add_option("--kv-type", o.kv_type, "... with this KV type instead of the build's")
       ->check(CLI::IsMember({"f32", "f16", "bf16", "q8"}));
+}
+
+// CLI11 says of what is no number neither what it should be nor how to mend it.
+void require_numbers(CLI::App& app) {
+  for (CLI::Option* option : app.get_options()) {
+    const std::string type = option->get_type_name();
+    if (type != "INT" && type != "FLOAT") continue;
+    option->check([name = option->get_name(), whole = type == "INT"](const std::string& text) -> std::string {
+      int integer = 0;
+      double number = 0;
+      if (whole ? !CLI::detail::lexical_cast(text, integer) : !CLI::detail::lexical_cast(text, number))
+        throw Usage(complaint(name.c_str(), text, whole ? "must be a whole number below 2^31" : "must be a number"));
+      return "";
+    });
+  }
 }
 
 // CLI11 takes nothing for 0.
@@ -201,7 +213,9 @@ void check_together(const CLI::App& app) {
   refuse({"--tokens", "--samples"}, modes);
   refuse({"--prompt", "--prompt-file"},
          {"--prompt-file", "--chat", "--prompts", "--perplexity", "--bench", "--estimate"});
-  refuse({"--n-predict", "--stop"}, {"--perplexity", "--logits", "--heatmap", "--explain", "--bench", "--estimate"});
+  refuse({"--n-predict", "--stop", "--ignore-eos", "--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty",
+          "--seed"},
+         {"--perplexity", "--logits", "--heatmap", "--explain", "--bench", "--estimate"});
   refuse({"--stats", "--context"}, {"--heatmap", "--explain"});
   refuse({"--special"}, {"--chat", "--bench", "--estimate"});
   refuse({"--kv-memory", "--mla"}, {"--estimate"});
@@ -213,9 +227,15 @@ void check_together(const CLI::App& app) {
                                                                                    {"--type", "--estimate"},
                                                                                    {"--kv-type", "--estimate"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
-  for (const std::string& flag : figures)
+  for (const std::string& flag : figures) {
+    if (app.count(flag) == 0) continue;
     for (const std::string& other : {figures[0], figures[1], figures[2], std::string("--estimate")})
-      if (app.count(flag) > 0 && app.count(other) == 0) throw Usage(flag + " needs " + other);
+      if (app.count(other) == 0) throw Usage(flag + " needs " + other);
+    if (const double figure = app[flag]->as<double>(); !(figure > 0 && std::isfinite(figure)))
+      throw Usage(complaint(flag.c_str(), app[flag]->as<std::string>(), "must be a number > 0"));
+  }
+  if (app.count("--estimate") > 0 && app.count("--quiet") > 0 && app.count("--stats") == 0)
+    throw Usage("--estimate with --quiet leaves the JSON alone: --stats says where to (-: standard output)");
   const auto any = [&](const Names& flags) {
     return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
   };
@@ -269,6 +289,7 @@ Options parse(int argc, char** argv) {
   add_template_flags(app, o, template_arguments);
   add_machine_flags(app, o, kv_memory);
   add_estimate_flags(app, o);
+  require_numbers(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,9 +19,9 @@ struct Options {
 
   std::string prompt, prompt_file;
   bool has_prompt = false;
-  std::string system;
-  std::string chat_template;  // a file; empty: the model's own
-  Json chat_arguments;        // further variables of the template: an object, or null
+  std::optional<std::string> system;  // an empty one takes the place of a template's own
+  std::string chat_template;          // a file; empty: the model's own
+  Json chat_arguments;                // further variables of the template: an object, or null
   std::vector<std::string> stop;
   bool ignore_eos = false, special = false, escape = false;
   SamplerOptions sampler;

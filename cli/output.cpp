@@ -14,6 +14,7 @@
 
 #include "cli/signals.h"
 #include "host/error.h"
+#include "host/tokenizer.h"
 
 namespace fs = std::filesystem;
 
@@ -72,8 +73,8 @@ void check_output(const std::string& flag, const std::string& path, const Option
       throw Usage(flag + " " + path + ": that is " + what + ": give another name");
   };
   refuse(o.model, "the model");
-  refuse(fs::path(o.model).replace_extension(".tokenizer.bin").string(), "the model's tokenizer");
-  for (const std::string& input : {o.prompt_file, o.prompts, o.perplexity})
+  refuse(tokenizer_path(o.model), "the model's tokenizer");
+  for (const std::string& input : {o.prompt_file, o.prompts, o.perplexity, o.chat_template})
     if (input != "-") refuse(input, "read by this run");
   refuse("/dev/stdin", "standard input");
   if (is_descriptor(path)) return;

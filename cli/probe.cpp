@@ -1,6 +1,8 @@
-// probe.cpp: this machine, measured. What disturbs a measurement slows it down, so that the best of several is taken.
+// probe.cpp: this machine, measured. The median of several runs is taken, since the speed of decode is that of its
+// usual step and not of its best one: what disturbs a run here now and then, disturbs steps as often.
 #include "cli/probe.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -9,24 +11,10 @@
 
 namespace {
 
-constexpr int LEAST = 3, MOST = 10;  // repeats: of what takes long, few
-constexpr double LONG = 0.02;        // s
+constexpr size_t LEAST = 5, MOST = 25;  // repeats: of what takes long, few
+constexpr double LONG = 0.05;           // s
 
 std::atomic<float> sink;  // what is computed is used, or the loop would go
-
-// Seconds of f(team) on a team of `size`, at best.
-template <class F>
-double best_seconds(Threads& threads, int size, F f) {
-  double best = 1e9, all = 0;
-  for (int repeat = 0; repeat < LEAST || (repeat < MOST && all < LONG); repeat++) {
-    const auto began = std::chrono::steady_clock::now();
-    threads.run(size, f);
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
-    best = std::min(best, seconds.count());
-    all += seconds.count();
-  }
-  return best;
-}
 
 // Sum of n floats (a multiple of 4 registers): four chains of additions, so that memory and not the adder is the limit.
 float sum_of(const float* x, size_t n) {
@@ -48,33 +36,30 @@ double matmul_speed(Threads& threads, int size, WeightType type) {
   Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
   workspace.allocate(scratch);
   const Product p = product(linear, x.data(), ROWS, y.data());
-  return 2.0 * N * N * ROWS / best_seconds(threads, size, [&](const Team& team) { matmul(team, &p, 1, workspace); });
-}
-
-// FLOP/s of multiply-adds in registers.
-double multiply_add_speed(Threads& threads, int size) {
-  constexpr int N = 1 << 14, CHAINS = 12;
-  const double seconds = best_seconds(threads, size, [&](const Team&) {
-    simd::F32 x[CHAINS];
-    for (simd::F32& y : x) y = simd::set(1);
-    const simd::F32 a = simd::set(0.999f), b = simd::set(1e-3f);
-    for (int i = 0; i < N; i++)
-      for (simd::F32& y : x) y = simd::fma(y, a, b);
-    for (const simd::F32& y : x) sink = sink + simd::sum(y);
-  });
-  return 2.0 * N * CHAINS * simd::LANES * size / seconds;
+  return 2.0 * N * N * ROWS / median_seconds(threads, size, [&](const Team& team) { matmul(team, &p, 1, workspace); });
 }
 
 double barrier_seconds(Threads& threads, int size) {
   constexpr int N = 100;
-  return best_seconds(threads, size,
-                      [&](const Team& team) {
-                        for (int i = 0; i < N; i++) team.barrier();
-                      }) /
+  return median_seconds(threads, size,
+                        [&](const Team& team) {
+                          for (int i = 0; i < N; i++) team.barrier();
+                        }) /
          N;
 }
 
 }  // namespace
+
+double median_seconds(Threads& threads, int size, const std::function<void(const Team&)>& f) {
+  std::vector<double> runs;
+  for (double all = 0; runs.size() < LEAST || (runs.size() < MOST && all < LONG); all += runs.back()) {
+    const auto began = std::chrono::steady_clock::now();
+    threads.run(size, f);
+    runs.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  }
+  std::nth_element(runs.begin(), runs.begin() + static_cast<ptrdiff_t>(runs.size() / 2), runs.end());
+  return runs[runs.size() / 2];
+}
 
 Buffer<std::byte> memory_to_read(Threads& threads) {
   constexpr size_t PIECE = size_t{1} << 18, PIECES = 2048;  // 512 MB
@@ -90,7 +75,7 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
   constexpr size_t PIECE = size_t{1} << 16;
   const int pieces = static_cast<int>(memory.size() / PIECE);
   if (pieces == 0) return 0;
-  const double seconds = best_seconds(threads, size, [&](const Team& team) {
+  const double seconds = median_seconds(threads, size, [&](const Team& team) {
     float sum = 0;
     team.for_each(pieces, [&](int i) {
       sum +=
@@ -107,9 +92,14 @@ Machine probe(Threads& threads, int size, std::span<const std::byte> memory, con
             .memory = static_cast<double>(device_memory_available()),
             .bandwidth = read_bandwidth(threads, size, memory),
             .products = work_of(model, {}, 0).products,
-            .attention = multiply_add_speed(threads, size),
             .launch = barrier_seconds(threads, size)};
   for (size_t type = 0; type < m.products.size(); type++)
     if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type));
   return m;
+}
+
+void probe_attention(Machine& m, Threads& threads, int size, const Config& config, const AttentionSpeed& speed) {
+  constexpr int PROMPT_ROWS = 16;  // tokens that share rows as well as more do
+  m.attention = speed(threads, size, config, 1);
+  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS);
 }

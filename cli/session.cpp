@@ -84,12 +84,12 @@ void read_input(Session& s) {
   const Options& o = s.options;
   for (int id = 0; id < s.tokenizer.vocab_size() && !o.ignore_eos; id++)
     if (s.tokenizer.is_end_of_generation(id)) s.stop_ids.push_back(id);
-  require_utf8(o.system, "--system");
+  if (o.system) require_utf8(*o.system, "--system");
   for (const std::string& stop : o.stop) require_utf8(stop, "--stop");
   if (o.chat && !s.tokenizer.chat().refusal().empty()) fail("--chat: %s", s.tokenizer.chat().refusal().c_str());
   if (o.chat) {  // a template that refuses the system message, or a variable, does so before anything is typed
     std::vector<Message> opening{{Message::user, "x"}};
-    if (!o.system.empty()) opening.insert(opening.begin(), {Message::system, o.system});
+    if (o.system) opening.insert(opening.begin(), {Message::system, *o.system});
     s.tokenizer.encode_chat(opening, o.chat_arguments);
   }
   if (o.chat && !s.editor) s.lines.open("-", o.max_line);

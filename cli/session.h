@@ -23,6 +23,7 @@ struct Session {
   Threads& threads;
   Editor* editor = nullptr;        // of a chat at a terminal
   LineReader lines = {};           // the requests, or the turns of another chat
+  OutputFile* output = nullptr;    // of --logits or --heatmap
   std::string text = "";           // the prompt, or the text to score
   std::vector<int> prompt = {};    // its ids
   std::vector<int> stop_ids = {};  // tokens that end a text

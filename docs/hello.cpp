@@ -1,7 +1,6 @@
 // hello.cpp: a text in one screen: load, encode, step, sample, print. `make hello` builds it;
 // ./run adds the plan of the memory, many requests at once and a report.
 #include <cstdio>
-#include <filesystem>
 #include <numeric>
 
 #include "host/loader.h"
@@ -13,8 +12,7 @@ int main(int argc, char** argv) try {
   if (argc != 3) return std::fprintf(stderr, "usage: hello NAME.safetensors PROMPT\n"), 2;
   Threads threads(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
   const Model model = load_model(argv[1], threads);
-  const std::filesystem::path beside = std::filesystem::path(argv[1]).replace_extension(".tokenizer.bin");
-  const Tokenizer tokenizer = Tokenizer::load(beside.string(), model.tokenizer_sha256);
+  const Tokenizer tokenizer = Tokenizer::load(tokenizer_path(argv[1]), model.tokenizer_sha256);
   std::vector<int> tokens = tokenizer.encode(argv[2], false, true);  // control tokens stay text; BOS where usual
   const int context = std::min(model.config.seq_len, static_cast<int>(tokens.size()) + 64);
   const int block_size = BUILD_BLOCK ? BUILD_BLOCK : context, n_blocks = (context - 1) / block_size + 1;

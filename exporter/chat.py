@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from jinja2.ext import Extension
 
 from exporter.errors import ExportError
+from exporter.render import environment, rendered
 from exporter.source import whole_file
 
 MAX_BYTES = 1 << 20
@@ -26,20 +26,21 @@ class ChatTemplate:
         if self.refusal:
             return self.refusal
         try:
-            jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(self.source)
+            environment().parse(self.source)
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             return f"the model's chat template is no Jinja: {' '.join(str(error).split())[:200]}: give --chat-template"
         return "the model's own template"
 
-
-class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, transformers' own tag."""
-
-    tags = frozenset({"generation"})
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+    def after_answer(self) -> str:
+        """What the template writes after an answer, and after white space; "" where it writes none."""
+        if self.refusal:
+            return ""
+        answer = "Qanswerq"
+        turns = ("user", "Q"), ("assistant", answer), ("user", "Q")
+        messages = [{"role": role, "content": text} for role, text in turns]
+        given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        text = rendered(self.source, given | self.variables) or ""
+        return text.partition(answer)[2].lstrip()
 
 
 def chat_template(source, variables: dict[str, str | None]) -> ChatTemplate:

@@ -61,9 +61,8 @@ def dimensions(keys: Keys, architecture: Architecture) -> dict:
 
 def latent_dimensions(keys: Keys) -> dict:
     sizes = {key: keys.positive(key) for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
-    if abs(keys.number("norm_eps") - 1e-6) > 1e-9:
-        keys.refuse("norm_eps", "the latent's norm has 1e-6 whatever this says, so it must be 1e-6")
-    return dict(q_lora_rank=keys.count("q_lora_rank")) | sizes
+    # transformers' norms of the latents have their class's eps, whatever rms_norm_eps says.
+    return dict(q_lora_rank=keys.count("q_lora_rank"), latent_norm_eps=1e-6) | sizes
 
 
 def variant(config: dict) -> str:
@@ -182,6 +181,12 @@ def softcap(keys: Keys, key: str) -> float:
 
 def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
     if not keys.count("num_experts"):
+        if keys.values.get("num_experts_per_tok"):
+            keys.refuse(
+                "num_experts",
+                "num_experts_per_tok says that there are experts: num_experts (num_local_experts, n_routed_experts) "
+                "must say how many: fetch the file again",
+            )
         return {}
     n, chosen = keys.positive("num_experts"), keys.positive("num_experts_per_tok")
     if chosen > n:
@@ -201,7 +206,7 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
             "num_experts_per_tok",
             f"more than the {n // groups * best} experts of topk_group {best} of the {groups} groups: fetch it again",
         )
-    return dict(
+    found = dict(
         n_routed_experts=n,
         num_experts_per_tok=chosen,
         n_shared_experts=keys.count("n_shared_experts"),
@@ -214,6 +219,7 @@ def experts(keys: Keys, architecture: Architecture, sizes: dict) -> dict:
         topk_group=best if grouped else 1,
         group_score=rules.get("group_score", "max"),
     )
+    return found if any(found["moe_layers"]) else {}
 
 
 def moe_layers(keys: Keys, n_layers: int) -> list[int]:

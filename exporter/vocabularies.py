@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from exporter.chat import ChatTemplate, chat_template, find_template
-from exporter.ends import ends_by_text
+from exporter.ends import ends_by_template, ends_by_text
 from exporter.errors import ExportError, shown
 from exporter.hf_source import read_json
 from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
@@ -151,14 +151,14 @@ def set_special_ids(t: Tokenizer, texts: list[str], template) -> None:
     def name(id):
         return None if id is None else texts[id]
 
+    t.chat = chat_template(template, {"bos_token": name(t.bos), "eos_token": name(t.eos), "unk_token": name(t.unk)})
     # Whatever type its source gives it, a token that ends a text is a control token: no user may write one.
-    for id in ends_by_text(t.specials):
+    for id in ends_by_text(t.specials) | ends_by_template(t.specials, t.chat.after_answer()):
         t.specials[id] = t.specials[id][0] | 1, texts[id]
         t.tokens[id], t.kinds[id] = utf8(texts[id]), CONTROL
         t.end_of_generation.append(id)
     if t.eos is not None:
         t.end_of_generation.append(t.eos)
-    t.chat = chat_template(template, {"bos_token": name(t.bos), "eos_token": name(t.eos), "unk_token": name(t.unk)})
 
 
 def recognized(merges: list[str], where) -> str:
@@ -172,6 +172,12 @@ def recognized(merges: list[str], where) -> str:
     return GGUF_MERGES[digest]
 
 
+# tokenizer.KEY of a GGUF file: what is read, or what says nothing of how a text is split; and what may only be off.
+GGUF_KEYS = re.compile(
+    r"ggml\.(model|pre|tokens|token_type|token_type_count|scores|merges|add_space_prefix|add_[be]os_token|\w+_token_id)"
+    r"|chat_templates?(\..*)?|huggingface\.json"
+)
+GGUF_SWITCHES = {"ggml.add_sep_token", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap"}
 GGUF_NORMAL, GGUF_UNKNOWN, GGUF_CONTROL, GGUF_USER_DEFINED, GGUF_UNUSED, GGUF_BYTE = range(1, 7)
 
 
@@ -195,7 +201,19 @@ def gguf_id(source, key: str, tokens: list) -> int | None:
     return id
 
 
+def check_gguf_keys(source) -> None:
+    for key, value in source.metadata.items():
+        prefix, _, name = key.partition(".")
+        known = GGUF_KEYS.fullmatch(name) or (name in GGUF_SWITCHES and not value)
+        if prefix == "tokenizer" and not known:
+            raise ExportError(
+                f"{source.path}: {key} is {shown(value)}: not supported, and it may change how a text is split: export "
+                "from the Hugging Face folder"
+            )
+
+
 def from_gguf(source) -> Tokenizer:
+    check_gguf_keys(source)
     model, texts = gguf_value(source, "ggml.model", str), gguf_value(source, "ggml.tokens", [str])
     if model not in ("gpt2", "llama"):
         raise ExportError(

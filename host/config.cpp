@@ -192,6 +192,8 @@ Config read_config(const std::string& path, const std::map<std::string, std::str
   f.require(known, "attention", "mha, mqa, gqa or mla");
   f.choice("norm", c.norm, REQUIRED, {{"rms", NormKind::rms}, {"layer", NormKind::layer}});
   f.not_negative("norm_eps", c.norm_eps, REQUIRED);
+  c.latent_norm_eps = c.norm_eps;
+  if (c.attention == "mla") f.not_negative("latent_norm_eps", c.latent_norm_eps, OPTIONAL);
   f.choice("activation", c.activation, REQUIRED,
            {{"silu", Activation::silu},
             {"gelu", Activation::gelu},

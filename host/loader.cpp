@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <map>
 #include <set>
 
@@ -270,7 +269,7 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   for (const PackJob& j : jobs) {
     j.out->data = at;
     for (size_t group = 0; group < static_cast<size_t>(j.groups); group++, at += j.group_bytes())
-      pack_group(file, j, group, m.path, at, threads);
+      stage(at, j.group_bytes(), [&](std::byte* out) { pack_group(file, j, group, m.path, out, threads); });
   }
 }
 
@@ -280,10 +279,11 @@ void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vec
   m.vectors = Buffer<float>(total);
   float* at = m.vectors.data();
   for (const auto& [entry, out] : vectors) {
-    std::memcpy(at, entry->data, entry->bytes);
+    upload(at, entry->data, entry->bytes);
     *out = at;
     at += entry->bytes / sizeof(float);
   }
+  synchronize();  // the file is closed next
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ class ModelFile {
   void require_weights() const;
   // Brings the weights into memory, once. The file's pages leave this process as they are copied: at
   // most 8 MB of them (of a transposed matrix: all) come on top of weight_bytes, and those the kernel can take back.
+  // With CUDA a matrix at a time passes through the host's memory.
   void pack(Threads& threads);
 
   Model model;  // without weights until pack()

@@ -41,14 +41,6 @@ void each_matrix(M& model, F f) {
   }
 }
 
-double bytes_of(const Matrix& m) {
-  return m.n == 0 ? 0 : static_cast<double>(packed_bytes(m.type, m.n, m.k)) * m.groups;
-}
-
-double elements(const Matrix& m) {
-  return static_cast<double>(m.n) * m.k * m.groups;
-}
-
 // Of the last t tokens of a context of n with keys that they see, in a window of w tokens (0: all).
 double visible_pairs(double t, double n, double w) {
   const auto up_to = [](double m) { return m * (m + 1) / 2; };
@@ -121,6 +113,7 @@ Machine machine_of(const Datasheet& sheet) {
             .bandwidth = sheet.bandwidth * 1e9,
             .products = {},
             .attention = sheet.bf16 * 1e12,
+            .prompt_attention = sheet.bf16 * 1e12,
             .launch = GPU_LAUNCH};
   for (const WeightFormat& format : weight_formats())
     m.products.push_back(1e12 * (format.block > 1 ? sheet.int8 : format.name == "f32" ? sheet.f32 : sheet.bf16));
@@ -159,7 +152,7 @@ Work work_of(const Model& model, const StepShape& s, double kv_bytes_per_token) 
     if (use == Use::heads) multiplied = 0;
     if (use == Use::stored || m.n == 0) return;
     work.weight_bytes += read * bytes_of(m);
-    work.products[static_cast<size_t>(m.type)] += 2 * elements(m) * multiplied;
+    work.products[static_cast<size_t>(m.type)] += 2 * multiply_adds(m) * multiplied;
   });
   for (const int window : c.window) {
     const double seen = window > 0 ? std::min(s.context, window + s.tokens - 1) : s.context;
@@ -194,18 +187,28 @@ const char* StepTime::bound() const {
 }
 
 double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_token, const Machine& machine) {
+  Machine of_prompts = machine;
+  of_prompts.attention = machine.prompt_attention;
   double seconds = 0;
   for (int done = 0; done < n;) {
     const int tokens = std::min(chunk, n - done);
     done += tokens;
     const StepShape step{
         .sequences = 1, .tokens = double(tokens), .context = double(done), .logits = double(done == n)};
-    seconds += time_of(work_of(model, step, kv_bytes_per_token), machine).total();
+    seconds += time_of(work_of(model, step, kv_bytes_per_token), of_prompts).total();
   }
   return seconds;
 }
 
 // ---- The model's sizes.
+
+double bytes_of(const Matrix& m) {
+  return m.n == 0 ? 0 : static_cast<double>(packed_bytes(m.type, m.n, m.k)) * m.groups;
+}
+
+double multiply_adds(const Matrix& m) {
+  return static_cast<double>(m.n) * m.k * m.groups;
+}
 
 double weight_bytes(const Model& model) {
   double bytes = static_cast<double>(model.vector_bytes);
@@ -215,8 +218,8 @@ double weight_bytes(const Model& model) {
 
 double parameters(const Model& model) {
   double n = static_cast<double>(model.vector_bytes / sizeof(float));
-  each_matrix(model, [&](const Matrix& m, Use) { n += elements(m); });
-  for (const Layer& l : model.layers) n -= elements(l.w_uk_t.weight);  // w_uk's, turned
+  each_matrix(model, [&](const Matrix& m, Use) { n += multiply_adds(m); });
+  for (const Layer& l : model.layers) n -= multiply_adds(l.w_uk_t.weight);  // w_uk's, turned
   return n;
 }
 

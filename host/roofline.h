@@ -22,7 +22,8 @@ struct Machine {
   double memory = 0;             // bytes
   double bandwidth = 0;          // bytes/s that it reads
   std::vector<double> products;  // [weight types] FLOP/s of matmul, dense
-  double attention = 0;          // FLOP/s of attention
+  double attention = 0;          // FLOP/s of attention in decode: a token of each sequence
+  double prompt_attention = 0;   // ... of the tokens of a prompt, which share the rows that they see
   double launch = 0;             // s from one stage to the next: a kernel's launch, a barrier
 };
 
@@ -74,6 +75,9 @@ double tokens_read(const Config& config, double context);
 // Of experts, those that a step of this many tokens is expected to hit, each with num_experts_per_tok of them.
 double experts_hit(const Config& config, double tokens);
 
+// Bytes of a matrix in memory, all of its groups; multiply-adds of one row of activations with all of them.
+double bytes_of(const Matrix& matrix);
+double multiply_adds(const Matrix& matrix);
 // Bytes of all weights in memory.
 double weight_bytes(const Model& model);
 double parameters(const Model& model);

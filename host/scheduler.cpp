@@ -1,6 +1,7 @@
 #include "host/scheduler.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace {
 
@@ -132,8 +133,10 @@ void Scheduler::finish_batch() {
   batch_.n_tokens = static_cast<int>(tokens_.size());
   batch_.n_sequences = static_cast<int>(scheduled_.size());
   query_start_.push_back(batch_.n_tokens);
-  for (const Sequence* s : scheduled_)
-    batch_.max_blocks = std::max(batch_.max_blocks, static_cast<int>(s->table.size()));
+  size_t longest = 0;
+  for (const Sequence* s : scheduled_) longest = std::max(longest, s->table.size());
+  // Doubled, it seldom changes while texts grow: steps of the same sizes are cheaper on some devices.
+  batch_.max_blocks = std::min(static_cast<int>(std::bit_ceil(longest)), ceil_div(limits_.context, block_size_));
   for (const Sequence* s : scheduled_) {  // a row each, filled up with -1
     auto row = static_cast<std::ptrdiff_t>(block_table_.size());
     block_table_.resize(block_table_.size() + static_cast<size_t>(batch_.max_blocks), -1);

@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <span>
 
@@ -179,11 +180,10 @@ struct Tokenizer::Impl {
   std::span<const Merge> merges;  // in order of rank
   AddedTokens added;              // looked for in a text as it is
   AddedTokens normalized;         // looked for in what the normalizer makes of it
-  AddedTokens control;            // all control tokens, of both
+  AddedTokens texts_of_added;     // all of both, as they are written
   std::span<const uint32_t> before, after, end_of_generation;
   PreTokenizer patterns;
   ChatTemplate chat;
-  uint32_t end_of_turn = NONE;
   std::vector<uint32_t> text_slots, merge_slots;  // open-addressing tables: id by text (where needed), rank by pair
   std::array<uint32_t, 256> byte_ids{};           // the token that stands for one byte, or NONE
 
@@ -192,7 +192,7 @@ struct Tokenizer::Impl {
   void parse_added(Reader& in, size_t n);
   void parse_chat(Reader& in, const std::string& path);
   void index(const std::string& path);
-  void add_end_of_turn();
+  uint32_t end_of_turn(const ChatTemplate& other) const;  // NONE where it writes no token there
 
   bool normalizes() const { return flags & (NFC | NORMALIZES_SPACES) || prefix == PREFIX_EVERY || !normalized.empty(); }
   std::string normalizer_prefix() const { return prefix == PREFIX_EVERY ? " " : ""; }  // put before every text
@@ -269,18 +269,18 @@ void Tokenizer::Impl::parse(const std::string& path) {
 }
 
 void Tokenizer::Impl::parse_added(Reader& in, size_t n) {
-  std::vector<AddedToken> as_written, in_normalized, controls;
+  std::vector<AddedToken> as_written, in_normalized, all;
   for (size_t i = 0; i < n; ++i) {
     const uint32_t id = in.id(in.integer("added tokens"), vocab_size, "the id of an added token");
     const uint32_t token_flags = in.integer("added tokens");
     AddedToken token{id, token_flags, std::string(in.string("added tokens"))};
-    if (token_flags & AddedToken::CONTROL) controls.push_back(token);
+    all.push_back(token);
     if (token_flags & AddedToken::NORMALIZED) token.text = normalizer_prefix() + normalize(token.text);
     (token_flags & AddedToken::NORMALIZED ? in_normalized : as_written).push_back(std::move(token));
   }
   added = AddedTokens(std::move(as_written));
   normalized = AddedTokens(std::move(in_normalized));
-  control = AddedTokens(std::move(controls));
+  texts_of_added = AddedTokens(std::move(all));
 }
 
 void Tokenizer::Impl::parse_chat(Reader& in, const std::string& path) {
@@ -333,25 +333,23 @@ std::string Tokenizer::Impl::normalize(std::string_view text) const {
   return flags & NORMALIZES_SPACES ? spaces_for_marks(out) : out;
 }
 
-// The token that the chat template writes after an answer ends a text. gpt-oss ends each of an answer's messages with
-// <|end|>, and the answer with <|return|>.
-void Tokenizer::Impl::add_end_of_turn() {
+// As exporter/ends.py: what a template writes after an answer ends a text; but gpt-oss ends each of an answer's
+// messages with <|end|>, and the answer with <|return|>.
+uint32_t Tokenizer::Impl::end_of_turn(const ChatTemplate& other) const {
   constexpr std::string_view ANSWER = "Qanswerq", MESSAGE_END = "<|end|>", ANSWER_END = "<|return|>";
-  if (!chat.refusal().empty()) return;
   std::string text;
   try {
     text =
-        chat.render({{Message::user, "Q"}, {Message::assistant, std::string(ANSWER)}, {Message::user, "Q"}}, {}).text;
+        other.render({{Message::user, "Q"}, {Message::assistant, std::string(ANSWER)}, {Message::user, "Q"}}, {}).text;
   } catch (const Error&) {
-    return;  // said where the template is used
+    return NONE;  // said where the template is used
   }
   const size_t answer = text.find(ANSWER);
-  if (answer == text.npos) return;
+  if (answer == text.npos) return NONE;
   const std::string_view next = trim_left(std::string_view(text).substr(answer + ANSWER.size()), true);
-  const AddedToken* token = next.empty() ? nullptr : added.find(next, 0, next.size());
-  if (token && !(token->text == MESSAGE_END && control.find(ANSWER_END, 0, ANSWER_END.size()))) {
-    end_of_turn = token->id;
-  }
+  const AddedToken* token = next.empty() ? nullptr : texts_of_added.find(next, 0, next.size());
+  const bool of_message = token && token->text == MESSAGE_END && texts_of_added.find(ANSWER_END, 0, ANSWER_END.size());
+  return token && !of_message ? token->id : NONE;
 }
 
 namespace {
@@ -539,6 +537,18 @@ void Encoder::merge_symbols() {
 
 }  // namespace
 
+std::string tokenizer_path(const std::string& model) {
+  namespace fs = std::filesystem;
+  std::error_code error;  // a model that is not there is load_model's to report
+  const fs::path file = fs::weakly_canonical(model, error);
+  const fs::path own = fs::path(model).replace_extension(".tokenizer.bin");
+  const fs::path linked = fs::path(file).replace_extension(".tokenizer.bin");
+  const fs::path shared = file.parent_path().parent_path() / "tokenizer.bin";
+  for (const fs::path& path : {own, linked, shared})
+    if (fs::exists(path, error)) return path.string();
+  return own.string();
+}
+
 Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
   auto impl = std::make_shared<Impl>();
   impl->read_file(path);
@@ -548,7 +558,6 @@ Tokenizer Tokenizer::load(const std::string& path, const std::string& sha256) {
   }
   impl->parse(path);
   impl->index(path);
-  impl->add_end_of_turn();
   Tokenizer tokenizer;
   tokenizer.impl_ = std::move(impl);
   return tokenizer;
@@ -568,19 +577,13 @@ Tokenizer Tokenizer::with_template(const std::string& name, const std::string& s
   Tokenizer other = *this;
   other.chat_ = std::make_shared<const ChatTemplate>(name, source, chat().variables());
   if (!other.chat().refusal().empty()) fail("%s", other.chat().refusal().c_str());
+  other.end_of_turn_ = impl_->end_of_turn(other.chat());
   return other;
 }
 
 bool Tokenizer::is_end_of_generation(int id) const {
   const uint32_t i = static_cast<uint32_t>(id);
-  return i == impl_->end_of_turn || std::ranges::find(impl_->end_of_generation, i) != impl_->end_of_generation.end();
-}
-
-int Tokenizer::find_control(std::string_view text) const {
-  for (size_t at = 0; at < text.size(); ++at) {
-    if (const AddedToken* token = impl_->control.find(text, at, text.size())) return static_cast<int>(token->id);
-  }
-  return -1;
+  return i == end_of_turn_ || std::ranges::find(impl_->end_of_generation, i) != impl_->end_of_generation.end();
 }
 
 std::string_view Tokenizer::bytes(int id) const {

@@ -59,6 +59,7 @@ class Workspace {
   void allocate(Arena& arena) { start_ = arena.take<std::byte>(bytes_); }
   // For one call's parts: the same for every thread of the team.
   Arena begin() const { return Arena(start_, bytes_); }
+  size_t bytes() const { return bytes_; }
 
  private:
   std::byte* start_ = nullptr;

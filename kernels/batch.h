@@ -3,7 +3,11 @@
 // Names follow vLLM: block_table, block_size, slot_mapping, context_len, query_start.
 #pragma once
 
+#include <functional>
 #include <memory>
+
+class Team;
+class Threads;
 
 // Any mix of prompt chunks and decode tokens. The tokens of sequence s are query_start[s] .. query_start[s + 1] - 1, in
 // order of position, and are the last tokens of its context.
@@ -38,12 +42,23 @@ struct Limits {
   MlaForm mla_form = MlaForm::automatic;
 };
 
-// The batch where kernels read it: on the CPU that of the host itself, with CUDA a copy, made by one upload.
+// A step on the device. On the CPU, all threads of a team call the stages, with the host's own batch. With CUDA the
+// calling thread alone does, with a copy in device memory, made by one upload; and a step of the same sizes as the one
+// before may be done without calling them again (batch.cu).
 class DeviceBatch {
  public:
-  const Batch& upload(const Batch& host);  // valid until the next
+  DeviceBatch() = default;
+  explicit DeviceBatch(const Limits& limits) : mla_form_(limits.mla_form) {}
+
+  using Stages = std::function<void(const Team& team, const Batch& batch)>;
+  // What the stages launch may depend on the batch's sizes, but not on what its arrays hold; prompts and --mla expanded
+  // are free to. It may be under way yet when this returns.
+  void run(const Batch& host, Threads& threads, int n_threads, const Stages& stages);
+  // The batch where kernels read it, valid until the next.
+  const Batch& upload(const Batch& host);
 
  private:
+  MlaForm mla_form_ = MlaForm::automatic;
   struct Copy;
   std::shared_ptr<Copy> copy_;  // null on the CPU
 };

@@ -26,6 +26,14 @@ size_t mapped_bytes(size_t bytes) {
 
 }  // namespace
 
+const char* device_name() {
+  return "cpu";
+}
+
+bool device_takes_team() {
+  return true;
+}
+
 void* device_allocate(size_t bytes) {
   const bool huge = bytes >= HUGE_PAGE;
   const size_t slack = huge ? HUGE_PAGE : 0;  // the kernel aligns to small pages alone
@@ -67,6 +75,18 @@ void fill(void* device, int byte, size_t bytes) {
 }
 
 void synchronize() {}
+
+void stage(void* device, size_t, const std::function<void(std::byte*)>& write) {
+  write(static_cast<std::byte*>(device));
+}
+
+HostCopy::HostCopy(float* device, size_t) : device_(device) {}
+
+void HostCopy::begin(size_t) const {}
+
+float* HostCopy::wait() const {
+  return device_;
+}
 
 void device_forbid(void* memory, size_t bytes) {
   ASAN_POISON_MEMORY_REGION(memory, bytes);

@@ -5,7 +5,13 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
+
+// "cpu" or "cuda".
+const char* device_name();
+// Whether a team's threads compute a step; with CUDA the calling thread alone puts it on the device's stream.
+bool device_takes_team();
 
 // Zero-filled memory, aligned to 64 bytes, on huge pages where it is large and the kernel allows (fewer TLB misses: the
 // weights are streamed once a step). Throws Error when the memory cannot be had. Pages are touched only when used.
@@ -20,6 +26,24 @@ void upload(void* device, const void* host, size_t bytes);
 void download(void* host, const void* device, size_t bytes);
 void fill(void* device, int byte, size_t bytes);
 void synchronize();  // waits for all that was begun
+
+// Has `write` make [bytes] for the device: on the CPU in place, with CUDA in memory of the host, whence they are
+// uploaded.
+void stage(void* device, size_t bytes, const std::function<void(std::byte*)>& write);
+
+// Numbers that a step computes and the host reads: on the CPU in place, with CUDA as a copy, which is part of the step.
+class HostCopy {
+ public:
+  // device [most]; null: nothing is taken.
+  HostCopy(float* device, size_t most);
+  void begin(size_t n) const;  // of the first n, once what was begun is done
+  // Waits for all that was begun. The numbers stay until the next copy begins, and may be changed.
+  float* wait() const;
+
+ private:
+  float* device_;
+  std::shared_ptr<float[]> copy_;  // null on the CPU
+};
 
 // Memory that nobody may touch for now; in a build with AddressSanitizer a touch is reported.
 void device_forbid(void* memory, size_t bytes);

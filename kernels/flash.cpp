@@ -628,6 +628,15 @@ size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits)
   return bytes_of([&](Arena& arena) { Memory(arena, shape, limits.max_tokens, limits.max_threads); });
 }
 
+template <class>
+double Flash::operand_rounding() {
+  return 0;
+}
+template double Flash::operand_rounding<KvF32>();
+template double Flash::operand_rounding<KvF16>();
+template double Flash::operand_rounding<KvBF16>();
+template double Flash::operand_rounding<KvQ8>();
+
 #define INSTANTIATE(Kv, Block)                                                                                    \
   template void Flash::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
                                          const AttentionShape&, float*, const Workspace&);

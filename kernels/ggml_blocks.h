@@ -139,14 +139,14 @@ constexpr uint32_t in_each_byte(int bits) {
   return 0x01010101u * ((1u << bits) - 1);
 }
 
-inline uint32_t word_at(const void* p) {
-  uint32_t word;
-  std::memcpy(&word, p, 4);
-  return word;
+template <class Byte>
+constexpr uint32_t word_at(const Byte* p) {  // wherever it is; constexpr, as all that follows: GPUs run it, too
+  return static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[1]) << 8 | static_cast<uint32_t>(p[2]) << 16 |
+         static_cast<uint32_t>(p[3]) << 24;
 }
 
 // Numbers first .. first + 3 of a field, a byte each; first is a multiple of 4.
-inline uint32_t four_of(const uint8_t* block, BitField field, int first) {
+constexpr uint32_t four_of(const uint8_t* block, BitField field, int first) {
   if (field.bits == 0) return 0;
   const int per_byte = 8 / field.bits;
   if (field.run >= 4) {  // in four neighbouring bytes, at the same place in each
@@ -167,13 +167,13 @@ constexpr uint32_t sign_bits(int bits) {
 }
 
 // The codes of inputs first .. first + 3, a byte each.
-inline uint32_t four_codes(const GgmlBlock& type, const uint8_t* block, int first) {
+constexpr uint32_t four_codes(const GgmlBlock& type, const uint8_t* block, int first) {
   return (four_of(block, type.low, first) | four_of(block, type.high, first) << type.low.bits) ^
          sign_bits(type.code_bits());
 }
 
 // The factors first .. first + 3 of the groups' scales and then of their mins.
-inline uint32_t four_factors(const GgmlBlock& type, const uint8_t* block, int first) {
+constexpr uint32_t four_factors(const GgmlBlock& type, const uint8_t* block, int first) {
   if (type.factors_of_6_bits) {  // of groups 0 to 3 in 6 bits of 4 bytes, whose upper bits are those of groups 4 to 7
     const uint8_t* at = block + type.factors_of_6_bits;
     const int min = first / 8;

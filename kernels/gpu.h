@@ -38,6 +38,17 @@ __device__ inline uint16_t float_to_f16(float x) {  // round to nearest even; wh
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }
+// Two in a register, rounded alike.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+__device__ inline uint32_t pack_f16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
 __device__ inline float exp2_fast(float x) {  // 2^x, to 2 units in the last place
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -67,10 +78,14 @@ __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Starts a copy of 16 bytes to shared memory; zeros where it is not valid. They are there, for the thread that asked,
-// once all but the last N groups it has committed are waited for.
+// Starts a copy of 16 or 4 bytes to shared memory; zeros where it is not valid. They are there, for the thread that
+// asked, once all but the last N groups it has committed are waited for.
 __device__ inline void cp_async_16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ inline void cp_async_4(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
                : "memory");
 }
 __device__ inline void cp_async_commit() {
@@ -121,14 +136,13 @@ __device__ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 
 #include "kernels/team.h"
 
-__device__ inline uint32_t pack_bf16(float low, float high) {
-  return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
-}
-__device__ inline uint32_t pack_f16(float low, float high) {
-  return float_to_f16(low) | uint32_t{float_to_f16(high)} << 16;
-}
-
 constexpr uint32_t WHOLE_WARP = 0xffffffff;
+__device__ inline int warp_id() {
+  return static_cast<int>(threadIdx.x) / 32;
+}
+__device__ inline int lane_id() {
+  return static_cast<int>(threadIdx.x) % 32;
+}
 
 // Throws Error, which says what failed, where, and what helps. device.cu
 void check_cuda(cudaError_t error, const char* call, const char* file, int line);
@@ -136,6 +150,11 @@ void check_cuda(cudaError_t error, const char* call, const char* file, int line)
 
 // The device's one stream: what was put there first is done first. device.cu
 cudaStream_t device_stream();
+
+// How many blocks of threads, at least, work at the same time; and the bytes of shared memory that one may have.
+// device.cu
+int multiprocessors();
+size_t shared_memory_per_block();
 
 // Runs kernel(arguments...) on the device's stream, of the team's threads on behalf of the first. An empty grid is no
 // work. shared_bytes: of dynamic_shared.

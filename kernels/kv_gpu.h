@@ -5,7 +5,7 @@
 // A block of a KV head is
 //
 //     K rows [block_size, k_stride]   V rows [block_size, v_stride]
-//     K scales [block_size, ceil(k_dim / 32)]   V scales [block_size, ceil(v_dim / 32)]     (q8 alone)
+//     K scales [block_size, k_scales]   V scales [block_size, v_scales]     (q8 alone: one for each 32 elements)
 #pragma once
 
 #include "kernels/gpu.h"
@@ -84,8 +84,8 @@ class HeadRows {
   static constexpr size_t stride(int dim) {
     return whole_chunks(static_cast<size_t>(dim) * sizeof(typename Codec<Kv>::Element));
   }
-  static constexpr size_t scales(int dim) {
-    return IS_QUANTISED ? static_cast<size_t>((dim + KvQ8::QUANT_GROUP - 1) / KvQ8::QUANT_GROUP) : 0;
+  static constexpr size_t scales(int dim) {  // an even number, so that they can be copied 4 bytes at a time
+    return IS_QUANTISED ? static_cast<size_t>((dim + 2 * KvQ8::QUANT_GROUP - 1) / (2 * KvQ8::QUANT_GROUP) * 2) : 0;
   }
   static constexpr size_t bytes_per_token(const CacheShape& shape) {
     return stride(shape.k_dim) + stride(shape.v_dim) + (scales(shape.k_dim) + scales(shape.v_dim)) * sizeof(uint16_t);

@@ -1,8 +1,9 @@
-// logits.cpp: the classifier on the CPU, whose memory is the host's.
+// logits.cpp: the classifier, one more product; no line here knows the device.
 #include "kernels/logits.h"
 
 LogitsStage::LogitsStage(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits)
-    : logits_(arena.take<float>(area(limits.max_logits, c.vocab_size))) {
+    : logits_(arena.take<float>(area(limits.max_logits, c.vocab_size))),
+      copy_(logits_, area(limits.max_logits, c.vocab_size)) {
   workspace.plan(matmul_workspace_bytes(limits.max_tokens, c.dim));
 }
 
@@ -17,4 +18,5 @@ void LogitsStage::forward(const Model& model, const Step& step) const {
   matmul(step.team, &classifier, 1, step.workspace);
   if (c.logit_scale != 1.0f || c.logit_softcap > 0)
     scale_and_cap(step.team, logits_, area(n, c.vocab_size), c.logit_scale, c.logit_softcap);
+  if (step.team.rank == 0) copy_.begin(area(n, c.vocab_size));
 }

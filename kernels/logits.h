@@ -10,9 +10,10 @@ class LogitsStage {
   // The logits of the batch's logit_rows: norm, classifier, scale and cap. None are wanted: nothing is computed.
   void forward(const Model& model, const Step& step) const;
 
-  // [n_logits, vocab_size] on the host, until the next step; the sampler may change them.
-  float* host() const { return logits_; }
+  // [n_logits, vocab_size] on the host, once the step is done and until the next; the sampler may change them.
+  float* host() const { return copy_.wait(); }
 
  private:
   float* logits_;  // [max_logits, vocab_size]
+  HostCopy copy_;  // the same
 };

@@ -28,9 +28,19 @@ struct WeightFormat {
   int block_elements;  // that a block takes
 };
 std::span<const WeightFormat> weight_formats();  // of all types, in order
-const WeightFormat& weight_format(WeightType type);
-std::optional<WeightType> find_weight_type(std::string_view name);
-std::string weight_type_names();  // "f32, bf16, ..."
+inline const WeightFormat& weight_format(WeightType type) {
+  return weight_formats()[static_cast<size_t>(type)];
+}
+inline std::optional<WeightType> find_weight_type(std::string_view name) {
+  for (size_t i = 0; i < weight_formats().size(); i++)
+    if (weight_formats()[i].name == name) return static_cast<WeightType>(i);
+  return {};
+}
+inline std::string weight_type_names() {  // "f32, bf16, ..."
+  std::string names;
+  for (const WeightFormat& format : weight_formats()) names += (names.empty() ? "" : ", ") + std::string(format.name);
+  return names;
+}
 
 // A matrix [n, k] of the model file, row-major.
 struct TensorView {
@@ -88,5 +98,6 @@ size_t matmul_workspace_bytes(int rows, int k);
 // barrier. y must not overlap any x.
 void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace);
 
-// Which inner loops this build has: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable".
+// What multiplies: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable", after what the compiler may use; with
+// CUDA the GPU's name. Throws Error where there is no GPU.
 const char* kernel_level();

@@ -1,9 +1,11 @@
-"""What the parts of the measurements share: building, running, text of a known length, medians."""
+"""What the parts of the measurements share: building, running, text of a known length, medians, the machine."""
 
 import functools
 import json
 import os
+import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -84,3 +86,15 @@ def medians(runs: list[dict]) -> dict:
 
 def progress(what: str, number: int, rounds: int) -> None:
     print(f"{what}: round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+
+
+def machine() -> dict:
+    cpu = Path("/proc/cpuinfo").read_text()
+    return {
+        "cpu": re.search(r"model name\s*:\s*(.*)", cpu)[1],
+        "cores": cpu.count("model name"),
+        "memory, GB": round(int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6, 1),
+        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
+        "compiler": output("g++", "-dumpfullversion").strip(),
+        "attn.cu": output("git", "describe", "--always", "--dirty").strip(),
+    }

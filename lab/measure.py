@@ -8,8 +8,6 @@ kernels and paging need their programs; speed takes all models, paging and varia
 
 import argparse
 import json
-import platform
-import re
 import time
 from pathlib import Path
 
@@ -17,22 +15,9 @@ import kernel_speed
 import paging
 import speed
 import variants
-from common import ROOT, output
+from common import ROOT, machine
 
 PARTS = ("kernels", "speed", "paging", "variants")
-
-
-def machine() -> dict:
-    cpu = Path("/proc/cpuinfo").read_text()
-    return {
-        "cpu": re.search(r"model name\s*:\s*(.*)", cpu)[1],
-        "cores": cpu.count("model name"),
-        "memory, GB": round(int(re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6, 1),
-        "system": platform.freedesktop_os_release()["PRETTY_NAME"],
-        "compiler": output("g++", "-dumpfullversion").strip(),
-        "attn.cu": output("git", "describe", "--always", "--dirty").strip(),
-        "llama-cpp-python": (ROOT / "lab" / "requirements.txt").read_text().strip().partition("==")[2],
-    }
 
 
 def measure(part: str, options: argparse.Namespace) -> dict:
@@ -55,7 +40,8 @@ def main() -> None:
     options.programs = {program.name: program for program in options.programs}
     path = ROOT / "lab" / "results" / f"{time.strftime('%Y-%m-%d-%H%M')}.json"
     path.parent.mkdir(exist_ok=True)
-    results = {"machine": machine(), "rounds": options.rounds}
+    peer = (ROOT / "lab" / "requirements.txt").read_text().strip()
+    results = {"machine": {**machine(), "peer": peer}, "rounds": options.rounds}
     for part in options.parts:
         results[part] = measure(part, options)
         path.write_text(json.dumps(results, indent=1) + "\n")  # after each: an interrupted run keeps what it has

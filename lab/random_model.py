@@ -1,6 +1,6 @@
-"""Writes a Hugging Face folder of random weights: a Mixtral with EXPERTS, or a Llama where they are 0.
+"""Writes a Hugging Face folder of random weights: a Llama, a Mixtral with EXPERTS, a DeepSeek V2 without any for mla.
 
-usage: random_model.py FOLDER EXPERTS EXPERTS_PER_TOKEN HIDDEN
+usage: random_model.py FOLDER mha|gqa|mqa|mla HIDDEN [EXPERTS EXPERTS_PER_TOKEN]
 """
 
 import json
@@ -10,17 +10,28 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-DIM, LAYERS, HEADS, KV_HEADS, VOCAB = 1024, 6, 16, 4, 260  # 6 layers: 97 MB of q8 a token
+DIM, LAYERS, HEADS, VOCAB = 1024, 6, 16, 260  # with 4096 hidden: 97 MB of q8 a token, more than caches hold
+WIDTH = DIM // HEADS
+KV_HEADS = {"mha": HEADS, "gqa": 4, "mqa": 1, "mla": HEADS}
+# A latent of four heads and a rotated key of half a head: the proportions of DeepSeek V2.
+MLA = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 4 * WIDTH,
+    "qk_nope_head_dim": WIDTH,
+    "qk_rope_head_dim": WIDTH // 2,
+    "v_head_dim": WIDTH,
+    "rms_norm_eps": 1e-6,
+}
 
 
-def config(experts: int, per_token: int, hidden: int) -> dict:
+def config(attention: str, hidden: int, experts: int, per_token: int) -> dict:
     result = {
-        "model_type": "mixtral" if experts else "llama",
+        "model_type": "deepseek_v2" if attention == "mla" else "mixtral" if experts else "llama",
         "hidden_size": DIM,
         "intermediate_size": hidden,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_key_value_heads": KV_HEADS[attention],
         "vocab_size": VOCAB,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
@@ -28,16 +39,30 @@ def config(experts: int, per_token: int, hidden: int) -> dict:
         "hidden_act": "silu",
         "tie_word_embeddings": True,
     }
+    result |= MLA if attention == "mla" else {}
     return result | ({"num_local_experts": experts, "num_experts_per_tok": per_token} if experts else {})
 
 
-def shapes(experts: int, hidden: int) -> dict:
+def attention_shapes(attention: str) -> dict:
+    if attention == "mla":
+        rank, rope = MLA["kv_lora_rank"], MLA["qk_rope_head_dim"]
+        return {
+            "q_proj": (HEADS * (WIDTH + rope), DIM),
+            "kv_a_proj_with_mqa": (rank + rope, DIM),
+            "kv_a_layernorm": (rank,),
+            "kv_b_proj": (HEADS * 2 * WIDTH, rank),
+            "o_proj": (DIM, DIM),
+        }
+    kv = WIDTH * KV_HEADS[attention]
+    return {"q_proj": (DIM, DIM), "k_proj": (kv, DIM), "v_proj": (kv, DIM), "o_proj": (DIM, DIM)}
+
+
+def shapes(attention: str, hidden: int, experts: int) -> dict:
     result = {"model.embed_tokens.weight": (VOCAB, DIM), "model.norm.weight": (DIM,)}
-    kv = DIM * KV_HEADS // HEADS
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
         result |= {at + "input_layernorm.weight": (DIM,), at + "post_attention_layernorm.weight": (DIM,)}
-        result |= {at + f"self_attn.{x}_proj.weight": (n, DIM) for x, n in zip("qkvo", (DIM, kv, kv, DIM), strict=True)}
+        result |= {at + f"self_attn.{name}.weight": shape for name, shape in attention_shapes(attention).items()}
         mlp = {"gate": (hidden, DIM), "down": (DIM, hidden), "up": (hidden, DIM)}
         if not experts:
             result |= {at + f"mlp.{x}_proj.weight": shape for x, shape in mlp.items()}
@@ -75,12 +100,13 @@ def byte_tokenizer() -> dict:
 
 
 def main() -> None:
-    folder, (experts, per_token, hidden) = Path(sys.argv[1]), (int(x) for x in sys.argv[2:])
+    folder, attention = Path(sys.argv[1]), sys.argv[2]
+    hidden, experts, per_token = (*map(int, sys.argv[3:]), 0, 0)[:3]
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    tensors = {name: tensor(rng, shape) for name, shape in shapes(experts, hidden).items()}
+    tensors = {name: tensor(rng, shape) for name, shape in shapes(attention, hidden, experts).items()}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config(experts, per_token, hidden)))
+    (folder / "config.json").write_text(json.dumps(config(attention, hidden, experts, per_token)))
     (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
 
 

@@ -12,7 +12,7 @@ from common import ROOT, WORK, bench, generate, medians, output, progress, text
 
 CONTEXTS, DECODE = (128, 1024, 4096), 128
 LAYOUTS = {"gqa": (), "mha": ("--as", "mha"), "mla": ("--as", "mla")}
-EXPERTS = {"experts": (8, 2, 2048), "dense": (0, 0, 4096)}  # how many, of which a token takes, hidden size of each
+EXPERTS = {"experts": ("gqa", 2048, 8, 2), "dense": ("gqa", 4096)}  # hidden size; how many, of which a token takes
 
 
 def measure(gguf: Path, rounds: int) -> dict:

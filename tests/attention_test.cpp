@@ -9,62 +9,48 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <random>
 #include <utility>
 #include <vector>
 
-#include "batches.h"
-#include "kernels/kv_cpu.h"
-#include "kernels/threads.h"
+#include "attention_world.h"
 
 namespace {
 
-size_t at(int n) {
-  return static_cast<size_t>(n);
+// What the cache makes of row `row` of rows [.., dim], written from the types' definitions.
+double as_f16(float x) {
+  return double(static_cast<_Float16>(x));
 }
-
-AttentionShape make_shape(int n_heads, int n_kv_heads, int k_dim, int v_dim, bool v_is_k = false) {
-  AttentionShape s;
-  s.n_heads = n_heads, s.n_kv_heads = n_kv_heads, s.k_dim = k_dim, s.v_dim = v_dim, s.v_is_k = v_is_k;
-  s.scale = 1 / std::sqrt(static_cast<float>(k_dim));
-  return s;
+double as_bf16(float x) {
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), -126) - 7);
+  return x == 0 || !std::isfinite(x) ? double(x) : std::nearbyint(double(x) / unit) * unit;
 }
-
-// Queries, keys and values of every token of some sequences.
-struct Data {
-  AttentionShape shape;
-  std::vector<int> contexts;
-  std::vector<std::vector<float>> q, k, v;  // a sequence each: [context, n_heads, k_dim], [context, n_kv_heads, ...]
-
-  Data(const AttentionShape& s, std::vector<int> lengths, float k_size = 1) : shape(s), contexts(std::move(lengths)) {
-    std::mt19937 random(1);
-    const auto fill = [&](int n, float size) {
-      std::normal_distribution<float> normal(0, size);
-      std::vector<float> x(at(n));
-      for (float& value : x) value = normal(random);
-      return x;
-    };
-    for (int n : contexts) {
-      q.push_back(fill(n * s.n_heads * s.k_dim, 1 / k_size));
-      k.push_back(fill(n * s.n_kv_heads * s.k_dim, k_size));
-      v.push_back(s.v_is_k ? std::vector<float>() : fill(n * s.n_kv_heads * s.v_dim, 1));
-    }
-  }
-};
-
 template <class Kv>
 std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim) {
-  std::vector<std::byte> bytes(Kv::row_bytes(dim));
-  std::vector<float> x(at(dim));
-  Codec<Kv>::store(rows.data() + row * dim, dim, bytes.data());
-  load_row<Kv>(bytes.data(), dim, 0, dim, x.data());
-  return {x.begin(), x.end()};
+  const float* x = rows.data() + row * dim;
+  std::vector<double> y(x, x + dim);
+  for (int i = 0; i < dim; i++) {
+    if (std::is_same_v<Kv, KvF16>) y[at(i)] = as_f16(x[i]);
+    if (std::is_same_v<Kv, KvBF16>) y[at(i)] = as_bf16(x[i]);
+  }
+  for (int i = 0; std::is_same_v<Kv, KvQ8> && i < dim; i += KvQ8::QUANT_GROUP) {
+    const int end = std::min(dim, i + KvQ8::QUANT_GROUP);
+    float amax = 0;
+    for (int j = i; j < end; j++) amax = std::max(amax, std::fabs(x[j]));
+    _Float16 scale = static_cast<_Float16>(amax / 127);
+    if (double(scale) * 127 < double(amax))
+      scale = std::bit_cast<_Float16>(static_cast<uint16_t>(std::bit_cast<uint16_t>(scale) + 1));
+    for (int j = i; j < end; j++)
+      y[at(j)] = amax > 0 ? double(scale) * std::nearbyint(double(x[j] * (1 / static_cast<float>(scale)))) : 0;
+  }
+  return y;
 }
 
-// The formula, in double on the rows as they are stored, and how far float32 may be from it.
+// The formula, in double on the rows as they are stored, and how far float32 may be from it; more where operands are
+// rounded, by so much of the rounding.
 struct Reference {
-  std::vector<double> out, bound;  // [tokens, n_heads, v_dim]
+  std::vector<double> out, bound, of_rounding;  // [tokens, n_heads, v_dim]
 };
 
 template <class Kv>
@@ -112,115 +98,27 @@ Reference reference(const Data& d, const std::vector<Piece>& chunks) {
         const double bound = largest_v * (2 * score + (16 + t - first) * u) + 1e-30;
         result.out.insert(result.out.end(), out.begin(), out.end());
         result.bound.insert(result.bound.end(), out.size(), bound);
+        result.of_rounding.insert(result.of_rounding.end(), out.size(), largest_v * (2 * largest_sum + 1));
       }
     }
   }
   return result;
 }
 
-constexpr int LAYERS = 2, LAYER = 1;
-
-// What a kernel plans for such a call and no more, filled with NaN.
-template <class Kernel>
-struct ScratchMemory {
-  ScratchMemory(const AttentionShape& shape, int n_tokens, int context, int n_threads) {
-    Limits limits;
-    limits.max_tokens = n_tokens, limits.context = context, limits.max_threads = n_threads;
-    const size_t bytes = Kernel::workspace_bytes(shape, limits);
-    workspace.plan(bytes);
-    memory = Arena(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
-    workspace.allocate(memory);
-    std::memset(workspace.begin().take<std::byte>(0), 0xff, bytes);
-  }
-  Arena memory;
-  Workspace workspace;
-};
-
-// A cache in which the sequences' blocks are permuted and every byte that no token wrote makes a NaN.
-template <class Kv, int Block>
-class World {
- public:
-  explicit World(const Data& data)
-      : d(data),
-        batches(static_cast<int>(data.contexts.size()),
-                std::max(1, *std::max_element(data.contexts.begin(), data.contexts.end())), Block, 3) {
-    const AttentionShape& s = d.shape;
-    const CacheShape shape{
-        LAYERS, s.n_kv_heads, s.k_dim, s.v_is_k ? 0 : s.v_dim, batches.n_blocks(), batches.block_size()};
-    memory = Arena(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, shape); }));
-    cache = KVCache<Kv, Block>(memory, shape);
-    std::memset(cache.memory(), 0xff, cache.size());
-  }
-
-  // The tokens enter the cache, no more.
-  void append(const Piece& chunk) {
-    const Batch& batch = gather({chunk});
-    cache.append(Team{}, LAYER, batch, k.data(), d.shape.v_is_k ? nullptr : v.data());
-  }
-
-  // One step, by n_threads in memory for `planned`: the chunks' tokens enter the cache, then attend.
-  template <class Kernel>
-  const std::vector<float>& step(const std::vector<Piece>& chunks, int n_threads, int planned) {
-    const Batch& batch = gather(chunks);
-    const AttentionShape& s = d.shape;
-    out.assign(at(batch.n_tokens * s.n_heads * s.v_dim), -7);
-    ScratchMemory<Kernel> scratch(s, batch.n_tokens, longest_context, planned);
-    Threads threads(n_threads);
-    threads.run(n_threads, [&](const Team& team) {
-      cache.append(team, LAYER, batch, k.data(), s.v_is_k ? nullptr : v.data());
-      Kernel::attend(team, q.data(), cache, LAYER, batch, s, out.data(), scratch.workspace);
-    });
-    return out;
-  }
-
-  std::vector<float> out;  // [tokens, n_heads, v_dim] of the last step
-
- private:
-  const Batch& gather(const std::vector<Piece>& chunks) {
-    const AttentionShape& s = d.shape;
-    q.clear(), k.clear(), v.clear();
-    longest_context = 0;
-    const auto append = [](std::vector<float>& to, const std::vector<float>& from, int first, int n, int width) {
-      if (!from.empty()) to.insert(to.end(), from.begin() + first * width, from.begin() + (first + n) * width);
-    };
-    for (const Piece& c : chunks) {
-      append(q, d.q[at(c.sequence)], c.first, c.n, s.n_heads * s.k_dim);
-      append(k, d.k[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.k_dim);
-      append(v, d.v[at(c.sequence)], c.first, c.n, s.n_kv_heads * s.v_dim);
-      longest_context = std::max(longest_context, c.first + c.n);
-    }
-    return batches.batch(chunks, {}, s.window);
-  }
-
-  const Data& d;
-  Batches batches;
-  Arena memory;
-  KVCache<Kv, Block> cache;
-  int longest_context = 0;
-  std::vector<float> q, k, v;
-};
-
-// One step, with the tokens before the chunks in the cache.
-template <class Kernel, class Kv, int Block>
-std::vector<float> attention_of(const Data& d, const std::vector<Piece>& chunks, int n_threads) {
-  World<Kv, Block> world(d);
-  for (const Piece& c : chunks)
-    if (c.first > 0) world.append({c.sequence, 0, c.first});
-  return world.template step<Kernel>(chunks, n_threads, n_threads);
-}
-
-void expect_near(const std::vector<float>& out, const Reference& expected, const char* what, int block) {
+void expect_near(const std::vector<float>& out, const Reference& expected, double rounding, const char* what,
+                 int block) {
   ASSERT_EQ(out.size(), expected.out.size());
   for (size_t i = 0; i < out.size(); i++)
-    ASSERT_TRUE(std::fabs(double(out[i]) - expected.out[i]) <= expected.bound[i])
+    ASSERT_TRUE(std::fabs(double(out[i]) - expected.out[i]) <= expected.bound[i] + rounding * expected.of_rounding[i])
         << what << ", block " << block << ", element " << i << ": " << out[i] << " instead of " << expected.out[i]
-        << ", bound " << expected.bound[i];
+        << ", bound " << expected.bound[i] << " and " << rounding << " x " << expected.of_rounding[i];
 }
 
 template <class Kv, int Block>
 void check_kernels(const Data& d, const std::vector<Piece>& chunks, const Reference& expected) {
-  expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, "naive", Block);
-  expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, "flash", Block);
+  expect_near(attention_of<Naive, Kv, Block>(d, chunks, 2), expected, 0, "naive", Block);
+  if (flash_takes<Kv>())
+    expect_near(attention_of<Flash, Kv, Block>(d, chunks, 2), expected, Flash::operand_rounding<Kv>(), "flash", Block);
 }
 
 // Prefill and decode mixed; contexts at the bounds of blocks, tiles and splits; a sequence without tokens of this step.
@@ -246,9 +144,11 @@ TYPED_TEST(Attention, IsTheFormula) {
       const Data d(s, CONTEXTS);
       const Reference expected = reference<TypeParam>(d, CHUNKS);
       check_kernels<TypeParam, 0>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 1>(d, CHUNKS, expected);
-      check_kernels<TypeParam, 3>(d, CHUNKS, expected);
       check_kernels<TypeParam, 16>(d, CHUNKS, expected);
+      if (mask.window == 5) {  // blocks that some windows do not even fill
+        check_kernels<TypeParam, 1>(d, CHUNKS, expected);
+        check_kernels<TypeParam, 3>(d, CHUNKS, expected);
+      }
       if (testing::Test::HasFatalFailure()) FAIL() << s.n_heads << " heads of " << s.k_dim << ", window " << s.window;
     }
   }
@@ -282,6 +182,7 @@ TYPED_TEST(Attention, LargeLatents) {
 // By hand: key j is the unit vector j, so the query 1e4 e_j selects value j, to the bit; where it is 0, the
 // exponential's least value, e^-87, may show.
 TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   const int n = 70, dim = 80;
   Data d(make_shape(2, 1, dim, dim), {n});
   for (int t = 0; t < n; t++)
@@ -305,12 +206,6 @@ TYPED_TEST(Attention, OneHotKeysSelectOneValue) {
     }
 }
 
-void expect_same_bits(const std::vector<float>& a, const std::vector<float>& b, const std::string& what) {
-  ASSERT_EQ(a.size(), b.size());
-  EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0) << what;
-}
-
-// All of sequence 0, in chunks of n tokens; `beside` other sequences decode a token in the same steps.
 template <class Kernel, class Kv, int Block>
 std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
   World<Kv, Block> world(d);
@@ -341,6 +236,7 @@ void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected
 }
 
 TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
+  if (!flash_takes<TypeParam>()) GTEST_SKIP() << "no flash for this type";
   for (AttentionShape s : {make_shape(6, 2, 20, 20), make_shape(2, 1, 24, 20, true)}) {
     for (int window : {0, 70}) {
       s.window = window;
@@ -354,82 +250,6 @@ TYPED_TEST(Attention, SameBitsInAnyChunksBatchBlocksAndThreads) {
       expect_same_in_any_chunks<Flash, TypeParam, 16>(d, flash);
     }
   }
-}
-
-// Rows in plain memory, a split at a time, give what attend gives for a float32 cache of the same rows.
-TEST(AttendRows, SameBitsAsAttend) {
-  const float sinks[] = {1, -3, 20, 0};
-  for (int window : {0, 300}) {
-    AttentionShape s = make_shape(4, 2, 24, 20);
-    s.window = window;
-    s.sinks = window > 0 ? sinks : nullptr;
-    const int context = 700, first = 640, n = context - first;
-    const Data d(s, {context});
-    const std::vector<float> expected = attention_of<Flash, KvF32, 0>(d, {{0, first, n}}, 2);
-    Batches batches(2, context, 0);
-    const Batch& batch = batches.batch({{0, 0, 1}, {1, first, n}});
-    const int q_width = s.n_heads * s.k_dim, out_width = s.n_heads * s.v_dim;
-    std::vector<float> q(at(q_width)), out(at((n + 1) * out_width), -7);
-    q.insert(q.end(), d.q[0].begin() + first * q_width, d.q[0].end());
-    ScratchMemory<Flash> scratch(s, n + 1, context, 2);
-    Threads(2).run(2, [&](const Team& team) {
-      for (int at_token = 0; at_token < context; at_token += ATTENTION_SPLIT) {
-        const PlainRows rows{d.k[0].data() + at_token * s.n_kv_heads * s.k_dim,
-                             d.v[0].data() + at_token * s.n_kv_heads * s.v_dim, at_token,
-                             std::min(ATTENTION_SPLIT, context - at_token)};
-        Flash::attend_rows(team, q.data(), rows, batch, 1, s, out.data(), scratch.workspace);
-      }
-    });
-    for (int i = 0; i < out_width; i++) ASSERT_EQ(out[at(i)], -7) << "sequence 0 is not ours";
-    out.erase(out.begin(), out.begin() + out_width);
-    expect_same_bits(out, expected, "window " + std::to_string(window));
-  }
-}
-
-// A token's infinite row is no fault of the tokens before it, in one chunk or not; and no number is undefined
-// behaviour.
-TYPED_TEST(Attention, InfinitiesAndNaNHurtNobodyElse) {
-  Data d(make_shape(2, 1, 20, 20), {100, 70});
-  const std::vector<float> expected = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-  for (float bad : {INFINITY, NAN, 3e38f}) {
-    for (int i = 0; i < 20; i++) d.k[0][at(90 * 20 + i)] = d.v[0][at(90 * 20 + i)] = bad;
-    std::vector<float> out = attention_of<Flash, TypeParam, 16>(d, {{0, 0, 100}, {1, 0, 70}}, 2);
-    const auto others = out.begin() + 100 * 40;
-    expect_same_bits({others, out.end()}, {expected.begin() + 100 * 40, expected.end()}, "the other sequence");
-    attention_of<Naive, TypeParam, 16>(d, {{0, 0, 100}}, 2);
-  }
-}
-
-// Scratch memory that was planned for a smaller team is refused, on every thread, before anything is written.
-template <class Kernel>
-void expect_team_refused(int planned, int used) {
-  const Data d(make_shape(4, 2, 24, 20), {40});
-  World<KvF16, 16> world(d);
-  EXPECT_THROW(world.template step<Kernel>({{0, 0, 40}}, used, planned), Error) << Kernel::name;
-  for (float x : world.out) ASSERT_EQ(x, -7) << Kernel::name;
-  EXPECT_NO_THROW(world.template step<Kernel>({{0, 0, 40}}, planned, planned)) << Kernel::name;
-}
-
-TEST(AttentionMemory, ALargerTeamThanPlannedIsRefused) {
-  expect_team_refused<Naive>(1, 2);
-  expect_team_refused<Naive>(2, 3);
-  expect_team_refused<Flash>(1, 2);
-  expect_team_refused<Flash>(2, 3);
-}
-
-TEST(AttendRows, ALargerTeamThanPlannedIsRefused) {
-  const AttentionShape s = make_shape(4, 2, 24, 20);
-  Batches batches(1, 1, 0);
-  const Batch& batch = batches.batch({{0, 0, 1}});
-  const std::vector<float> q(at(4 * 24)), k(at(2 * 24)), v(at(2 * 20));
-  std::vector<float> out(at(4 * 20), -7);
-  ScratchMemory<Flash> scratch(s, 1, 1, 1);
-  Threads threads(2);
-  const PlainRows rows{k.data(), v.data(), 0, 1};
-  const Workspace& w = scratch.workspace;
-  EXPECT_THROW(
-      threads.run(2, [&](const Team& t) { Flash::attend_rows(t, q.data(), rows, batch, 0, s, out.data(), w); }), Error);
-  for (float x : out) ASSERT_EQ(x, -7);
 }
 
 }  // namespace

@@ -300,4 +300,76 @@ TEST(Emulation, WorkWaitsOnItsStream) {
   EXPECT_EQ(host[1], 5);
 }
 
+// --- graphs ----------------------------------------------------------------------------------------------------------
+
+__global__ void add_first(const int* from, int* to) {
+  to[threadIdx.x] += from[0];
+}
+
+// A graph is done as often as it is launched, with what memory holds then and the arguments of when it was captured.
+TEST(Emulation, GraphsReadMemoryAnew) {
+  Buffer<int> from(1), to(THREADS);
+  const auto set = [&](int x) { upload(from.data(), &x, sizeof x); };
+  set(1);
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  CHECK_CUDA(cudaStreamBeginCapture(device_stream(), cudaStreamCaptureModeThreadLocal));
+  launch(Team{}, add_first, 1, THREADS, 0, from.data(), to.data());
+  CHECK_CUDA(cudaStreamEndCapture(device_stream(), &graph));
+  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+  for (const int x : {10, 100}) {
+    set(x);
+    CHECK_CUDA(cudaGraphLaunch(exec, device_stream()));
+  }
+  int sum = 0;
+  download(&sum, to.data() + THREADS - 1, sizeof sum);
+  EXPECT_EQ(sum, 110) << "10 and 100; not 1, which was only captured";
+  CHECK_CUDA(cudaGraphExecDestroy(exec));
+}
+
+TEST(Emulation, CaptureRefusesWhatWaits) {
+  Buffer<int> ints(1);
+  int x = 0;
+  cudaGraph_t graph = nullptr;
+  CHECK_CUDA(cudaStreamBeginCapture(device_stream(), cudaStreamCaptureModeThreadLocal));
+  EXPECT_THROW(synchronize(), Error);
+  EXPECT_THROW(download(&x, ints.data(), sizeof x), Error);
+  EXPECT_THROW(Buffer<int>(1), Error);
+  CHECK_CUDA(cudaStreamEndCapture(device_stream(), &graph));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+}
+
+// --- errors ----------------------------------------------------------------------------------------------------------
+
+TEST(Cuda, ErrorsSayWhereAndWhatHelps) {
+  const auto line = [](cudaError_t error) -> std::string {
+    try {
+      check_cuda(error, "cudaCall(x)", "file.cu", 7);
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(line(cudaSuccess), "");
+  const std::pair<cudaError_t, const char*> helps[] = {{cudaErrorNoDevice, "make DEVICE=cpu"},
+                                                       {cudaErrorInsufficientDriver, "make DEVICE=cpu"},
+                                                       {cudaErrorNoKernelImageForDevice, "make CUDA_ARCH="},
+                                                       {cudaErrorDevicesUnavailable, "CUDA_VISIBLE_DEVICES"},
+                                                       {cudaErrorMemoryAllocation, "-c"},
+                                                       {cudaErrorInvalidValue, "report"}};
+  for (const auto& [error, help] : helps) {
+    EXPECT_EQ(line(error).find("file.cu:7: cudaCall(x): "), 0u) << line(error);
+    EXPECT_FAULT(line(error), help);
+  }
+  std::string too_much;
+  try {
+    device_allocate(size_t{1} << 45);
+  } catch (const Error& e) {
+    too_much = e.what();
+  }
+  EXPECT_FAULT(too_much, "35184372.1 MB");
+  EXPECT_FAULT(too_much, "are free");
+}
+
 }  // namespace

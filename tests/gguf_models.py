@@ -195,13 +195,15 @@ def write_rope(w, c):
         w.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 
 
-def build(reference, path, factors=None):
-    """Writes the file, in float32. factors: Llama 3's rope_freqs.weight."""
+def build(reference, path, factors=None, more=None):
+    """Writes the file, in float32. factors: Llama 3's rope_freqs.weight; more(writer) adds other metadata."""
     config = reference["config"]
     arch = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(arch, config.get("num_hidden_layers") or config["n_layer"])
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
     write_config(writer, config)
+    if more:
+        more(writer)
     for name, array in arrays(reference).items():
         for key, x in turned(name, array, config):
             key = key.replace("e_score_correction_bias", "e_score_correction.bias")

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <random>
 
+#include "device_memory.h"
 #include "tiny_model.h"
 
 namespace {
@@ -36,10 +37,13 @@ TEST_P(Widths, Norms) {
   const float eps = 1e-5f;
   for (const NormKind kind : {NormKind::rms, NormKind::layer}) {
     for (const bool bias : {false, true}) {
-      std::vector<float> out(static_cast<size_t>(rows * n));
+      Buffer<float> normed(static_cast<size_t>(rows * n));
+      const auto device_x = device_copy(x), device_w = device_copy(w), device_b = device_copy(b);
       on_team([&](const Team& team) {
-        norm(team, kind, eps, {w.data(), bias ? b.data() : nullptr}, x.data(), stride, rows, n, out.data(), n);
+        norm(team, kind, eps, {device_w.data(), bias ? device_b.data() : nullptr}, device_x.data(), stride, rows, n,
+             normed.data(), n);
       });
+      const std::vector<float> out = host_copy(normed);
       for (int r = 0; r < rows; r++) {
         const float* in = x.data() + r * stride;
         double mean = 0, squares = 0;
@@ -73,11 +77,13 @@ TEST_P(Widths, Activations) {
     return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
   };
   for (const Activation a : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
-    std::vector<float> gated(gate.size()), plain(gate.size());
+    const auto device_gate = device_copy(gate), device_up = device_copy(up);
+    Buffer<float> device_gated(gate.size()), device_plain(gate.size());
     on_team([&](const Team& team) {
-      activate(team, a, 0, gate.data(), up.data(), rows, n, gated.data());
-      activate(team, a, 0, nullptr, gate.data(), rows, n, plain.data());
+      activate(team, a, 0, device_gate.data(), device_up.data(), rows, n, device_gated.data());
+      activate(team, a, 0, nullptr, device_gate.data(), rows, n, device_plain.data());
     });
+    const std::vector<float> gated = host_copy(device_gated), plain = host_copy(device_plain);
     for (size_t i = 0; i < gate.size(); i++) {
       const double expected = exact(a, static_cast<double>(gate[i]));
       // Where 1 + tanh or 1 + erf cancels, the error is absolute: a few roundings of 1, times |x|.
@@ -98,9 +104,12 @@ TEST_P(Widths, ClampedActivation) {
   gate.back() = -1e30f;
   std::vector<float> out(gate.size());
   const auto run = [&] {
+    const auto device_gate = device_copy(gate), device_up = device_copy(up);
+    Buffer<float> device_out(gate.size());
     on_team([&](const Team& team) {
-      activate(team, Activation::swiglu_oai, limit, gate.data(), up.data(), rows, n, out.data());
+      activate(team, Activation::swiglu_oai, limit, device_gate.data(), device_up.data(), rows, n, device_out.data());
     });
+    out = host_copy(device_out);
   };
   run();
   for (size_t i = 0; i < gate.size(); i++) {
@@ -118,17 +127,21 @@ TEST_P(Widths, ClampedActivation) {
 TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
   const int T = 3, heads = 2, stride = 11, n = 4, row = heads * stride + 3;
   const int positions[] = {0, 5, 100000};
-  const float inv_freq[] = {1, 0.3f, 0.01f, 1e-4f};
-  std::vector<float> cos(T * n), sin(T * n);
+  const std::vector<float> inv_freq = {1, 0.3f, 0.01f, 1e-4f};
+  const Buffer<float> device_inv_freq = device_copy(inv_freq);
+  Buffer<float> cos(T * n), sin(T * n);
   Batch batch;
   batch.n_tokens = T;
   batch.positions = positions;
+  DeviceBatch on_device;
+  const Batch& uploaded = on_device.upload(batch);
   const auto x = normal(static_cast<size_t>(T * row), 6);
-  auto y = x;
+  Buffer<float> rotated = device_copy(x);
   on_team([&](const Team& team) {
-    rope_angles(team, batch, inv_freq, n, 1.25f, cos.data(), sin.data());
-    rope(team, y.data(), row, T, heads, stride, n, cos.data(), sin.data());
+    rope_angles(team, uploaded, device_inv_freq.data(), n, 1.25f, cos.data(), sin.data());
+    rope(team, rotated.data(), row, T, heads, stride, n, cos.data(), sin.data());
   });
+  const std::vector<float> y = host_copy(rotated);
   for (int t = 0; t < T; t++) {
     for (int i = 0; i < row; i++) {
       const int within = i % stride;
@@ -138,7 +151,8 @@ TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
         continue;
       }
       // The angle is a float32 product by definition; its cosine is exact to a rounding.
-      const auto angle = static_cast<double>(static_cast<float>(positions[t]) * inv_freq[within % n]);
+      const auto angle =
+          static_cast<double>(static_cast<float>(positions[t]) * inv_freq[static_cast<size_t>(within % n)]);
       const size_t other = within < n ? at + n : at - n;
       const double a = static_cast<double>(x[at]), b = static_cast<double>(x[other]);
       const double expected = 1.25 * (a * std::cos(angle) + (within < n ? -b : b) * std::sin(angle));
@@ -152,16 +166,21 @@ TEST(Layers, EmbeddingAddsThePosition) {
   const auto w = normal(vocab * dim, 7), positions = normal(4 * dim, 8);
   const WeightType floats = *find_weight_type("f32");
   const TensorView view{floats, vocab, dim, w.data()};
-  Buffer<std::byte> packed(packed_bytes(floats, vocab, dim));
+  std::vector<std::byte> packed(packed_bytes(floats, vocab, dim));
   for (int p = 0; p < panels(vocab); p++) pack(view, false, p, packed.data());
-  const Matrix matrix{floats, vocab, dim, 1, packed.data()};
+  const Buffer<std::byte> weight = device_copy(packed);
+  const Buffer<float> device_positions = device_copy(positions);
+  const Matrix matrix{floats, vocab, dim, 1, weight.data()};
   const int tokens[] = {4, 0, 4}, at[] = {0, 3, 1};
-  std::vector<float> x(3 * dim);
+  Buffer<float> embedded(3 * dim);
   Batch batch;
   batch.n_tokens = 3;
   batch.tokens = tokens;
   batch.positions = at;
-  on_team([&](const Team& team) { embed(team, matrix, positions.data(), batch, 2, x.data()); });
+  DeviceBatch on_device;
+  const Batch& uploaded = on_device.upload(batch);
+  on_team([&](const Team& team) { embed(team, matrix, device_positions.data(), uploaded, 2, embedded.data()); });
+  const std::vector<float> x = host_copy(embedded);
   for (size_t t = 0; t < 3; t++)
     for (size_t i = 0; i < dim; i++)
       EXPECT_EQ(x[t * dim + i],
@@ -169,8 +188,9 @@ TEST(Layers, EmbeddingAddsThePosition) {
 }
 
 TEST(Layers, ScaleAndCap) {
-  std::vector<float> x = {0, 1, -50, 1e6f};
-  on_team([&](const Team& team) { scale_and_cap(team, x.data(), x.size(), 0.5f, 30); });
+  Buffer<float> capped = device_copy<float>({0, 1, -50, 1e6f});
+  on_team([&](const Team& team) { scale_and_cap(team, capped.data(), capped.size(), 0.5f, 30); });
+  const std::vector<float> x = host_copy(capped);
   EXPECT_FLOAT_EQ(x[1], 30 * std::tanh(0.5f / 30));
   EXPECT_FLOAT_EQ(x[2], 30 * std::tanh(-25.0f / 30));
   EXPECT_FLOAT_EQ(x[3], 30);

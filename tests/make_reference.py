@@ -2,6 +2,7 @@
 
     python tests/make_reference.py tiny [NAME ...]                  random tiny checkpoints, one or more an architecture
     python tests/make_reference.py real NAME=GGUF ...               greedy text and perplexity of real models
+    python tests/make_reference.py bundled build/train              the same of models/tiny-*, from train.py's folder
 
 Needs torch and transformers; the tests need neither. A tiny model is accepted only if
   - the same model in float64 agrees to a fifth of what the tests allow, which is then more than rounding does; and no
@@ -639,9 +640,18 @@ MODELS = {
     },
     "deepseek_v3_plain": {
         "config": deepseek_v3(
-            q_lora_rank=None, norm_topk_prob=False, rope_scaling=None, kv_lora_rank=96, v_head_dim=64
+            q_lora_rank=None,
+            norm_topk_prob=False,
+            rope_scaling=None,
+            kv_lora_rank=96,
+            v_head_dim=64,
+            rms_norm_eps=0.1,  # Moonlight's is not 1e-6, which that of the latents' norms stays
         ),
-        "matters": {"correction bias": (r"e_score_correction_bias", 0.0), "normalisation": {"norm_topk_prob": True}},
+        "matters": {
+            "correction bias": (r"e_score_correction_bias", 0.0),
+            "normalisation": {"norm_topk_prob": True},
+            "eps": {"rms_norm_eps": 1e-6},
+        },
         "dtype": "BF16",
     },
     "deepseek_v3_fp8": {  # as published: float8 in blocks of 128 x 128
@@ -995,17 +1005,19 @@ N_PROMPTS, N_REAL, LEAD = 12, 64, 4e-3
 PRE_TOKENIZERS = {"smollm2": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])}
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 CHUNK, N_CHUNKS = 512, 4
+STORIES = Path(__file__).resolve().parent.parent / "models/corpus-sample.txt"
+STORY_CHUNK, N_TOLD, WIDE_LEAD = 256, 24, 0.1
 
 
-def continue_greedily(model, prompts, end):
-    """For each list of ids: N_REAL ids, or fewer and `end`; and the lead in logits of each over the next best.
+def continue_greedily(model, prompts, end, n):
+    """For each list of ids: n ids, or fewer and `end`; and the lead in logits of each over the next best.
 
     The texts come from one batch, padded on the left; each is then checked, and its leads taken, in a pass of its own.
     """
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    greedy = {"max_new_tokens": N_REAL, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+    greedy = {"max_new_tokens": n, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
     batch = model.generate(padded, attention_mask=mask, **greedy)[:, longest:].tolist()
     for ids, text in zip(prompts, batch, strict=True):
         text = text[: text.index(end) + 1] if end in text else text
@@ -1014,15 +1026,29 @@ def continue_greedily(model, prompts, end):
         yield text, np.where(logits.argmax(1) == text, first - second, 0)
 
 
-def perplexity(model, ids, bos):
-    """As llama.cpp's perplexity: chunks of CHUNK, the second half of each scored. A bos replaces a chunk's first id."""
+def perplexity(model, ids, bos, chunk_size):
+    """As llama.cpp's perplexity: chunks, the second half of each scored. A bos replaces a chunk's first id."""
     losses = []
-    for chunk in np.array(ids[: CHUNK * N_CHUNKS]).reshape(N_CHUNKS, CHUNK):
+    for chunk in np.array(ids[: chunk_size * N_CHUNKS]).reshape(N_CHUNKS, chunk_size):
         if bos is not None:
             chunk[0] = bos
-        logits = torch.tensor(all_logits(model, chunk.tolist())[CHUNK // 2 : -1])
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[CHUNK // 2 + 1 :])).item())
+        logits = torch.tensor(all_logits(model, chunk.tolist())[chunk_size // 2 : -1])
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(chunk[chunk_size // 2 + 1 :])).item())
     return float(np.exp(np.mean(losses)))
+
+
+def written_texts(name, model, tokenizer, prompts, n, least_lead):
+    """n ids of the first N_PROMPTS prompts that will do."""
+    end, texts = model.config.eos_token_id, []
+    all_ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    for prompt, ids, (text, leads) in zip(prompts, all_ids, continue_greedily(model, all_ids, end, n), strict=True):
+        print(f"{name}: {len(text)} ids, lead {leads.min():.4f}: {prompt!r} {tokenizer.decode(text)!r}", flush=True)
+        if end not in text and leads.min() > least_lead and len(texts) < N_PROMPTS:
+            written = tokenizer.decode(text, clean_up_tokenization_spaces=False)
+            lead = round(leads.min().item(), 4)
+            texts.append({"prompt": prompt, "ids": ids, "greedy": text, "text": written, "least_lead": lead})
+    assert len(texts) == N_PROMPTS, f"{name}: {len(texts)} prompts left"
+    return texts
 
 
 def make_real(name, path):
@@ -1031,22 +1057,29 @@ def make_real(name, path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf)
     if name in PRE_TOKENIZERS:
         tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
-    end = model.config.eos_token_id
-    prompts = [tokenizer(prompt).input_ids for prompt in REAL_PROMPTS]
-    texts = []
-    for prompt, ids, (text, leads) in zip(REAL_PROMPTS, prompts, continue_greedily(model, prompts, end), strict=True):
-        print(f"{name}: {len(text)} ids, lead {leads.min():.4f}: {prompt!r} {tokenizer.decode(text)!r}", flush=True)
-        if end not in text and leads.min() > LEAD and len(texts) < N_PROMPTS:
-            written = tokenizer.decode(text, clean_up_tokenization_spaces=False)
-            lead = round(leads.min().item(), 4)
-            texts.append({"prompt": prompt, "ids": ids, "greedy": text, "text": written, "least_lead": lead})
-    assert len(texts) == N_PROMPTS, f"{name}: {len(texts)} prompts left"
+    texts = written_texts(name, model, tokenizer, REAL_PROMPTS, N_REAL, LEAD)
     ids = tokenizer(TEXT.read_text()).input_ids
     bos = ids[0] if ids[0] == tokenizer.bos_token_id else None
-    figure = perplexity(model, ids, bos)
+    figure = perplexity(model, ids, bos, CHUNK)
     print(f"{name}: perplexity {figure:.4f}")
     reference = {"file": path.name, "perplexity": round(figure, 4), "chunk": CHUNK, "chunks": N_CHUNKS, "texts": texts}
     write_json(checkpoints.REFERENCE / f"real_{name}.json", reference)
+
+
+def make_bundled(folder):
+    """Their matrices are bfloat16, and with AVX512-BF16 activations are rounded so too: only wide leads stay ahead."""
+    text = STORIES.read_text()
+    prompts = [" ".join(story.split()[:n]) for story in text.split("\n\n") for n in range(4, 30, 2)]
+    reference = {"chunk": STORY_CHUNK, "chunks": N_CHUNKS, "models": {}}
+    for name in ("mha", "mqa", "gqa", "mla"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        ids = tokenizer(text).input_ids
+        reference["models"][name] = {
+            "perplexity": round(perplexity(model, ids, ids[0], STORY_CHUNK), 4),
+            "texts": written_texts(name, model, tokenizer, prompts, N_TOLD, WIDE_LEAD),
+        }
+    write_json(checkpoints.REFERENCE / "bundled.json", reference)
 
 
 def main():
@@ -1059,6 +1092,9 @@ def main():
         for argument in arguments:
             name, path = argument.split("=", 1)
             make_real(name, Path(path))
+        return
+    if kind == "bundled":
+        make_bundled(Path(*arguments))
         return
     for number, (name, spec) in enumerate(MODELS.items()):
         if not arguments or name in arguments:

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "device_memory.h"
 #include "ggml_types.h"
 #include "kernels/simd.h"
 #include "kernels/threads.h"
@@ -27,7 +29,7 @@ bool is_float(const std::string& type) {
   return ggml_type(type) == nullptr;
 }
 bool rounds_activations_to_bf16(const std::string& type) {
-  return type == "bf16" && kernel_level() == std::string("avx512-bf16");
+  return type == "bf16" && (kernel_level() == std::string("avx512-bf16") || device_name() == std::string("cuda"));
 }
 // The next number of inputs from k on that are whole blocks.
 int whole(const std::string& type, int k) {
@@ -79,6 +81,21 @@ struct Tensor {
   }
 };
 
+// What at() and size() say of a whole tensor, or its transpose.
+struct Weights {
+  size_t k;
+  std::vector<double> values, sizes;  // [n, k]
+  explicit Weights(const Tensor& t, bool transposed = false) : k(static_cast<size_t>(transposed ? t.n : t.k)) {
+    for (int j = 0; j < (transposed ? t.k : t.n); j++)
+      for (int i = 0; i < int(k); i++) {
+        values.push_back(transposed ? t.at(i, j) : t.at(j, i));
+        sizes.push_back(transposed ? t.size(i, j) : t.size(j, i));
+      }
+  }
+  const double* row(size_t j) const { return &values[j * k]; }
+  const double* row_sizes(size_t j) const { return &sizes[j * k]; }
+};
+
 using Random = std::mt19937;
 
 std::vector<float> normal(size_t n, Random& random) {
@@ -109,15 +126,60 @@ Tensor random_tensor(const std::string& type, int n, int k, Random& random) {
 struct Packed {
   Buffer<std::byte> memory;
   Matrix matrix;
-  Packed(const TensorView& view, bool transposed = false) : memory(packed_bytes(view.type, view.n, view.k)) {
+  Packed(const TensorView& view, bool transposed = false) {
+    std::vector<std::byte> packed(packed_bytes(view.type, view.n, view.k));
+    for (int b = panels(view.n) - 1; b >= 0; b--) pack(view, transposed, b, packed.data());
+    memory = device_copy(packed);
     matrix = {view.type, view.n, view.k, 1, memory.data()};
-    for (int b = panels(view.n) - 1; b >= 0; b--) pack(view, transposed, b, memory.data());
   }
 };
 
 size_t input_rows(const Product& p) {
   return static_cast<size_t>(p.x_group ? p.weight->groups * p.x_rows : p.x_rows);
 }
+
+// Products whose operands lie in the host's memory, as products of copies in the device's.
+class OnDevice {
+ public:
+  explicit OnDevice(std::vector<Product> products) : host_(products), device_(std::move(products)) {
+    for (const Product& p : host_) floats_[p.x] = std::max(floats_[p.x], x_size(p));
+    for (const auto& [x, n] : floats_) x_[x] = device_copy(std::vector<float>(x, x + n));
+    for (Product& p : device_) {
+      const size_t groups = size_t(p.weight->groups);
+      p.x = x_[p.x].data();
+      if (p.bias) p.bias = keep(kept_, p.bias, groups * size_t(p.weight->n));
+      if (p.gather) p.gather = keep(ints_, p.gather, size_t(p.rows));
+      if (p.row_start) p.row_start = keep(ints_, p.row_start, groups + 1);
+      y_.push_back(device_copy(std::vector<float>(p.y, p.y + y_size(p))));
+      p.y = y_.back().data();
+    }
+  }
+  const std::vector<Product>& products() const { return device_; }
+  void bring_back() const {
+    for (size_t i = 0; i < y_.size(); i++)
+      if (y_[i].size() > 0) download(host_[i].y, y_[i].data(), y_[i].size() * sizeof(float));
+  }
+
+ private:
+  template <class T>
+  static const T* keep(std::vector<Buffer<T>>& where, const T* x, size_t n) {
+    where.push_back(device_copy(std::vector<T>(x, x + n)));
+    return where.back().data();
+  }
+  static size_t size(int rows, int stride, int groups, int group, int width) {
+    return rows == 0 ? 0 : size_t((rows - 1) * stride + (groups - 1) * group + width);
+  }
+  static size_t x_size(const Product& p) {
+    return size(p.x_rows, p.x_stride, p.weight->groups, p.x_group, p.weight->k);
+  }
+  static size_t y_size(const Product& p) { return size(p.rows, p.y_stride, p.weight->groups, p.y_group, p.weight->n); }
+
+  std::vector<Product> host_, device_;
+  std::map<const float*, size_t> floats_;  // of each x
+  std::map<const float*, Buffer<float>> x_;
+  std::vector<Buffer<float>> kept_, y_;
+  std::vector<Buffer<int>> ints_;
+};
 
 void run(const std::vector<Product>& products, int threads = 1) {
   static Threads team(3);
@@ -128,9 +190,11 @@ void run(const std::vector<Product>& products, int threads = 1) {
   workspace.plan(bytes);
   workspace.allocate(memory);
   Arena whole = workspace.begin();
-  if (bytes > 128)
-    std::fill_n(whole.take<std::byte>(bytes - 64), bytes - 64, std::byte(0xff));  // an earlier call's: NaN
-  team.run(threads, [&](const Team& t) { matmul(t, products.data(), static_cast<int>(products.size()), workspace); });
+  if (bytes > 128) fill(whole.take<std::byte>(bytes - 64), 0xff, bytes - 64);  // an earlier call's: NaN
+  const OnDevice copies(products);
+  const std::vector<Product>& p = copies.products();
+  team.run(threads, [&](const Team& t) { matmul(t, p.data(), static_cast<int>(p.size()), workspace); });
+  copies.bring_back();
 }
 
 // y = W x of one row.
@@ -210,12 +274,7 @@ void check(const Case& c) {
   const std::vector<float> before = o.y;
   run({o.product});
   const size_t n = size_t(c.n), k = size_t(c.k), y_stride = size_t(o.product.y_stride);
-  std::vector<double> w(n * k), size(n * k);
-  for (size_t j = 0; j < n; j++)
-    for (size_t i = 0; i < k; i++) {
-      w[j * k + i] = c.transposed ? o.w.at(int(i), int(j)) : o.w.at(int(j), int(i));
-      size[j * k + i] = c.transposed ? o.w.size(int(i), int(j)) : o.w.size(int(j), int(i));
-    }
+  const Weights w(o.w, c.transposed);
   const double steps = is_float(c.type) ? c.k + 3 : 3 * c.k / 16 + 6;
   std::vector<float> expected_bytes = before;  // where y may not be written
   for (size_t r = 0; r < size_t(c.rows); r++) {
@@ -223,7 +282,8 @@ void check(const Case& c) {
     const std::vector<double> input = as_multiplied(c.type, x, c.k);
     for (size_t j = 0; j < n; j++) {
       double sum = 0, magnitude = 0;
-      for (size_t i = 0; i < k; i++) sum += w[j * k + i] * input[i], magnitude += size[j * k + i] * std::fabs(input[i]);
+      for (size_t i = 0; i < k; i++)
+        sum += w.row(j)[i] * input[i], magnitude += w.row_sizes(j)[i] * std::fabs(input[i]);
       if (c.bias) sum += double(o.bias[j]), magnitude += std::fabs(double(o.bias[j]));
       if (c.add) sum += double(before[r * y_stride + j]), magnitude += std::fabs(double(before[r * y_stride + j]));
       ASSERT_NEAR(double(o.y[r * y_stride + j]), sum, 0x1p-24 * steps * magnitude)
@@ -284,13 +344,15 @@ std::vector<float> row_by_row(const Operands& o) {
 TEST(Matmul, ARowIsTheSameInAnyCompany) {
   Random random(4);
   for (const std::string& type : TYPES)
-    for (int rows : {2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 61})
+    for (int rows : {2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 61}) {
+      Operands o({type, 97, whole(type, 288), rows, true, rows % 2 == 0, rows % 3 == 0}, random);
+      const std::vector<float> before = o.y, alone = row_by_row(o);
       for (int threads : {1, 2, 3}) {
-        Operands o({type, 97, whole(type, 288), rows, true, rows % 2 == 0, rows % 3 == 0}, random);
-        const std::vector<float> alone = row_by_row(o);
+        o.y = before;
         run({o.product}, threads);
         ASSERT_EQ(o.y, alone) << type << " rows " << rows << " threads " << threads;
       }
+    }
 }
 
 // Products of several types, sizes and inputs in one call: those on one x are neighbours, some x come back later.
@@ -430,14 +492,15 @@ struct Stack {
   Matrix matrix;
   std::vector<float> bias;  // [groups, n]
 
-  Stack(const std::string& type, int groups, int n, int k, Random& random)
-      : memory(packed_bytes(weight_type(type), n, k) * size_t(groups)), bias(normal(size_t(groups * n), random)) {
-    matrix = {weight_type(type), n, k, groups, memory.data()};
+  Stack(const std::string& type, int groups, int n, int k, Random& random) : bias(normal(size_t(groups * n), random)) {
+    std::vector<std::byte> packed(packed_bytes(weight_type(type), n, k) * size_t(groups));
     for (int g = 0; g < groups; g++) {
       w.push_back(random_tensor(type, n, k, random));
-      std::byte* at = memory.data() + packed_bytes(weight_type(type), n, k) * size_t(g);
+      std::byte* at = packed.data() + packed_bytes(weight_type(type), n, k) * size_t(g);
       for (int p = 0; p < panels(n); p++) pack(w.back().view(), false, p, at);
     }
+    memory = device_copy(packed);
+    matrix = {weight_type(type), n, k, groups, memory.data()};
   }
   Matrix one(int g) const {
     Matrix m = matrix;
@@ -481,7 +544,8 @@ void check_groups(const std::string& type, const Stack& s, Product p, std::vecto
     run({p}, threads);
     ASSERT_EQ(y, expected) << type << ", threads " << threads;
   }
-  for (int g = 0; g < s.matrix.groups; g++)
+  for (int g = 0; g < s.matrix.groups; g++) {
+    const Weights w(s.w[size_t(g)]);
     for (int r = 0; r < (p.row_start ? p.row_start[g + 1] - p.row_start[g] : p.rows); r++) {
       const Place at = place(p, g, r);
       const std::vector<double> x = as_multiplied(type, at.x, s.matrix.k);
@@ -491,14 +555,13 @@ void check_groups(const std::string& type, const Stack& s, Product p, std::vecto
         const auto take = [&](double term, double magnitude) { sum += term, size += magnitude; };
         if (p.bias) take(double(p.bias[g * s.matrix.n + j]), std::fabs(double(p.bias[g * s.matrix.n + j])));
         if (p.add) take(double(before[out]), std::fabs(double(before[out])));
-        for (int i = 0; i < s.matrix.k; i++) {
-          const double w = s.w[size_t(g)].at(j, i), xi = x[size_t(i)];
-          take(w * xi, s.w[size_t(g)].size(j, i) * std::fabs(xi));
-        }
+        for (size_t i = 0; i < x.size(); i++)
+          take(w.row(size_t(j))[i] * x[i], w.row_sizes(size_t(j))[i] * std::fabs(x[i]));
         // As in check().
         ASSERT_NEAR(double(y[out]), sum, 0x1p-24 * (s.matrix.k + 8) * size) << type << " " << g << " " << r;
       }
     }
+  }
 }
 
 // MLA: each head a matrix, its rows a stretch of the token's row.
@@ -553,10 +616,15 @@ TEST(Matmul, MoreRowsThanPlannedAreRefused) {
   workspace.allocate(memory);
   const std::vector<float> before = o.y;
   Threads threads(2);
-  EXPECT_THROW(threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); }), Error);
+  const auto multiply = [&] {
+    const OnDevice copies({o.product});
+    threads.run(2, [&](const Team& team) { matmul(team, copies.products().data(), 1, workspace); });
+    copies.bring_back();
+  };
+  EXPECT_THROW(multiply(), Error);
   EXPECT_EQ(o.y, before);
   o.product.rows = o.product.x_rows = 50;
-  threads.run(2, [&](const Team& team) { matmul(team, &o.product, 1, workspace); });
+  multiply();
   EXPECT_NE(o.y, before);
 }
 

@@ -56,12 +56,12 @@ class NumpyModel:
         y = x @ self.t[name + ".weight"].T
         return y + self.t[name + ".bias"] if name + ".bias" in self.t else y
 
-    def norm(self, name, x):
+    def norm(self, name, x, eps="norm_eps"):
         if name + ".weight" not in self.t:
             return x
         if self.c["norm"] == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
-        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c["norm_eps"]) * self.t[name + ".weight"]
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.c[eps]) * self.t[name + ".weight"]
         return x + self.t[name + ".bias"] if name + ".bias" in self.t else x
 
     def norm_runs(self, name, x):
@@ -106,14 +106,16 @@ class NumpyModel:
             v = self.linear(p + "v_proj", x).reshape(T, c["n_kv_heads"], -1)
             return self.linear(p + "o_proj", self.attend(layer, self.rotate(layer, q), self.rotate(layer, k), v))
         if c["q_lora_rank"]:
-            q = self.linear(p + "q_b_proj", self.norm(p + "q_a_norm", self.linear(p + "q_a_proj", x)))
+            q = self.linear(
+                p + "q_b_proj", self.norm(p + "q_a_norm", self.linear(p + "q_a_proj", x), "latent_norm_eps")
+            )
         else:
             q = self.linear(p + "q_proj", x)
         q = q.reshape(T, heads, -1)
         nope, rank = c["qk_nope_head_dim"], c["kv_lora_rank"]
         q = np.concatenate([q[..., :nope], self.rotate(layer, q[..., nope:])], axis=-1)
         kv = self.linear(p + "kv_a_proj", x)
-        latent = self.norm(p + "kv_a_norm", kv[:, :rank])
+        latent = self.norm(p + "kv_a_norm", kv[:, :rank], "latent_norm_eps")
         k_rope = self.rotate(layer, kv[:, None, rank:])
         k_nope = np.einsum("tr,hnr->thn", latent, self.t[p + "w_uk.weight"])
         k = np.concatenate([k_nope, np.broadcast_to(k_rope, (T, heads, k_rope.shape[-1]))], axis=-1)

@@ -205,6 +205,16 @@ TEST(Roofline, TheLongerOfReadingAndMultiplyingCounts) {
   EXPECT_STREQ(t.bound(), "weights");
 }
 
+// A prompt of 3 tokens in one layer of 2 heads of 4 without matrices: 1 + 2 + 3 pairs of 2 x 2 x (4 + 4) FLOP.
+TEST(Roofline, PromptsAttendAtTheirOwnSpeed) {
+  Model m;
+  m.config = gqa(1, 2, 1, 4);
+  Machine machine;
+  machine.bandwidth = 1e12, machine.attention = 1, machine.prompt_attention = 64;
+  machine.products.assign(weight_formats().size(), 1);
+  EXPECT_DOUBLE_EQ(prompt_seconds(m, 3, 512, 0, machine), 6.0 * 2 * 2 * (4 + 4) / 64);
+}
+
 TEST(Machines, AreFoundByNameAndNearOnesOffered) {
   EXPECT_STREQ(find_datasheet("h100-sxm").name, "H100 SXM");
   EXPECT_STREQ(find_datasheet("RTX 4090").name, "RTX 4090");

@@ -1,13 +1,21 @@
-"""What the chapters and the README say holds: links lead somewhere, commands print what stands below them."""
+"""What the chapters and the README say holds: links lead somewhere, commands print what stands below them, a picture
+that a command or docs/pictures.py draws is the one that is shown.
 
+In the lines below a command `~12.3` is a number that varies, and `...` alone stands for lines that were left out.
+"""
+
+import os
 import re
 import subprocess
+import sys
 
 import pytest
-from conftest import ROOT, SANITIZE, export, run_binary
+from conftest import ROOT, SANITIZE, export
+from PIL import Image, ImageChops, ImageStat
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "SmolLM2-135M-Instruct.Q4_1"
+OUR_MAKE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -16,30 +24,73 @@ def test_links(page):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name[0].isdigit()], ids=lambda page: page.name)
+def test_functions(page):
+    """What the section on the function names is in one of the files that it links to."""
+    section = re.search(r"^## The (?:exact )?function\n(.*?)^## ", page.read_text(), re.MULTILINE | re.DOTALL)[1]
+    sources = "".join(
+        (page.parent / link).read_text() for link in re.findall(r"\]\((\.\./[^)#]+\.(?:h|cpp|cu))\)", section)
+    )
+    names = re.findall(r"`(?:\w+::)?(\w+)`", section)
+    assert names and [name for name in names if not re.search(rf"\b{name}\b", sources)] == []
+
+
 def commands(page):
-    """[(command, the lines below it)]: `    $ command`, and the indented lines that follow."""
-    found = re.findall(r"^ {4}\$ (.*)\n((?: {4}(?!\$ ).*\n)*)", page.read_text(), re.MULTILINE)
-    return [(command, [line[4:] for line in lines.splitlines()]) for command, lines in found]
+    """[(command, the lines below it)]: `    $ command`, and the indented lines that follow, empty ones between them."""
+    found = re.findall(r"^ {4}\$ (.*)\n((?:(?:\n)* {4}(?!\$ ).*\n)*)", page.read_text(), re.MULTILINE)
+    return [(command, [line[4:].rstrip() for line in lines.splitlines()]) for command, lines in found]
+
+
+def pattern(lines):
+    """A regular expression for what may be printed."""
+    each = [r"\s*[\d.,]+".join(re.escape(part) for part in re.split(r"\s*~[\d.,]+", line)) + r"\s*\n" for line in lines]
+    return "".join(r"(?:.*\n)*" if line == "..." else one for line, one in zip(lines, each, strict=True))
+
+
+def test_marks_of_what_varies():
+    lines = ["decode  ~12.5 tokens/s of 7", "...", "end"]
+    assert re.fullmatch(pattern(lines), "decode 3,400.1 tokens/s of 7\nmore\n\nend\n")
+    assert re.fullmatch(pattern(lines), "decode 1 tokens/s of 7  \nend\n")
+    assert not re.fullmatch(pattern(lines), "decode 12.5 tokens/s of 8\nmore\nend\n")
+    assert not re.fullmatch(pattern(lines), "decode 12.5 tokens/s of 7\nmore\n")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where ./run and models/ are, and what the commands write."""
-    source = ROOT / "models" / f"{MODEL}.gguf"
-    if not source.exists():
-        pytest.skip(f"models/{source.name} is not here: `make run` downloads it")
+def checkout(tmp_path_factory):
+    """A checkout whose models/ and ./run are its own; all else, what is built included, is this one's."""
     if SANITIZE == "1":
         pytest.skip("tiny models take the same paths under the sanitizers")
+    source = ROOT / "models" / f"{MODEL}.gguf"
+    if not source.exists():
+        pytest.skip(f"models/{source.name} is not here: `make smollm2` downloads it")
     here = tmp_path_factory.mktemp("docs")
     (here / "models").mkdir()
+    for entry in [*ROOT.iterdir(), ROOT / "models" / "models.mk", source]:
+        to = here / entry.relative_to(ROOT)
+        if entry.name not in ("models", "run", ".git"):
+            to.symlink_to(entry)
     export(source, here / "models" / f"{MODEL}.safetensors")
-    (here / "run").symlink_to(run_binary())
+    assert subprocess.run(["make"], cwd=here, env=OUR_MAKE, capture_output=True).returncode == 0
     return here
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
-def test_commands(page, folder):
+def test_commands(page, checkout):
     for command, lines in commands(page):
-        done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, shell=True, cwd=checkout, env=OUR_MAKE, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-        assert [line.rstrip() for line in done.stdout.splitlines()] == lines, command
+        assert re.fullmatch(pattern(lines), done.stdout), f"{command}\n{done.stdout}"
+        for name in re.findall(r"[\w-]+\.png", command):
+            assert_shown(checkout / name)
+
+
+def assert_shown(picture):
+    drawn, shown = (Image.open(path).convert("L") for path in (picture, ROOT / "docs" / "pictures" / picture.name))
+    assert drawn.size == shown.size, picture.name
+    assert max(ImageStat.Stat(ImageChops.difference(drawn, shown)).mean) < 1, picture.name  # of 255: rounding, no more
+
+
+def test_drawn_pictures(tmp_path):
+    subprocess.run([sys.executable, ROOT / "docs" / "pictures.py", tmp_path], check=True)
+    for picture in tmp_path.iterdir():
+        assert_shown(picture)

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, exported, make, run_binary
 
+import export as program
+
 CONFIGS = Path(__file__).resolve().parent / "data" / "configs"
-GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
+GPUS = {"a10": (600e9, 125e12), "h100-sxm": (3.35e12, 989.4e12)}  # bytes/s, bfloat16 FLOP/s: datasheets
 
 
 def shapes(config, folder, type=None):
@@ -33,15 +35,17 @@ def plan(tmp_path_factory):
     return get
 
 
-def run(*arguments, code=0):
-    done = subprocess.run([str(a) for a in (run_binary(), *arguments)], capture_output=True, text=True, timeout=120)
+def run(*arguments, code=0, build=None):
+    done = subprocess.run(
+        [str(a) for a in (run_binary(**build or {}), *arguments)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stderr}"
     return done
 
 
-def estimate(model, *arguments):
+def estimate(model, *arguments, build=None):
     """The JSON, and its own variant."""
-    report = json.loads(run(model, "--estimate", *arguments, "-q", "--stats", "-").stdout)
+    report = json.loads(run(model, "--estimate", *arguments, "-q", "--stats", "-", build=build).stdout)
     (own,) = (variant for variant in report["variants"] if variant["own"])
     return report, own
 
@@ -153,11 +157,18 @@ def test_the_table_says_what_the_json_says(plan):
     assert own["kv_bytes_per_token"] == 327680
 
 
-def test_this_machine_is_probed(plan):
-    report, own = estimate(plan("llama-3-8b"), "--threads", 1)
+@pytest.mark.parametrize("build", [{}, {"cache": "paged"}, {"kernel": "naive"}], ids=str)
+def test_this_machine_is_probed(plan, build):
+    """The attention of this build for each variant: of 32 heads, a layer's pairs of 128 + 128, or 576 + 512."""
+    report, own = estimate(plan("llama-3-8b"), "--threads", 1, "-c", 4096, build=build)
     assert report["machine"] == "this machine"
     assert 1e8 < report["bytes_per_second"] < 1e13 and 1e8 < report["flop_per_second"] < 1e15
     assert own["seconds_of_weights"] == pytest.approx(own["weight_bytes_per_step"] / report["bytes_per_second"])
+    for variant in report["variants"]:
+        width = 2 * 512 + 64 if variant["attention"] == "mla" else 2 * 128
+        flop = 2 * 32 * 32 * 4096 * width
+        assert 1e7 < flop / variant["seconds_of_attention"] < 1e13, variant["attention"]
+        assert variant["prompt_seconds"] > 1e-13 * 4096 * 2 * own["parameters"] * 0.8
 
 
 def test_gpu_list_needs_no_model():
@@ -192,6 +203,8 @@ def test_make_estimate():
         (["--gpu", "l4", "--kv-type", "f8"], 2, "f16"),
         (["--gpu", "l4", "--bench"], 2, "makes no sense"),
         (["--gpu", "l4", "-i", "text"], 2, "makes no sense"),
+        (["--gpu", "l4", "--temperature", "0"], 2, "--temperature makes no sense"),
+        (["--gpu", "l4", "-q"], 2, "--stats"),
         (["--gpu", "l4", "--stats", "/nowhere/at/all.json"], 1, "/nowhere/at/all.json"),
     ],
 )
@@ -229,3 +242,18 @@ def test_wrong_configs(tmp_path, change, names):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and names in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.iterdir())])
+def test_a_config_that_lacks_a_field_is_refused_by_its_name(name, tmp_path, capsys):
+    """Or is planned with, where the field has a default."""
+    config, refused = json.loads((CONFIGS / f"{name}.json").read_text()), 0
+    for key in config:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        if program.main([str(tmp_path / "config.json"), "-o", str(tmp_path / "x.safetensors")]) == 0:
+            (tmp_path / "x.safetensors").unlink()
+            continue
+        line, refused = capsys.readouterr().err, refused + 1
+        assert line.count("\n") == 1 and key in line, line
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert refused >= 5

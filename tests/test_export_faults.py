@@ -18,7 +18,8 @@ import checkpoints
 import gguf_models
 import pytest
 from conftest import ROOT
-from test_export import llama2c_file, refused
+from llama2c_model import llama2c_file
+from test_export import refused
 
 import export
 from exporter import writer

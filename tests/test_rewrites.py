@@ -13,7 +13,9 @@ def test_real_texts_of_a_rewrite(layout, tmp_path):
     reference = json.loads((checkpoints.REFERENCE / "real_smollm2.json").read_text())
     source = ROOT / "models" / reference["file"]
     if SANITIZE == "1" or not source.exists():
-        pytest.skip(f"models/{source.name} is not here (`make run` downloads it), or the build is the sanitized one")
+        pytest.skip(
+            f"models/{source.name} is not here (`make smollm2` downloads it), or the build is the sanitized one"
+        )
     weights = folder()[1] / f"rewrite-{layout.replace(':', '-')}.safetensors"
     kind = (layout.split(":")[0], int(layout.split(":")[1]) if ":" in layout else 0)
     exported(source, weights, "f32", kind)

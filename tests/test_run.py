@@ -321,6 +321,7 @@ def contents(folder):
         (["-i", "x", "--stats", "link"], None, None),
         (["-i", "x", "--stats", "hard"], None, None),
         (["-i", "x", "--stats", "m.tokenizer.bin"], None, None),
+        (["-m", "sub/link.safetensors", "-i", "x", "--stats", "m.tokenizer.bin"], None, None),
         (["-i", "x", "--logits", "m.safetensors"], None, None),
         (["-f", "prompt", "--stats", "prompt"], None, None),
         (["-f", "prompt", "--logits", "prompt"], None, None),
@@ -328,6 +329,7 @@ def contents(folder):
         (["--prompts", "requests", "--stats", "requests"], None, None),
         (["--prompts", "-", "--stats", "requests"], "requests", None),
         (["--perplexity", "prompt", "--stats", "prompt"], None, None),
+        (["--chat", "--chat-template", "prompt", "--stats", "prompt"], None, None),
         (["-i", "x", "--stats", "out"], None, "out"),
         (["-i", "x", "--stats", "new", "--logits", "new"], None, None),
         (["-i", "x", "--stats", "new", "--logits", "sub/../new"], None, None),
@@ -341,10 +343,11 @@ def test_no_output_goes_over_what_the_run_reads(model, tmp_path, arguments, stdi
     (tmp_path / "requests").write_text('{"prompt": "a", "n": 1}\n')
     (tmp_path / "out").touch()
     (tmp_path / "link").symlink_to("m.safetensors")
+    (tmp_path / "sub/link.safetensors").symlink_to("../m.safetensors")
     (tmp_path / "hard").hardlink_to(tmp_path / "m.safetensors")
     (tmp_path / "to_new").symlink_to("new")
     before = contents(tmp_path)
-    line = command("m.safetensors", *arguments, "-q", "-t", 1)
+    line = command(*([] if "-m" in arguments else ["m.safetensors"]), *arguments, "-q", "-t", 1)
     with open(tmp_path / (stdin or "prompt")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
         done = subprocess.run(line, cwd=tmp_path, stdin=source, stdout=to, stderr=subprocess.PIPE)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
@@ -722,6 +725,12 @@ def chat_prompt(messages):
     return text.encode()
 
 
+def test_an_empty_system_message_is_one(model, tmp_path):
+    for flags, system in ((), []), (("--system", ""), [("system", "")]):
+        told = stats(tmp_path, model, "--chat", "-n", 1, *flags, "-q", stdin=b"hi\n")
+        assert told["prompt_tokens"] == len(chat_prompt([*system, ("user", "hi")]))
+
+
 def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(model, tmp_path):
     """Each answer is what a request of the turns that are left says."""
     turns = [f"turn {i} of a long talk" for i in range(14)]
@@ -797,6 +806,10 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
 
 # ---- Wrong input: one line that names the thing, and the right exit code
 
+WHOLE = ("-n", "-c", "-b", "-t", "--top-k", "--samples", "--parallel", "--layer", "--head", "--chunks")
+NUMBERS = ("--temperature", "--top-p", "--min-p", "--repeat-penalty", "--bandwidth", "--flops", "--memory")
+SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--seed")
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "names"),
@@ -823,7 +836,11 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "--temperature", "-nan"], 2, "temperature -nan"),
         (["MODEL", "--seed", "-2"], 2, "-2"),
         (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
-        (["MODEL", "--seed", "1.5"], 2, "1.5"),
+        (["MODEL", "--seed", "1.5"], 2, "--seed 1.5: must be a whole number"),
+        *((["MODEL", flag, word], 2, f" {word}: must be a whole") for flag in WHOLE for word in ("nan", "1e3")),
+        *((["MODEL", flag, "many"], 2, " many: must be a number") for flag in NUMBERS),
+        *((["MODEL", "-i", "x", "--explain", flag, "1"], 2, f"{flag} makes no sense") for flag in SAMPLING),
+        (["MODEL", "--perplexity", "SHORT", "--ignore-eos"], 2, "--ignore-eos makes no sense"),
         *((["MODEL", flag, ""], 2, flag) for flag in ("--n-predict", "--top-p", "--prompts", "--stats")),
         (["MODEL", "--perplexity", ""], 2, "--perplexity"),
         (["MODEL", "-c", "-1"], 2, "-1"),
@@ -892,6 +909,8 @@ def test_a_template_that_takes_no_system_message_says_so_at_once(model, tmp_path
         (["MODEL", "-i", "x", "--stats", "FOLDER"], 1, "FOLDER"),
         (["MODEL", "-i", "x", "--stats", "y" * 256], 1, "File name too long"),
         (["MODEL", "-i", "x", "--logits", "nowhere/logits.npy"], 1, "nowhere/logits.npy"),
+        (["MODEL", "-i", "x", "--heatmap", "nowhere/picture.png"], 1, "nowhere/picture.png"),
+        (["MODEL", "-i", "x", "--explain", "--layer", "9"], 1, "--layer 9: this model has layers 0 .. 1"),
         (["MODEL", "-i", "x", "--logits", "/dev/full"], 1, "/dev/full"),
     ],
 )
@@ -902,7 +921,7 @@ def test_wrong_input(model, tmp_path, arguments, code, names):
     os.mkfifo(tmp_path / "PIPE")
     places = {"MODEL": str(model), "FOLDER": str(tmp_path)}
     places |= {name: str(tmp_path / name) for name in ("SHORT", "EMPTY", "PIPE", "TEMPLATE")}
-    quiet = ["-q"] if "--logits" in arguments else []  # all else is refused before the report, and so before any work
+    quiet = ["-q"] if "/dev/full" in arguments else []  # all else is refused before the report, and so before any work
     done = run(*[places.get(a, a) for a in arguments], *quiet, code=code)
     complaint = done.stderr.decode()
     assert done.stdout == b"" and complaint.startswith("run: ") and complaint.count("\n") == 1, complaint

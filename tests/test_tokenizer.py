@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -691,8 +692,33 @@ def test_ends_by_well_known_texts_of_any_type(tmp_path):
 
 def test_ends_by_the_template(tmp_path):
     template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
-    assert ends(tmp_path, template, **{"<|user|>": 3, "<|assistant|>": 3}) == {"<|user|>"}
-    assert ends(tmp_path, "{{ broken", **{"<|user|>": 3}) == set()
+    for type in 3, 4:
+        assert ends(tmp_path, template, **{"<|user|>": type, "<|assistant|>": type}) == {"<|user|>"}
+    for other in "{{ broken", "{{ raise_exception('no') }}", "{{ messages[1].content }}<|userx", "":
+        assert ends(tmp_path, other, **{"<|user|>": 3}) == set()
+    gpt_oss = "{% for m in messages %}<|start|>{{ m.role + m.content }}<|end|>{% endfor %}"
+    assert ends(tmp_path, gpt_oss, **{"<|end|>": 3, "<|return|>": 3, "<|call|>": 3}) == {"<|return|>", "<|call|>"}
+
+
+def test_a_template_that_does_not_end_names_no_end(tmp_path):
+    many = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for hostile in many, "{{ 'x' * 2**40 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}":
+        begin = time.monotonic()
+        assert ends(tmp_path, hostile, **{"<|user|>": 3}) == set()
+        assert time.monotonic() - begin < 60
+
+
+def test_an_added_token_of_any_kind_may_end_a_turn(tmp_path):
+    """As tokenizer.add_tokens makes it: normalized, not special."""
+    trained = train(*PRE_TOKENIZERS["GPT-2"])
+    trained.add_tokens([AddedToken("<bye>", normalized=True)])
+    (tmp_path / "tokenizer.json").write_text(trained.to_str())
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} <bye>{% endfor %}")
+    path = tmp_path / "t.bin"
+    source = SimpleNamespace(kind="hf", path=tmp_path, folder=tmp_path, tokenizer_file=None, config={})
+    assert write_tokenizer(source, path) == ("the model's own template", ["<|endoftext|>", "<|im_end|>", "<bye>"])
+    tokens = Ours(path).tokens(trained.get_vocab_size())
+    assert {text for end, _, text in tokens if end} == {"<|endoftext|>", "<|im_end|>", "<bye>"}
 
 
 def test_what_ends_a_text_is_never_read_in_one(tmp_path):
@@ -711,6 +737,17 @@ def test_gguf_without_pre_is_refused_or_told(tmp_path):
             export(tmp_path, kind="gguf", metadata=metadata)
         told = export(tmp_path, kind="gguf", metadata=metadata, pre="llama-bpe")
         assert_same(told, lambda text: trained.encode(text, add_special_tokens=False).ids)
+
+
+def test_a_gguf_key_that_nothing_obeys_is_refused(tmp_path):
+    metadata = gguf_metadata(train(*PRE_TOKENIZERS["GPT-2"]), "gpt-2")
+    for key, off, on in (("add_sep_token", False, True), ("remove_extra_whitespaces", False, True)):
+        export(tmp_path, kind="gguf", metadata=metadata | {f"tokenizer.ggml.{key}": off})
+        with pytest.raises(ExportError, match=f"tokenizer.ggml.{key} is True"):
+            export(tmp_path, kind="gguf", metadata=metadata | {f"tokenizer.ggml.{key}": on})
+    with pytest.raises(ExportError, match="lowercase is False"):
+        export(tmp_path, kind="gguf", metadata=metadata | {"tokenizer.ggml.lowercase": False})
+    export(tmp_path, kind="gguf", metadata=metadata | {"tokenizer.ggml.fim_pre_token_id": 1})
 
 
 # Real vocabularies --------------------------------------------------------------------------------------------------

@@ -7,13 +7,17 @@
 ## make lines            how long each stage is, from the model file to the model and from ids to logits
 
 FUZZ_SECONDS ?= 60
-PACKAGES += $(if $(filter test gtest %_test,$(MAKECMDGOALS)),libgtest-dev)
+PACKAGES += $(if $(filter test gtest %_test kit-programs,$(MAKECMDGOALS)),libgtest-dev)
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := kvcache_test
-RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test kvcache_test)
+EMULATED_TESTS := batch_test attention_test attention_small_test kvcache_test layers_test matmul_test experts_test \
+  logits_test transformer_test
+# DEVICE=cuda: the same tests on the GPU itself.
+CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(EMULATED_TESTS))
+RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test attention_small_test kvcache_test layers_test experts_test \
+  logits_test)
 TOOLS := tokenize render dequantize
 
 test: .venv/tests
@@ -22,7 +26,8 @@ test: .venv/tests
 	@$(PYTHON) -m pytest tests
 
 # One after the other: each uses all cores.
-GTESTS = $(TESTS:%=$(TEST)/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%)
+GTESTS = $(TESTS:%=$(TEST)/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%) \
+  $(CUDA_TESTS:%=$(TEST)/$(GPU)/%)
 gtest: $(GTESTS) $(TOOLS:%=$(TEST)/%)
 	@for t in $(GTESTS:build/test/%=%); do echo "$$t"; build/test/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
 	  [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
@@ -32,7 +37,7 @@ cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
 OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
-  EMULATED_TESTS= RACE_TESTS= HOST="host/error host/machine" CLI=
+  EMULATED_TESTS= RACE_TESTS= CUDA_TESTS= HOST="host/error host/machine" CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
@@ -43,7 +48,6 @@ $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 
 # ---- The .cu files without a GPU: the host's compiler and tests/emulation/, under the same tests. race: compiled with
 # -fsanitize=thread, but linked with our own answer to its calls (tests/emulation/race.cpp).
-CU := $(basename $(wildcard *.cu kernels/*.cu))
 EMULATION := $(patsubst %,$(TEST)/tests/emulation/%.o,machine emulation)
 SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU),$(KERNELS)) $(HOST))
 emulate = $(call compile,-x c++ -Wno-unknown-pragmas -DBUILD_EVERY_COMBINATION $1)
@@ -55,6 +59,10 @@ $(TEST)/emulated/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/emulated/%.o) $(E
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 $(TEST)/race/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/race/%.o) $(EMULATION) $(TEST)/tests/emulation/race.o $(SHARED)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+
+$(TEST)/$(GPU)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),-DBUILD_EVERY_COMBINATION)
+$(TEST)/$(GPU)/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 
 lint: .venv/tests
 	@.venv/bin/clang-format --dry-run -Werror $(wildcard *.h *.c[pu]* */*.h */*.c[pu]* tests/emulation/*)
@@ -72,10 +80,11 @@ fuzz: build/fuzz/loader .venv/tests
 	@mkdir -p build/fuzz/corpus
 	@$< -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
-# On one device; a stage's header and source are one line. host/ is what makes a model of its file.
+# On the CPU; a stage's header and source are one line. host/ is what makes a model of its file.
 lines:
 	@wc -l $(wildcard host/safetensors.* host/config.* host/loader.* model.h transformer.* variants.h attention.h attention.cpp \
-	  kvcache.h kvcache.cpp kernels/*.h kernels/*.cpp) | awk '$$2 != "total" { \
+	  kvcache.h kvcache.cpp kernels/*.cpp) \
+	  $(filter-out %gpu.h %mma.h %tiles.h,$(wildcard kernels/*.h)) | awk '$$2 != "total" { \
 	  part = $$2 ~ "^host" ? "from the file to the model" : "from ids to logits"; sum[part] += $$1; sub(".*/", "", $$2); \
 	  sub("[.].*", "", $$2); if (!($$2 in n)) stage[++k] = $$2; n[$$2] += $$1 } \
 	  END { while (i++ < k) printf "%6d %s\n", n[stage[i]], stage[i]; for (part in sum) printf "%6d %s\n", sum[part], part }'

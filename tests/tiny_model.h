@@ -144,7 +144,8 @@ inline Members tiny_config(const std::string& variant, bool experts) {
                     {"kv_lora_rank", tiny::r},
                     {"qk_nope_head_dim", tiny::nope},
                     {"qk_rope_head_dim", tiny::p},
-                    {"v_head_dim", tiny::v}});
+                    {"v_head_dim", tiny::v},
+                    {"latent_norm_eps", 0.2}});
   else
     c.merge(Members{{"n_kv_heads", tiny::kv_heads(variant)}, {"head_dim", tiny::d}});
   if (experts)

@@ -471,12 +471,25 @@ TEST(Tokenizer, EqualMergesAndTextsLoadInLinearTime) {
   EXPECT_EQ(load(file).encode("ab", false, false), ids_of(file, {"ab"}));
 }
 
-TEST(Tokenizer, FindsWhatLooksLikeAControlToken) {
+TEST(Tokenizer, AnotherTemplateEndsTextsWithItsOwnToken) {
   TokenizerFile file = byte_level();
   file.add_special("<s>", FLAG_CONTROL);
-  file.add_special("<t>", 0);
-  EXPECT_EQ(load(file).find_control("a <t>"), -1);
-  EXPECT_EQ(load(file).find_control("a <t><s>"), static_cast<int>(file.id("<s>")));
+  file.add_special("<|end|>", FLAG_CONTROL);
+  file.add_special("<|end|>!", NORMALIZED);
+  const auto ends = [&](const std::string& after) {
+    const std::string source = "{% for m in messages %}{{ m.role + m.content + '" + after + "' }}{% endfor %}";
+    const Tokenizer other = load(file).with_template("t", source);
+    std::vector<int> ids;
+    for (int id = 0; id < other.vocab_size(); id++)
+      if (other.is_end_of_generation(id)) ids.push_back(id);
+    return ids;
+  };
+  EXPECT_EQ(ends("\u3000\n<s>"), ids_of(file, {"<s>"}));
+  EXPECT_EQ(ends("<|end|>!"), ids_of(file, {"<|end|>!"}));
+  EXPECT_EQ(ends("<|end|>"), ids_of(file, {"<|end|>"}));
+  EXPECT_EQ(ends("."), ids_of(file, {}));
+  file.add_special("<|return|>", FLAG_CONTROL);
+  EXPECT_EQ(ends("<|end|>"), ids_of(file, {}));
 }
 
 TEST(Tokenizer, BelongsToItsModel) {

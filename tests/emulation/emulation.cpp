@@ -155,19 +155,27 @@ void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, Place where) {
   load_matrices("ldmatrix_x4_trans", where, d, row, true);
 }
 
-void cp_async_16(void* to, const void* from, bool valid, Place where) {
-  constexpr int BYTES = 16;
+template <int BYTES>
+static void start_copy(const char* what, void* to, const void* from, bool valid, Place where) {
   const Quiet quiet;
   Fiber* me = machine.self;
-  at("cp_async_16", where);
+  at(what, where);
   if (!in_shared(to, BYTES)) stop("the target is not in shared memory");
   if (reinterpret_cast<uintptr_t>(to) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES)
-    stop("an address is not a multiple of 16");
+    stop("an address is not a multiple of its bytes");
   if (valid && !device_memory().holds(from, BYTES)) stop("the source is not in device memory");
   observer->pending_copy(to, BYTES, me->index);
   std::memset(to, 0xff, BYTES);
   me->copies.push_back(
       {static_cast<std::byte*>(to), static_cast<const std::byte*>(from), BYTES, valid ? BYTES : 0, me->copy_groups});
+}
+
+void cp_async_16(void* to, const void* from, bool valid, Place where) {
+  start_copy<16>("cp_async_16", to, from, valid, where);
+}
+
+void cp_async_4(void* to, const void* from, bool valid, Place where) {
+  start_copy<4>("cp_async_4", to, from, valid, where);
 }
 
 void cp_async_commit() {
@@ -198,9 +206,21 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     default:
       return "not emulated";
   }
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {};
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
 }
 
 // With device memory open to the host.
@@ -226,7 +246,16 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaSuccess;
 }
 
+static void put(cudaStream_t stream, std::function<void()> work) {
+  (stream->capture ? stream->capture->work : stream->work).push_back(std::move(work));
+}
+
+static bool captures() {
+  return std::ranges::any_of(all_streams(), [](const EmulatedStream* s) { return s->capture != nullptr; });
+}
+
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
   if (stream->error) std::rethrow_exception(std::exchange(stream->error, nullptr));
   const std::vector<std::function<void()>> work = std::exchange(stream->work, {});
   in_device_memory([&] {
@@ -236,12 +265,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
   *memory = device_memory().allocate(bytes);
   return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
 // Waits for all work first, as CUDA does. Who frees in a destructor cannot catch: the next wait throws.
 cudaError_t cudaFree(void* memory) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
   for (EmulatedStream* stream : all_streams()) {
     try {
       cudaStreamSynchronize(stream);
@@ -258,11 +289,46 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
   return cudaSuccess;
 }
 
-// The host's side is pageable: it is read before the call returns, and written before it returns.
+static std::map<const std::byte*, size_t>& pinned_memory() {
+  static std::map<const std::byte*, size_t> bytes;
+  return bytes;
+}
+
+static bool is_pinned(const void* p, size_t bytes) {
+  const auto* start = static_cast<const std::byte*>(p);
+  const auto past = pinned_memory().upper_bound(start);
+  return past != pinned_memory().begin() && start + bytes <= std::prev(past)->first + std::prev(past)->second;
+}
+
+cudaError_t cudaMallocHost(void** memory, size_t bytes) {
+  if (captures()) return cudaErrorStreamCaptureUnsupported;
+  auto* made = new std::byte[bytes];
+  pinned_memory()[made] = bytes;
+  *memory = made;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  if (!pinned_memory().erase(static_cast<std::byte*>(memory))) return cudaErrorInvalidValue;
+  delete[] static_cast<std::byte*>(memory);
+  return cudaSuccess;
+}
+
+// The host's side, where it is not pinned, is read before the call returns, and written before it returns.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  const void* on_device = kind == cudaMemcpyHostToDevice ? to : from;
+  const void* on_device = kind == cudaMemcpyDeviceToHost ? from : to;
   if (bytes == 0) return cudaSuccess;
   if (!device_memory().holds(on_device, bytes)) return cudaErrorInvalidValue;
+  if (kind == cudaMemcpyDeviceToHost && is_pinned(to, bytes)) {
+    put(stream, [=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+  }
+  if (kind == cudaMemcpyDeviceToDevice) {
+    if (!device_memory().holds(from, bytes)) return cudaErrorInvalidValue;
+    put(stream, [=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+  }
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
   if (kind == cudaMemcpyHostToDevice) {
     const auto* start = static_cast<const std::byte*>(from);
     stream->work.push_back(
@@ -276,7 +342,38 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream) {
   if (!device_memory().holds(memory, bytes)) return cudaErrorInvalidValue;
-  stream->work.push_back([=] { std::memset(memory, byte, bytes); });
+  put(stream, [=] { std::memset(memory, byte, bytes); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream->capture) return cudaErrorStreamCaptureUnsupported;
+  stream->capture = new EmulatedGraph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  *graph = std::exchange(stream->capture, nullptr);
+  return *graph ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
+  *made = new EmulatedGraphExec{*graph};
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  for (const std::function<void()>& work : graph->work) put(stream, work);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
   return cudaSuccess;
 }
 
@@ -299,7 +396,7 @@ cudaError_t emulation::enqueue(const cudaLaunchConfig_t& config, const void* ker
   if (!g.x || !g.y || !g.z || !b.x || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z > MAX_THREADS ||
       b.x * b.y * b.z % WARP || config.dynamicSmemBytes > std::min(shared, MOST_SHARED))
     return cudaErrorInvalidConfiguration;
-  config.stream->work.push_back(
+  put(config.stream,
       [config, call = std::move(call)] { run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, call); });
   return cudaSuccess;
 }

@@ -96,6 +96,12 @@ inline float f16_to_float(uint16_t x) {
 inline uint16_t float_to_f16(float x) {
   return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
 }
+inline uint32_t pack_bf16(float low, float high) {
+  return float_to_bf16(low) | uint32_t{float_to_bf16(high)} << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return float_to_f16(low) | uint32_t{float_to_f16(high)} << 16;
+}
 inline float exp2_fast(float x) {
   return std::exp2(x);
 }
@@ -137,6 +143,7 @@ void ldmatrix_x4(uint32_t (&d)[4], const void* row, Place where = Place::current
 void ldmatrix_x4_trans(uint32_t (&d)[4], const void* row, Place where = Place::current());
 
 void cp_async_16(void* to, const void* from, bool valid, Place where = Place::current());
+void cp_async_4(void* to, const void* from, bool valid, Place where = Place::current());
 void cp_async_commit();
 namespace emulation {
 void wait_for_copies(int groups_left);
@@ -159,28 +166,63 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorDevicesUnavailable = 46,
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorStreamCaptureUnsupported = 900,
 };
 const char* cudaGetErrorString(cudaError_t error);
+struct cudaDeviceProp {
+  char name[256] = "emulated";
+};
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaDriverGetVersion(int* version);  // there is none
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 constexpr unsigned cudaStreamNonBlocking = 1;
+
+// What was captured, to be done any number of times with the arguments of then.
+struct EmulatedGraph {
+  std::vector<std::function<void()>> work;
+};
+using cudaGraph_t = EmulatedGraph*;
+struct EmulatedGraphExec : EmulatedGraph {};
+using cudaGraphExec_t = EmulatedGraphExec*;
 
 // Work that nobody has waited for, and what went wrong where nobody could be told.
 struct EmulatedStream {
   std::vector<std::function<void()>> work;
   std::exception_ptr error;
+  cudaGraph_t capture = nullptr;  // where work goes instead, while it is captured
 };
 using cudaStream_t = EmulatedStream*;
 
+// While a stream is captured, what would wait, or take memory, is refused, and so are copies of pageable memory.
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);  // throws what a kernel did wrong, as std::runtime_error
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaFree(void* memory);
+cudaError_t cudaMallocHost(void** memory, size_t bytes);  // pinned: copies to it are done when the stream is waited for
+cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t stream);
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+// A small GPU, so that work that must fill one and work that does are both seen, with the shared memory of the smallest
+// that we compile for, sm_120.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? 4 : 99 << 10;
+  return cudaSuccess;
+}
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 struct cudaLaunchConfig_t {
@@ -197,6 +239,12 @@ cudaError_t enqueue(const cudaLaunchConfig_t& config, const void* kernel, std::f
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
   emulation::allow_shared(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
+  return cudaSuccess;
+}
+
+struct cudaFuncAttributes {};
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(P...)) {
   return cudaSuccess;
 }
 

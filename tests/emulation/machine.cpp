@@ -273,17 +273,23 @@ DeviceMemory& device_memory() {
   return *memory;
 }
 
+// An allocation, and at least half a page that is nobody's.
+static size_t whole_pages(size_t bytes) {
+  constexpr size_t PAGE = 4096;
+  return (bytes + PAGE / 2 + PAGE - 1) / PAGE * PAGE;
+}
+
+// What was freed stays closed, to kernels too.
 void DeviceMemory::open() const {
-  mprotect(base_, used_, PROT_READ | PROT_WRITE);
+  for (const auto& [p, bytes] : live_) mprotect(p, whole_pages(bytes), PROT_READ | PROT_WRITE);
 }
 
 void DeviceMemory::close() const {
-  mprotect(base_, used_, PROT_NONE);
+  for (const auto& [p, bytes] : live_) mprotect(p, whole_pages(bytes), PROT_NONE);
 }
 
 void* DeviceMemory::allocate(size_t bytes) {
-  constexpr size_t PAGE = 4096;
-  const size_t step = (bytes + PAGE / 2 + PAGE - 1) / PAGE * PAGE;
+  const size_t step = whole_pages(bytes);
   if (bytes > TOTAL || step > TOTAL - used_) return nullptr;
   std::byte* p = base_ + used_;
   used_ += step;
@@ -300,6 +306,7 @@ bool DeviceMemory::free(void* memory) {
   observer->free(memory, at->second);
   live_bytes_ -= at->second;
   live_.erase(at);
+  found_ = found_end_ = nullptr;
   return true;
 }
 
@@ -310,10 +317,12 @@ bool DeviceMemory::covers(const void* p) const {
 
 bool DeviceMemory::holds(const void* p, size_t bytes) const {
   const auto* b = static_cast<const std::byte*>(p);
+  if (b >= found_ && b + bytes <= found_end_) return true;
   auto at = live_.upper_bound(b);
   if (at == live_.begin()) return false;
   --at;
-  return b + bytes <= at->first + at->second;
+  found_ = at->first, found_end_ = at->first + at->second;
+  return b + bytes <= found_end_;
 }
 
 }  // namespace emulation

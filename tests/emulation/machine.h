@@ -134,7 +134,8 @@ class DeviceMemory {
  private:
   std::byte* base_;
   size_t used_ = 0, live_bytes_ = 0;
-  std::map<const std::byte*, size_t> live_;  // bytes of each allocation
+  std::map<std::byte*, size_t, std::less<>> live_;                   // bytes of each allocation
+  mutable const std::byte *found_ = nullptr, *found_end_ = nullptr;  // the allocation that holds() saw last
 };
 DeviceMemory& device_memory();
 

@@ -1,0 +1,50 @@
+// probe_attention.h: the attention of this build, measured over rows that the caches of its threads hold.
+#pragma once
+
+#include <numeric>
+#include <vector>
+
+#include "cli/probe.h"
+#include "variants.h"
+
+// FLOP/s of the last `tokens` of one sequence, on a team of `size` threads, for a model of any variant (MLA: absorbed).
+template <class Kernel, class Kv, int Block>
+double attention_speed(Threads& threads, int size, const Config& c, int tokens) {
+  const int context = 2 * ATTENTION_SPLIT * size, block_size = Block ? Block : context;
+  CacheShape row;
+  with_variant(c.attention,
+               [&](auto v) { row = decltype(v)::type::cache_shape(c, (context - 1) / block_size + 1, block_size); });
+  row.n_layers = 1;
+  const bool v_is_k = row.v_dim == 0;
+  const AttentionShape shape{.n_heads = c.n_heads,
+                             .n_kv_heads = row.n_kv_heads,
+                             .k_dim = row.k_dim,
+                             .v_dim = v_is_k ? c.kv_lora_rank : row.v_dim,
+                             .v_is_k = v_is_k,
+                             .scale = 1};
+  Arena memory(bytes_of([&](Arena& arena) { KVCache<Kv, Block>(arena, row); }));
+  KVCache<Kv, Block> cache(memory, row);
+  fill(cache.memory(), 0, cache.size());  // pages that were never written would all be one
+  Limits limits;
+  limits.max_tokens = tokens, limits.max_sequences = 1, limits.context = context, limits.max_threads = size;
+  Workspace workspace;
+  workspace.plan(Kernel::workspace_bytes(shape, limits));
+  Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
+  workspace.allocate(scratch);
+
+  std::vector<int> count(static_cast<size_t>(context));  // blocks, and positions, that follow each other
+  std::iota(count.begin(), count.end(), 0);
+  const int query_start[] = {0, tokens};
+  Batch batch;
+  batch.n_tokens = tokens, batch.n_sequences = 1, batch.max_blocks = row.n_blocks;
+  batch.positions = count.data() + context - tokens, batch.block_table = count.data();
+  batch.query_start = query_start, batch.context_len = &context;
+  const Buffer<float> q(area(tokens, shape.n_heads * shape.k_dim));
+  Buffer<float> out(area(tokens, shape.n_heads * shape.v_dim));
+  const int layers = tokens == 1 ? 8 : 1;  // one after the other, or starting the team would take a part of the time
+  const double seconds = median_seconds(threads, size, [&](const Team& team) {
+    for (int i = 0; i < layers; i++) Kernel::attend(team, q.data(), cache, 0, batch, shape, out.data(), workspace);
+  });
+  const double pairs = tokens * (context - (tokens - 1) / 2.0);
+  return layers * 2 * pairs * shape.n_heads * (shape.k_dim + shape.v_dim) / seconds;
+}

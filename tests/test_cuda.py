@@ -1,0 +1,95 @@
+"""The program of DEVICE=cuda, as a whole: where there is no GPU it says so and changes nothing."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make, run_binary
+from test_run import export_tiny
+
+
+def has_gpu():
+    return shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("says", "device"),
+    [
+        ("echo 9.0", "cuda"),
+        ("echo 9.0; echo 12.0", "cuda"),
+        ("echo NVIDIA-SMI has failed; exit 9", "cpu"),
+        (":", "cpu"),
+    ],
+)
+def test_device_is_cuda_where_there_is_a_gpu(says, device, tmp_path):
+    for name, script in {"nvidia-smi": says, "nvcc": ":"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["make", "help"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["DEVICE", "cpu", "cuda", device] in lines, done.stderr
+
+
+@pytest.fixture(scope="module")
+def program():
+    if not shutil.which("nvcc") and not list(ROOT.glob(".venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc")):
+        pytest.skip("no nvcc, on the PATH or in .venv: `make cuda-check` fetches it")
+    return ROOT / make("binary", "DEVICE=cuda", "CUDA_ARCH=90").strip()
+
+
+def run(program, *arguments):
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_libraries_travel_with_it(program):
+    """All but the C library's own, which every Linux has."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[0].split(".")[0].rpartition("/")[2] for line in listed.splitlines()}
+    assert names <= {"linux-vdso", "libc", "libm", "librt", "libdl", "libpthread", "ld-linux-x86-64"}
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is here")
+def test_without_a_gpu_it_names_the_cpu_build(program, tmp_path):
+    model = export_tiny("llama_gqa", tmp_path / "tiny")
+    done = run(program, model, "-i", "hello", "--stats", tmp_path / "stats.json")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("run: kernels/device.cu:") and "make DEVICE=cpu" in line
+    assert not (tmp_path / "stats.json").exists()
+
+
+@pytest.mark.skipif(not has_gpu(), reason="no GPU is here")
+def test_writes_the_text_of_the_cpu(tmp_path):
+    model = export_tiny("llama_gqa", tmp_path / "tiny")
+    on_gpu = ROOT / make("binary", "DEVICE=cuda").strip()
+    texts = [run(program, model, "-i", "hello", "--temperature", 0).stdout for program in (run_binary(), on_gpu)]
+    assert texts[0] == texts[1] != ""
+
+
+def test_what_needs_no_gpu_works_without(program):
+    config = ROOT / "tests" / "data" / "configs" / "llama-3-8b.json"
+    assert config.exists()
+    assert run(program, "--help").returncode == 0
+    assert "H100" in run(program, "--estimate", "--gpu", "list").stdout
+
+
+def test_measuring_refuses_what_it_cannot_use(tmp_path):
+    def gpu(*arguments):
+        command = [sys.executable, ROOT / "lab" / "gpu.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = gpu(tmp_path)
+    assert done.returncode == 2 and "make gpu-kit" in done.stderr
+    for name in ("run-gqa", "attention_case", "batch_test", "kvcache_test", "layers_test", "logits_test"):
+        (tmp_path / name).touch()
+    done = gpu(tmp_path)
+    assert done.returncode == 2 and "experts_test" in done.stderr
+    (tmp_path / "experts_test").touch()
+    done = gpu(tmp_path, "--models", tmp_path / "none.safetensors")
+    assert done.returncode == 2 and "none.safetensors is not there" in done.stderr
+    if not has_gpu():
+        done = gpu(tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "lists no GPU" in done.stderr
+    assert not (tmp_path / "gpu.json").exists()
