@@ -158,6 +158,7 @@ void run_expanded_tile(const Product& p, const Chunk<Loop>& chunk, int panel, in
   }
 }
 
+// The same of any number of rows.
 template <class Loop>
 void run_expanded_rows(const Product& p, Chunk<Loop> chunk, int panel, int row, int rows, const Int8Group* const* x,
                        float (*sums)[PANEL]) {
@@ -181,7 +182,8 @@ void run_block(const Product& p, const Inputs& inputs, int first, int last, int 
   constexpr int K = 1024;  // inputs of a chunk, whole steps of every type
   constexpr size_t BYTES = K / Type::STEP * Type::STEP_BYTES;
   typename Type::Unit units[K / INT8_GROUP];
-  alignas(64) float sums[BLOCK_ROWS + INT8_ROWS][PANEL];
+  alignas(64) float sums[BLOCK_ROWS + INT8_ROWS][PANEL];  // the last tile may be higher than its rows
+  std::memset(sums[rows], 0, sizeof *sums * INT8_ROWS);
   const Int8Group *start[BLOCK_ROWS + INT8_ROWS], *x[BLOCK_ROWS + INT8_ROWS];
   for (int r = 0; r < rows + INT8_ROWS; r++) start[r] = input_row<Int8Group>(p, inputs, row + std::min(r, rows - 1));
   for (int panel = first; panel < last; panel++) {
