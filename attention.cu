@@ -17,9 +17,9 @@
 // `naive` below is the first rung; the kernel `flash` stands on all the others, one for prompts and decode, for every
 // variant: its query rows are tokens times the heads of a KV head's group (absorbed MLA: all heads).
 //
-// Why it is right. For any m, softmax(s) V = sum 2^(s - m) v / sum 2^(s - m) (scores in base 2). A State holds both
+// Why it is right: for any m, softmax(s) V = sum 2^(s - m) v / sum 2^(s - m) (scores in base 2). A State holds both
 // sums over the tokens so far and their largest score as m; `join` is the step to a larger m, and all that tiles,
-// splits, sinks and launches do is to join. A token that a row does not see has the score -inf, which adds exactly 0.
+// splits, sinks and launches do is to join. A token that a row does not see has the score -inf and so the weight 0.
 // And a row's arithmetic depends on its position and its sequence's rows of the cache alone: tiles and splits begin at
 // fixed positions and are joined in order, and a product's row does not look at the other rows. So its bits are the
 // same in any batch, in any chunks, with any block size, and however many blocks and warps share the work.
@@ -153,9 +153,9 @@ struct QueryRows {
 };
 
 // Sequence s has the blocks from (its first row) / n + s on: enough of them, some of nothing, and nobody has to count
-// those of the sequences before. n: rows of a block.
+// those of the sequences before. The last ones, of the longest context, are begun first. n: rows of a block.
 __device__ QueryRows find_rows(const Batch& batch, const AttentionShape& shape, int n) {
-  const int group = shape.n_heads / shape.n_kv_heads, me = static_cast<int>(blockIdx.x);
+  const int group = shape.n_heads / shape.n_kv_heads, me = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const auto first_block = [&](int s) { return (batch.query_start[s] - batch.query_start[0]) * group / n + s; };
   int s = 0;
   for (int past = batch.n_sequences; past - s > 1;) {
@@ -167,7 +167,8 @@ __device__ QueryRows find_rows(const Batch& batch, const AttentionShape& shape, 
   return {s, start, group, static_cast<int>(blockIdx.y) * group, shape.n_heads, begin, min(begin + n, n_rows)};
 }
 
-// The part of the context that a launch works on, and where results lie that are not whole yet.
+// The part of the context that a launch works on, and where results lie that are not whole yet: a split's, until
+// merge_splits; or with splits = 1 a launch's, which the next one goes on from.
 struct Part {
   int first = 0, n = INT_MAX;  // positions: block z of the grid has n, from first + z n on
   int splits = 1;              // blocks of the grid; where there are several, merge_splits is to follow
@@ -195,7 +196,7 @@ __device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, c
 // --- flash: the kernel -----------------------------------------------------------------------------------------------
 
 // A block of threads has 16 query rows for each SHARERS warps; grid: blocks of query rows, KV heads, parts of the
-// context. table: null where the cache has one block, of one split, and no table.
+// context. block_table: null where the cache is one block, of one split.
 template <class L>
 __global__ void __launch_bounds__(L::WARPS * 32, L::WARPS_AT_ONCE / L::WARPS)
     flash(const float* q, CacheView<typename L::Kv, 0> view, int layer, const int* block_table, Batch batch,
@@ -358,7 +359,7 @@ __global__ void merge_splits(Batch batch, AttentionShape shape, Part part, float
   }
 }
 
-// --- flash: a tile's work --------------------------------------------------------------------------------------------
+// --- flash: a tile's work: attend_tile, below, and before it its steps -----------------------------------------------
 
 // The 16 rows from `first` on. A row's elements are divided by the power of two in its largest, so that float16 holds
 // any of them alike; its scores are multiplied by it again.
@@ -386,7 +387,8 @@ __device__ void load_queries(const float* q, const QueryRows& rows, int first, c
   }
 }
 
-// s = q . K^T of the warp's tokens, `keys` and the rows behind it, of n groups of elements.
+// s = q . K^T of the warp's tokens, the tile's from `first` on; n: groups of elements. Where a group has a scale, it is
+// summed on its own.
 template <class L>
 __device__ void multiply_keys(float (&s)[L::TOKENS / 8][4], const std::byte* q, const TileRows& k, int first, int n) {
   using Op = typename L::Op;
@@ -449,7 +451,7 @@ __device__ void score(float (&s)[L::TOKENS / 8][4], float (&m)[2], int first, fl
   }
 }
 
-// The weights of all sharers' tokens.
+// The weights of the whole tile, of those that each sharer has computed.
 template <class L>
 __device__ void share_weights(const float (&mine)[L::TOKENS / 8][4], float (&all)[TILE / 8][4],
                               typename L::Shared& shared) {
@@ -471,7 +473,8 @@ __device__ void share_weights(const float (&mine)[L::TOKENS / 8][4], float (&all
   }
 }
 
-// state.o += weights V, the warp's columns.
+// state.o += weights V, the warp's columns. Scales go into the weights: a token's is the same for all columns of a
+// group.
 template <class L>
 __device__ void multiply_values(State<L>& state, const float (&weights)[TILE / 8][4], const TileRows& v) {
   using Op = typename L::Op;
@@ -498,7 +501,8 @@ __device__ void multiply_values(State<L>& state, const float (&weights)[TILE / 8
     }
 }
 
-// Joins the tile of positions first .. first + TILE - 1 to the state: the online softmax.
+// Joins the tile of positions first .. first + TILE - 1 to the state: the online softmax. Most tiles have no larger
+// score, and then nothing is to be rescaled.
 template <class L>
 __device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, const AttentionShape& shape,
                             typename L::Shared& shared) {
@@ -563,12 +567,9 @@ struct RowsMemory {
 
 // --- launching -------------------------------------------------------------------------------------------------------
 
-// What Flash says of KvF32, which is Naive's.
-constexpr const char* NO_F32 = "flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive";
+#define NO_F32 "flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive"
 #ifndef BUILD_EVERY_COMBINATION
-static_assert(
-    !std::is_same_v<BUILD_KERNEL, Flash> || !std::is_same_v<BUILD_KV, KvF32>,
-    "KERNEL=flash KV=f32: flash multiplies 16-bit numbers on a GPU: make KV=f16, bf16 or q8, or KERNEL=naive");
+static_assert(!std::is_same_v<BUILD_KERNEL, Flash> || !std::is_same_v<BUILD_KV, KvF32>, NO_F32);
 #endif
 
 // Kernels know a block's size as data: one kernel for every cache.
@@ -660,7 +661,7 @@ template <class Kv, int Block>
 void Flash::attend(const Team& team, const float* q, const KVCache<Kv, Block>& cache, int layer, const Batch& batch,
                    const AttentionShape& shape, float* out, const Workspace& workspace) {
   if constexpr (std::is_same_v<Kv, KvF32>)
-    fail("%s", NO_F32);
+    fail(NO_F32);
   else
     with_widths(shape, [&]<int K, int V>() {
       if (rows_of(batch, shape) > ROWS * batch.n_sequences)

@@ -69,9 +69,10 @@ void attention(const Session& s, const Layer& l, int layer, int position) {
        row_bytes, " KV written");
   product("w_uk", l.w_uk_t, "q into latent space", "q");
   const double carried = multiply_adds(l.w_uk_t.weight) + multiply_adds(l.w_uv.weight);  // MLA's: lines of their own
+  const int serves = c.n_heads / row.n_kv_heads;
   line("attention",
-       format("%d heads look at %d of %d tokens; a row serves %d heads", c.n_heads, seen, position + 1,
-              c.n_heads / row.n_kv_heads),
+       format("%d heads look at %d of %d tokens; a row serves %d head%s", c.n_heads, seen, position + 1, serves,
+              serves == 1 ? "" : "s"),
        Variant::attention_flop(c, 1, seen, seen) / 2 - carried, row_bytes * seen, " KV read");
   product("w_uv", l.w_uv, "value", "latent");
   product("o_proj", l.o_proj, "x +", "heads");

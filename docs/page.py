@@ -14,7 +14,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 STYLE = """
-body { font: 17px/1.55 Georgia, serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
+body { font: 17px/1.55 Georgia, serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
 h1 { margin-top: 4rem; border-bottom: 2px solid #1b1b1b; }
 h1, h2, nav, table { font-family: "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
 table { border-collapse: collapse; font-size: 15px; display: block; overflow-x: auto; }

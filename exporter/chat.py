@@ -8,7 +8,7 @@ import jinja2
 
 from exporter.errors import ExportError
 from exporter.render import environment, rendered
-from exporter.source import whole_file
+from exporter.source import is_listed, whole_file
 
 MAX_BYTES = 1 << 20
 
@@ -64,11 +64,11 @@ def find_template(folder: Path, settings: dict):
     """As transformers: chat_template.jinja is the default and additional_chat_templates/NAME.jinja are others; else
     what tokenizer_config.json holds; else chat_template.json, which older processors wrote."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
+    if is_listed(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
     if files:
         return {name: read(path) for name, path in files.items()}
-    if settings.get("chat_template") or not (folder / "chat_template.json").is_file():
+    if settings.get("chat_template") or not is_listed(folder / "chat_template.json"):
         return settings.get("chat_template")
     try:
         return json.loads(read(folder / "chat_template.json"))["chat_template"]

@@ -97,7 +97,7 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, str]]:
             return sorted(set(listed.values())), listed
     there = weights_in(path)
     raise ExportError(
-        f"{path}: neither {WEIGHTS} nor {INDEX} names any weights{there and f' (there are {shown(there)})'}: "
+        f"{path}: neither {WEIGHTS} nor {INDEX} names any weights{f' (there are {shown(there)})' if there else ''}: "
         "fetch what is missing, or save the model with save_pretrained(..., safe_serialization=True)"
     )
 

@@ -37,8 +37,12 @@ def pcre(pattern: str, where: str) -> str:
             c = f"[^{SPACES if c == chr(92) + 'S' else WORDS}]"
         elif c == "$" and not inside:  # the end of a line
             c = r"(?=\n|\z)"
-        elif c in (r"\h", r"\S", r"\W", r"\b", r"\D", r"\C") or (
-            inside and (c == "[" or pattern[i - 1 : i + 1] == "&&")
+        elif c == "^" and not inside:  # the start of one
+            c = "(?m:^)"
+        elif (
+            c in (r"\h", r"\S", r"\W", r"\b", r"\D", r"\C")
+            or (inside and (c == "[" or pattern[i - 1 : i + 1] == "&&"))
+            or (not inside and re.match(r"\{,|\{[\d,]+\}\+|\(\?[a-z]*m", pattern[i - 1 :]))  # mean something else there
         ):
             raise ExportError(f"{where}: pre-tokenizer pattern {pattern!r}: {c} is not supported: use another model")
         elif c == "[":
@@ -83,6 +87,12 @@ DEEPSEEK_V3 = [
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
+
+
+def takes_everything(pattern: str) -> bool:
+    """Whether letters, digits, white space and all else are matched, as by the patterns that came from tiktoken."""
+    parts = (r"\p{L", r"\p{N}", r"[^\s\p{L}\p{N}]+")
+    return pattern.endswith(r"|\s+(?!\S)|\s+") and all(part in pattern for part in parts)
 
 
 class PreTokenizer(NamedTuple):

@@ -41,11 +41,16 @@ class Source:
 
 def open_file(path: Path):
     """A regular file, opened for reading: a pipe would wait for a writer, and a device need never end."""
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise ExportError(f"{path}: a folder, a pipe or a device: give a regular file")
-    return file
+    return os.fdopen(descriptor, "rb")
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a folder has this name: a link that leads nowhere is an error then, and no file that is not there."""
+    return os.path.lexists(path)
 
 
 def whole_file(path: Path, most: int = 1 << 28) -> bytes:

@@ -11,7 +11,8 @@ multiple of 4; everything is aligned to 4 bytes, and the file ends where the las
     magic "attn.tok", version 2, flags, prefix, bos, unk (NONE = 2^32 - 1), vocab_size, n_merges, n_specials,
     n_patterns, n_before, n_after, n_end_of_generation
     offsets[vocab_size + 1]  of each token in the string below, the first 0
-    kinds[vocab_size]        one byte each, padded to 4: 0 text, 1 byte that others fall back to, 2 control, 3 unused
+    kinds[vocab_size]        one byte each, padded to 4: 0 text, 1 byte that others fall back to, 2 control, 3 unused,
+                             4 text that is found only as it is written, before anything splits it
     string                   the tokens one after the other: the bytes that each stands for; a control token's name
     merges[n_merges][3]      left id, right id, merged id; the rank is the index
     specials[n_specials]     id, flags (1 control, 2 takes the white space to its left, 4 to its right,

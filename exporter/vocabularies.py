@@ -11,8 +11,8 @@ from exporter.chat import ChatTemplate, chat_template, find_template
 from exporter.ends import ends_by_template, ends_by_text
 from exporter.errors import ExportError, shown
 from exporter.hf_source import read_json
-from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre
-from exporter.source import whole_file
+from exporter.patterns import DIGIT, GGUF_MERGES, GGUF_PRE, GPT2, pcre, takes_everything
+from exporter.source import is_listed, whole_file
 
 # Flags. IGNORE_MERGES: a piece that is a token is that token; BYTE_FALLBACK: a code point that is none is its bytes;
 # FUSE_UNK: neighbours that are unknown are one unknown; NORMALIZES_SPACES: spaces become U+2581 before tokens that are
@@ -20,7 +20,7 @@ from exporter.source import whole_file
 BYTE_LEVEL, IGNORE_MERGES, NFC, BYTE_FALLBACK, FUSE_UNK, NORMALIZES_SPACES = 1, 2, 4, 8, 16, 32
 PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST = range(4)  # a space before: each text between special tokens,
 # each that does not begin with one, the first likewise
-TEXT, BYTE, CONTROL, UNUSED = range(4)  # kinds
+TEXT, BYTE, CONTROL, UNUSED, ADDED = range(5)  # kinds
 MAX_VOCAB, MOST_PADDING, LONGEST_TOKEN = 1 << 24, 1 << 16, 1 << 10
 STRIP_LEFT, STRIP_RIGHT, NORMALIZED = 2, 4, 8  # flags of special tokens
 
@@ -54,15 +54,15 @@ def read_tokenizer(source) -> Tokenizer:
         return from_gguf(source)
     if source.kind == "hf":
         for name in "tokenizer.json", "tokenizer.model":
-            if (source.folder / name).is_file():
+            if is_listed(source.folder / name):
                 return read_file(source.folder / name, source)
-        if (source.folder / "vocab.json").is_file() and (source.folder / "merges.txt").is_file():
+        if all(is_listed(source.folder / name) for name in ("vocab.json", "merges.txt")):
             return from_gpt2_files(source)
         raise ExportError(
             f"{source.folder}: no tokenizer.json, tokenizer.model or vocab.json and merges.txt: give --tokenizer"
         )
     beside = source.path.parent / "tokenizer.bin"
-    if beside.is_file():
+    if is_listed(beside):
         return read_file(beside, source)
     raise ExportError(f"{source.path}: a llama2.c checkpoint holds no tokenizer: give it with --tokenizer")
 
@@ -104,6 +104,12 @@ def set_tokens(t: Tokenizer, texts: list[str], added: set[int]) -> None:
             token = utf8(text.replace("▁", " "))
         t.tokens.append(token)
         t.kinds.append(kind)
+
+
+def mark_added(t: Tokenizer, beside: set[int]) -> None:
+    """Tokens that are in no vocabulary: they are found as they are written, and never made of the parts of a text."""
+    for id in beside:
+        t.kinds[id] = ADDED if t.kinds[id] == TEXT else t.kinds[id]
 
 
 def merges_from_scores(where, texts: list[str], scores: list[float], skip: set[int]) -> list[tuple[int, int, int]]:
@@ -311,6 +317,7 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         used |= beside.keys()
         set_tokens(t, texts, set(t.specials))
         t.kinds = [kind if id in used else UNUSED for id, kind in enumerate(t.kinds)]
+        mark_added(t, t.specials.keys() - set(vocab.values()))
         t.merges = merges_from_pairs(model["merges"], vocab, path)
         t.unk = ids.get(model.get("unk_token"))
         read_post_processor(t, data.get("post_processor"), path)
@@ -350,6 +357,8 @@ def read_normalizer(t: Tokenizer, node: dict | None, where) -> None:
 
 def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
     match kind_of(node):
+        case kind if t.flags & BYTE_LEVEL and kind not in (None, "Sequence"):
+            raise ExportError(f"{where}: pre_tokenizer {kind} comes after ByteLevel, not supported: use another model")
         case None:
             pass
         case "Sequence":
@@ -367,7 +376,10 @@ def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
             t.patterns += [" [^ ]*"] if node.get("split", True) else []
         case "Split" if node["pattern"] == {"String": " "} and node["behavior"] == "MergedWithPrevious":
             pass  # Gemma's: after its normalizer no space is left to split at
-        case "Split" if (node["behavior"], node["invert"]) in (("Isolated", False), ("Removed", True)):
+        case "Split" if (node["behavior"], node["invert"]) == ("Isolated", False) or (
+            (node["behavior"], node["invert"]) == ("Removed", True)
+            and takes_everything(node["pattern"].get("Regex", ""))
+        ):
             pattern = node["pattern"]
             t.patterns.append(pcre(pattern["Regex"], where) if "Regex" in pattern else re.escape(pattern["String"]))
         case kind:
@@ -408,7 +420,7 @@ def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
     special_tokens_map.json and added_tokens.json only where tokenizer_config.json has no added_tokens_decoder."""
     try:
         config, names, tokens = (
-            read_json(folder / name) if (folder / name).is_file() else {}
+            read_json(folder / name) if is_listed(folder / name) else {}
             for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         )
         if "added_tokens_decoder" in config:
@@ -484,7 +496,7 @@ def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None
         t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
     if settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast") and "add_prefix_space" in settings:
         t.prefix = PREFIX_MISSING if settings["add_prefix_space"] else PREFIX_NONE
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    generation = read_json(folder / "generation_config.json") if is_listed(folder / "generation_config.json") else {}
     for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]
     set_special_ids(t, texts, find_template(folder, settings))
@@ -635,6 +647,7 @@ def sentencepiece(
         specials={id: (int(id in control), texts[id]) for id in sorted(control | added)},
     )
     set_tokens(t, texts, added)
+    mark_added(t, set(beside))
     t.merges = merges_from_scores(where, texts, scores, bytes_ | control | beside)
     return t
 

@@ -27,6 +27,11 @@ void PreTokenizer::add(std::string_view pattern, const std::string& path) {
          reinterpret_cast<char*>(message), size_t{at}, static_cast<int>(std::min<size_t>(pattern.size(), 200)),
          pattern.data());
   }
+  uint32_t empty = 0;
+  pcre2_pattern_info(patterns_.back().get(), PCRE2_INFO_MATCHEMPTY, &empty);
+  if (empty)
+    fail("%s: pre-tokenizer pattern %.*s matches the empty text: use another model", path.c_str(),
+         static_cast<int>(std::min<size_t>(pattern.size(), 200)), pattern.data());
   pcre2_jit_compile(patterns_.back().get(), PCRE2_JIT_COMPLETE);  // where it cannot, pcre2_match interprets
 }
 

@@ -39,7 +39,7 @@ enum Flags : uint32_t {
 constexpr uint32_t ALL_FLAGS = 63;
 // PREFIX_EVERY is the normalizer's, the others are the pre-tokenizer's.
 enum Prefix : uint32_t { PREFIX_NONE, PREFIX_EVERY, PREFIX_MISSING, PREFIX_FIRST };
-enum class Kind : uint8_t { text, byte, control, unused };
+enum class Kind : uint8_t { text, byte, control, unused, added };
 
 struct Merge {
   uint32_t left, right, result;
@@ -252,7 +252,7 @@ void Tokenizer::Impl::parse(const std::string& path) {
   if (offsets.front() != 0 || offsets.back() != texts.size() || !std::is_sorted(offsets.begin(), offsets.end())) {
     fail("%s: offsets of the tokens are not in order: the file is damaged, export it again", path.c_str());
   }
-  if (std::ranges::any_of(kinds, [](Kind kind) { return kind > Kind::unused; })) {
+  if (std::ranges::any_of(kinds, [](Kind kind) { return kind > Kind::added; })) {
     fail("%s: a token of an unknown kind: the file is damaged, export it again", path.c_str());
   }
   merges = in.array<Merge>(counts[0], "merges");
@@ -407,12 +407,13 @@ void Encoder::extract(const AddedTokens& added, std::string_view text, std::span
     }
     // Where the normalizer writes U+2581 for spaces, none of those is white space.
     const bool blank = !(token->flags & AddedToken::NORMALIZED && t_.flags & NORMALIZES_SPACES);
-    std::string_view before = text.substr(begin, at - begin), after = text.substr(at + token->text.size());
+    std::string_view before = text.substr(std::min(begin, at), at - std::min(begin, at));
+    std::string_view after = text.substr(at += token->text.size());
     if (token->flags & AddedToken::STRIP_LEFT) before = trim_right(before, blank);
     if (token->flags & AddedToken::STRIP_RIGHT) after = trim_left(after, blank);
     if (!before.empty()) between(begin, begin + before.size());
     ids.push_back(static_cast<int>(token->id));
-    begin = at = text.size() - after.size();
+    begin = text.size() - after.size();  // white space that is stripped may be a token still
   }
   if (begin < text.size()) between(begin, text.size());
 }
@@ -589,7 +590,7 @@ bool Tokenizer::is_end_of_generation(int id) const {
 std::string_view Tokenizer::bytes(int id) const {
   const uint32_t i = static_cast<uint32_t>(id);
   const Kind kind = impl_->kinds[i];
-  return kind == Kind::text || kind == Kind::byte ? impl_->token(i) : "";
+  return kind == Kind::control || kind == Kind::unused ? "" : impl_->token(i);
 }
 
 std::string Tokenizer::text(int id) const {

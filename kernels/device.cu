@@ -17,6 +17,7 @@ static const char* advice(cudaError_t error) {
       return driver == 0 ? "no GPU's driver is here: a program of make DEVICE=cpu needs none"
                          : "update the GPU's driver, or take a program of make DEVICE=cpu";
     case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
       return "compiled for other GPUs: make CUDA_ARCH=N, N as of nvidia-smi --query-gpu=compute_cap --format=csv, "
              "without the point";
     case cudaErrorDevicesUnavailable:
@@ -76,7 +77,7 @@ void* device_allocate(size_t bytes) {
   if (error == cudaErrorMemoryAllocation)
     fail("cannot allocate %.1f MB of the GPU's memory, of which %.1f MB are free: %s", double(bytes) / 1e6,
          double(device_memory_available()) / 1e6, advice(error));
-  CHECK_CUDA(error);
+  check_cuda(error, "cudaMalloc", __FILE__, __LINE__);
   fill(memory, 0, bytes);
   return memory;
 }

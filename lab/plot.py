@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 FIELDS = ("kind", "model", "cache", "kernel", "size")
 COLORS = {"mha": "#e45756", "gqa": "#4c78a8", "mqa": "#72a98f", "mla": "#8e6bb0"}
@@ -69,6 +70,13 @@ def powers_of_two(axes: Axes, ticks: list[int]) -> None:
     axes.set_xticks(sorted(set(ticks)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.minorticks_off()
+
+
+def decades(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.minorticks_off()
 
 
 def from_zero(axes: Axes) -> None:
@@ -125,8 +133,7 @@ def memory_picture(points: list[dict]) -> plt.Figure:
     for cache, color in CACHES.items():
         curve(axis, some(points, cache=cache), "size", "KV bytes", "o-", color, 1e6)
     powers_of_two(axis, [p["size"] for p in points])
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
+    decades(axis)
     axis.set_xlabel("sequences")
     axis.set_ylabel("KV cache in use, MB")
     legend(figure, CACHES, calculated=False)
@@ -143,8 +150,7 @@ def kernel_picture(points: list[dict]) -> plt.Figure:
     for axis in (time, memory):
         powers_of_two(axis, [p["size"] for p in points])
         axis.set_xlabel("prompt, tokens")
-    time.set_yscale("log")
-    time.yaxis.set_major_formatter("{x:g}")
+    decades(time)
     time.set_ylabel("seconds")
     memory.set_ylabel("MB")
     from_zero(memory)

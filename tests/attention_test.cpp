@@ -227,8 +227,10 @@ std::vector<float> in_chunks(const Data& d, int n, int n_threads, bool beside) {
 template <class Kernel, class Kv, int Block>
 void expect_same_in_any_chunks(const Data& d, const std::vector<float>& expected) {
   const std::string name = std::string(Kernel::name) + ", block " + std::to_string(Block);
-  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 600, 1, false), expected, name + ", whole");
-  expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 100, 3, false), expected, name + ", chunks of 100, 3 threads");
+  if (Block == 0 || Block == 16) {
+    expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 600, 1, false), expected, name + ", whole");
+    expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 100, 3, false), expected, name + ", chunks of 100, 3 threads");
+  }
   expect_same_bits(in_chunks<Kernel, Kv, Block>(d, 37, 2, true), expected,
                    name + ", chunks of 37 in company, 2 threads");
   if (Block == 16 && std::is_same_v<Kernel, Flash>)

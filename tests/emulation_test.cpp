@@ -355,6 +355,7 @@ TEST(Cuda, ErrorsSayWhereAndWhatHelps) {
   const std::pair<cudaError_t, const char*> helps[] = {{cudaErrorNoDevice, "make DEVICE=cpu"},
                                                        {cudaErrorInsufficientDriver, "make DEVICE=cpu"},
                                                        {cudaErrorNoKernelImageForDevice, "make CUDA_ARCH="},
+                                                       {cudaErrorInvalidDeviceFunction, "make CUDA_ARCH="},
                                                        {cudaErrorDevicesUnavailable, "CUDA_VISIBLE_DEVICES"},
                                                        {cudaErrorMemoryAllocation, "-c"},
                                                        {cudaErrorInvalidValue, "report"}};

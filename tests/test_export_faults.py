@@ -217,6 +217,17 @@ def test_planted_links(tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [source, victim]
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("nowhere"), os.mkdir])
+def test_a_side_file_that_cannot_be_read_is_not_passed_over(name, make, tmp_path, capsys):
+    folder = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "hf")
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert str(folder / name) in refused(capsys, folder, "-o", tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_closed_descriptors(closed, tmp_path):
     """No file takes the number of a standard stream, and what is written to that."""

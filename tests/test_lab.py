@@ -32,7 +32,8 @@ def test_every_variant_cache_and_kernel_is_a_point():
     points = lab.points(quick=False)
     assert len(set(points)) == len(points) > 3 * len(lab.points(quick=True))
     decode = {(p.model, p.cache, p.kernel) for p in points if p.kind == "decode"}
-    for model in ("smollm2-gqa", "smollm2-mha", "smollm2-mla", "wide-mha", "wide-gqa", "wide-mqa", "wide-mla"):
+    models = [f"{family}-{attention}" for family in ("tiny", "wide") for attention in ("mha", "mqa", "gqa", "mla")]
+    for model in (*models, "smollm2-gqa", "smollm2-mha", "smollm2-mla"):
         assert {(model, c, k) for c in ("contiguous", "paged") for k in ("flash", "naive")} <= decode
 
 

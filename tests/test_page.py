@@ -17,7 +17,7 @@ from page import page
 
 CHAPTERS = sorted((ROOT / "docs").glob("[1-8]-*.md"))
 SHOTS = ROOT / "build" / "docs"  # to be looked at
-WIDE, NARROW = 1250, 500
+WIDE, NARROW = 1300, 500
 BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or shutil.which("google-chrome")
 # What the browser finds, as the page's title.
 MEASURE = """<script>addEventListener("load", () => {
@@ -88,7 +88,7 @@ def test_the_whole_page(article, seen, tmp_path):
 
 
 def test_the_browser_sees_faults(tmp_path):
-    picture = base64.b64encode((ROOT / "docs" / "pictures" / "layer5.png").read_bytes()).decode()
+    picture = base64.b64encode((ROOT / "docs" / "pictures" / "heads.png").read_bytes()).decode()
     faults = (
         f'<html><title></title><section id="x"><img alt="here" src="data:image/png;base64,{picture}">'
         f'<img alt="gone" src="data:image/png;base64,{picture[:40]}"><pre style="overflow: auto">{"m" * 999}</pre>'

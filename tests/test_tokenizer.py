@@ -552,6 +552,15 @@ def test_added_tokens_are_found_as_tokenizers_finds_them(kind, normalized, tmp_p
             assert_as_tokenizers(made, tmp_path, [*ADDED, "cafe\u0301"])
 
 
+@pytest.mark.parametrize("kind", ["prepend", "first", "gemma", "byte-nfc"])
+def test_added_tokens_of_one_character_and_of_white_space(kind, tmp_path):
+    """One that its normalized form alone would find is no part of other texts; one may lie in stripped white space."""
+    made = grown(kind)
+    made.add_tokens([AddedToken("Ω", normalized=True), AddedToken("▁q", normalized=False), AddedToken("世")])
+    made.add_special_tokens([AddedToken("<b>", lstrip=True, rstrip=True), AddedToken("\u3000", normalized=False)])
+    assert_as_tokenizers(made, tmp_path, ["Ω", "\u2126", "▁q", " q", "世", "<b>", "\u3000", "   "])
+
+
 @pytest.mark.parametrize("lacks_bytes", [False, True])
 @pytest.mark.parametrize("unk", ["<unk>", None])
 @pytest.mark.parametrize("fuse", [False, True])
@@ -589,6 +598,12 @@ def test_every_code_point_splits_as_in_tokenizers(name, tmp_path):
     ]
     texts = ["".join(f"a{c}{c} {c}1" for c in points[i : i + 512]) for i in range(0, len(points), 512)]
     assert_same(export(tmp_path), lambda text: trained.encode(text, add_special_tokens=False).ids, texts)
+
+
+def test_a_line_begins_and_ends_as_in_tokenizers(tmp_path):
+    made = grown("byte")
+    made.pre_tokenizer = pre_tokenizers.Sequence([*split("^a+|b+$"), byte_level()])
+    assert_as_tokenizers(made, tmp_path, ["\na", "aab", "b\n", "xb", "ab"])
 
 
 def test_byte_level_with_a_space_before(tmp_path):
@@ -920,6 +935,13 @@ def test_template_is_found_where_transformers_finds_it(tmp_path):
     assert found("<|im_start|>4")
 
 
+def sequence(*parts) -> dict:
+    """As tokenizer.json has them."""
+    data = Tokenizer(models.BPE())
+    data.pre_tokenizer = pre_tokenizers.Sequence([*parts])
+    return json.loads(data.to_str())["pre_tokenizer"]
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -929,6 +951,15 @@ def test_template_is_found_where_transformers_finds_it(tmp_path):
         (lambda data: data["model"].update(type="Unigram"), "model.type is 'Unigram'"),
         (lambda data: data.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
         (lambda data: data.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer Whitespace"),
+        (lambda data: data.update(pre_tokenizer=sequence(byte_level(), DIGITS)), "Digits comes after ByteLevel"),
+        (
+            lambda data: data.update(pre_tokenizer=sequence(byte_level(), byte_level())),
+            "ByteLevel comes after ByteLevel",
+        ),
+        (lambda data: data.update(pre_tokenizer=sequence(*split(r"\w+", behavior="removed", invert=True))), "Split"),
+        (lambda data: data.update(pre_tokenizer=sequence(*split("a{,2}"))), "pattern 'a{,2}'"),
+        (lambda data: data.update(pre_tokenizer=sequence(*split("a{1,2}+"))), "pattern 'a{1,2}+'"),
+        (lambda data: data.update(pre_tokenizer=sequence(*split("(?m:.)+"))), "pattern '(?m:.)+'"),
         (lambda data: data["model"]["merges"].append(["x1", "y2"]), "merge 'x1' 'y2'"),
         (lambda data: data.pop("model"), "not a tokenizer.json"),
         (lambda data: data.update(post_processor={"type": "BertProcessing"}), "post_processor BertProcessing"),

@@ -457,6 +457,8 @@ TEST(Tokenizer, APatternHasALimitOfSteps) {
   std::string text(60, 'a');
   text += '!';
   EXPECT_NE(error_of([&] { load(file).encode(text, false, false); }).find("too many steps"), std::string::npos);
+  file.patterns = {"a*"};
+  EXPECT_NE(error_of([&] { load(file); }).find("empty"), std::string::npos);
   file.patterns = {"\\C"};
   EXPECT_NE(error_of([&] { load(file); }).find("pattern"), std::string::npos);
 }
