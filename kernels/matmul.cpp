@@ -15,6 +15,7 @@
 
 namespace {
 
+constexpr int BLOCK_ROWS = 192;     // of int8 inputs, for which a panel is expanded: about what the L2 cache holds
 constexpr size_t SMALL = 32 << 10;  // bytes of converted input that every thread makes for itself
 
 size_t round_up(size_t n, size_t unit) {
@@ -75,11 +76,27 @@ inline void finish(const Product& p, float* y, int column, F32 sum) {
   simd::store_first(y + column, sum, n);
 }
 
-// R rows from `row` on, times panels first .. last - 1.
+// f(std::integral_constant<int, R>) for a tile height R of MOST, MOST - 2, .. 2, 1 that has room for `rows`. What is
+// not there is computed from another row and not stored: fewer heights compile in less time.
+template <int MOST, class F>
+void with_height(int rows, F f) {
+  constexpr int LESS = std::max(1, MOST - 2);
+  if constexpr (MOST > LESS)
+    if (rows <= LESS) return with_height<LESS>(rows, f);
+  f(std::integral_constant<int, MOST>());
+}
+
+// Row r of a product's input.
+template <class Input>
+const Input* input_row(const Product& p, const Inputs& inputs, int r) {
+  return inputs.get<Input>(p.gather ? p.gather[r] : r);
+}
+
+// `rows` rows from `row` on, times panels first .. last - 1.
 template <class Type, int R>
-void run_tile(const Product& p, const Inputs& inputs, int first, int last, int row) {
+void run_tile(const Product& p, const Inputs& inputs, int first, int last, int row, int rows) {
   const typename Type::Input* x[R];
-  for (int r = 0; r < R; r++) x[r] = inputs.get<typename Type::Input>(p.gather ? p.gather[row + r] : row + r);
+  for (int r = 0; r < R; r++) x[r] = input_row<typename Type::Input>(p, inputs, row + std::min(r, rows - 1));
   const int k = p.weight->k;
   const size_t bytes = panel_bytes<Type>(k);
   const std::byte* w = p.weight->data + static_cast<size_t>(first) * bytes;
@@ -90,17 +107,18 @@ void run_tile(const Product& p, const Inputs& inputs, int first, int last, int r
       for (int v = 0; v < VECTORS; v++) acc[r][v] = simd::zero();
     Type::multiply(w, k, x, acc);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+      if (r == rows) break;
       for (int v = 0; v < VECTORS; v++)
         finish(p, y + static_cast<ptrdiff_t>(r) * p.y_stride, column + v * LANES, acc[r][v]);
+    }
   }
 }
 
-template <class Type, int R = Type::ROWS>
+template <class Type>
 void run_rows(int rows, const Product& p, const Inputs& inputs, int first, int last, int row) {
-  if constexpr (R > 1)
-    if (rows < R) return run_rows<Type, R - 1>(rows, p, inputs, first, last, row);
-  run_tile<Type, R>(p, inputs, first, last, row);
+  with_height<Type::ROWS>(
+      rows, [&]<int R>(std::integral_constant<int, R>) { run_tile<Type, R>(p, inputs, first, last, row, rows); });
 }
 
 // The lines of y that a tile writes when it is done: asked for when it starts, or the stores wait for them.
@@ -110,13 +128,94 @@ inline void expect_writes(const Product& p, int row, int rows, int panel) {
       __builtin_prefetch(p.y + static_cast<ptrdiff_t>(r) * p.y_stride + column, 1);
 }
 
-// Panels first .. last - 1 of a product. Few rows: one tile runs through all panels. Many: all tiles (as equal as
+// Of a chunk of a panel, expanded, and what comes after it: the memory that is asked for meanwhile.
+template <class Loop>
+struct Chunk {
+  const typename Loop::Unit* units;
+  int n;
+  bool first, last;  // of its panel
+  const std::byte* next;
+  size_t next_bytes;
+};
+
+// A chunk times `rows` rows from `row` on; sums [rows][PANEL] begin with the first chunk and go to y with the last.
+template <class Loop, int R>
+void run_expanded_tile(const Product& p, const Chunk<Loop>& chunk, int panel, int row, int rows,
+                       const Int8Group* const* x, float (*sums)[PANEL]) {
+  Accumulators<R> acc;
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < VECTORS; v++) acc[r][v] = chunk.first ? simd::zero() : simd::load(sums[r] + v * LANES);
+  Loop::template multiply<R>(chunk.units, chunk.n, x, acc);
+  float* y = p.y + static_cast<ptrdiff_t>(row) * p.y_stride;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    if (r == rows) break;
+    for (int v = 0; v < VECTORS; v++)
+      if (chunk.last)
+        finish(p, y + static_cast<ptrdiff_t>(r) * p.y_stride, panel * PANEL + v * LANES, acc[r][v]);
+      else
+        simd::store(sums[r] + v * LANES, acc[r][v]);
+  }
+}
+
+// The same of any number of rows.
+template <class Loop>
+void run_expanded_rows(const Product& p, Chunk<Loop> chunk, int panel, int row, int rows, const Int8Group* const* x,
+                       float (*sums)[PANEL]) {
+  for (int r = 0, left = (rows + INT8_ROWS - 1) / INT8_ROWS; left > 0; left--) {
+    const int height = (rows - r + left - 1) / left;
+    const size_t share = chunk.next_bytes / static_cast<size_t>(left);
+    for (size_t i = 0; i < share; i += 64) __builtin_prefetch(chunk.next + i);
+    chunk.next += share, chunk.next_bytes -= share;
+    if (chunk.last) expect_writes(p, row + r, height, panel);
+    with_height<INT8_ROWS>(height, [&]<int R>(std::integral_constant<int, R>) {
+      run_expanded_tile<Loop, R>(p, chunk, panel, row + r, height, x + r, sums + r);
+    });
+    r += height;
+  }
+}
+
+// Rows row .. row + rows - 1, at most BLOCK_ROWS, times panels first .. last - 1: each chunk of a panel is expanded
+// once, and stays in the cache while all rows are multiplied with it.
+template <class Type>
+void run_block(const Product& p, const Inputs& inputs, int first, int last, int row, int rows) {
+  constexpr int K = 1024;  // inputs of a chunk, whole steps of every type
+  constexpr size_t BYTES = K / Type::STEP * Type::STEP_BYTES;
+  typename Type::Unit units[K / INT8_GROUP];
+  alignas(64) float sums[BLOCK_ROWS + INT8_ROWS][PANEL];  // the last tile may be higher than its rows
+  std::memset(sums[rows], 0, sizeof *sums * INT8_ROWS);
+  const Int8Group *start[BLOCK_ROWS + INT8_ROWS], *x[BLOCK_ROWS + INT8_ROWS];
+  for (int r = 0; r < rows + INT8_ROWS; r++) start[r] = input_row<Int8Group>(p, inputs, row + std::min(r, rows - 1));
+  for (int panel = first; panel < last; panel++) {
+    const std::byte* w = p.weight->data + static_cast<size_t>(panel) * panel_bytes<Type>(p.weight->k);
+    for (int at = 0; at < p.weight->k; at += K, w += BYTES) {
+      const int k = std::min(K, p.weight->k - at);
+      Type::expand(w, k, units);
+      for (int r = 0; r < rows + INT8_ROWS; r++) x[r] = start[r] + at / INT8_GROUP;
+      run_expanded_rows<typename Type::Expanded>(
+          p, {units, k / INT8_GROUP, at == 0, at + K >= p.weight->k, w + BYTES, BYTES}, panel, row, rows, x, sums);
+    }
+  }
+}
+
+template <class Type>
+void run_expanded(const Product& p, const Inputs& inputs, int first, int last) {
+  for (int row = 0, left = (p.rows + BLOCK_ROWS - 1) / BLOCK_ROWS; left > 0; left--) {
+    const int rows = (p.rows - row + left - 1) / left;
+    run_block<Type>(p, inputs, first, last, row, rows);
+    row += rows;
+  }
+}
+
+// Panels first .. last - 1 of a product. Few rows: one tile runs through all panels. More: all tiles (as equal as
 // possible: 7 rows are 4 + 3 rather than 6 + 1) run over a panel while it is in the cache, so weights come from memory
-// once.
+// once. Many: a panel is expanded for a block of rows.
 template <class Type>
 void run_panels(const Product& p, const Inputs& inputs, int first, int last) {
   const int tiles = (p.rows + Type::ROWS - 1) / Type::ROWS;
   if (tiles == 1) return run_rows<Type>(p.rows, p, inputs, first, last, 0);
+  if constexpr (Type::WORTH_EXPANDING)
+    if (tiles > 4) return run_expanded<Type>(p, inputs, first, last);
   for (int panel = first; panel < last; panel++) {
     for (int row = 0, left = tiles; left > 0; left--) {
       const int rows = (p.rows - row + left - 1) / left;

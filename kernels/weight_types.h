@@ -12,6 +12,8 @@
 //   unpack(panel, row, k, out)            row `row` of a panel as float32
 //   multiply<R>(panel, k, x, acc)         acc[r][v] = the products of row x[r] with vector v of the panel's outputs.
 //                                         Per row and output the additions are in the order of k, whatever R is.
+//   WORTH_EXPANDING        for many rows; then Unit, a loop Expanded over units, and
+//   expand(packed, k, units)              k inputs of a panel; the loop's sums are the same bits as multiply's
 #pragma once
 
 #include <tuple>

@@ -36,6 +36,7 @@ struct WeightsInOrder {
   static constexpr int STEP = 1, STEP_BYTES = PANEL * sizeof(T);
   using Input = float;
   static constexpr int ROWS = FLOAT_ROWS;
+  static constexpr bool WORTH_EXPANDING = false;
 
   static bool pack(const TensorView& source, bool transposed, int panel, std::byte* out) {
     return pack_floats<T, 1>(source, transposed, panel, out);
@@ -76,6 +77,7 @@ struct WeightsBF16 {
   static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
   static constexpr int STEP = 2, STEP_BYTES = PANEL * 4;
   static constexpr int ROWS = BF16_ROWS;
+  static constexpr bool WORTH_EXPANDING = false;
 
   static bool pack(const TensorView& source, bool transposed, int panel, std::byte* out) {
     if (transposed || source.k % 2) return pack_floats<uint16_t, 2>(source, transposed, panel, out);

@@ -13,7 +13,7 @@
 #include <array>
 
 #include "kernels/ggml_blocks.h"
-#include "kernels/panel.h"
+#include "kernels/int8.h"
 
 // COUNT x 4 numbers of BITS bits in words [WORDS][PANEL] of 4 bytes: one number of each four in each byte. Their lowest
 // 8, 4 or 2 bits fill words with those of the next four; the bits above fill further words.
@@ -66,6 +66,12 @@ struct WeightsQuant {
   static constexpr bool HAS_MIN = TYPE.min >= 0, HAS_FACTORS = TYPE.factor_bits() > 0;
   static constexpr int GROUPS = TYPE.inputs / TYPE.group, SCALES = GROUPS * (1 + HAS_MIN);  // and mins
   static constexpr int UNITS = TYPE.inputs / INT8_GROUP, PARTS = INT8_GROUP / TYPE.group;   // of a unit: groups
+  static constexpr int HALVES = simd::halves_that_fit(TYPE.largest());
+  static constexpr bool WORTH_EXPANDING = TYPE.code_bits() < 8;  // once for many rows
+  // Expanded bytes are codes + BIAS, so that most types share a loop: that of small codes is faster on some levels.
+  static constexpr int OFFSET = HAS_MIN || HALVES ? TYPE.offset : 128, BIAS = OFFSET - TYPE.offset;
+  using Expanded = Int8Loop<PARTS, HAS_MIN, OFFSET, HALVES>;
+  using Unit = typename Expanded::Unit;
   using Factors = Fours<HAS_FACTORS ? TYPE.factor_bits() : 8, (SCALES + 3) / 4>;
   using Codes = Fours<TYPE.code_bits(), INT8_GROUP / 4>;
 
@@ -106,8 +112,54 @@ struct WeightsQuant {
     return finite;
   }
 
-  // The groups' scales and then their mins, as float.
-  static void expand(const std::byte* step, float (&out)[SCALES][PANEL]) {
+  template <int R>
+  static void multiply(const std::byte* panel, int k, const Int8Group* const (&x)[R], Accumulators<R>& acc) {
+    const Int8Group* input[R];
+    for (int r = 0; r < R; r++) input[r] = x[r];
+    for (; k > 0; k -= STEP, panel += STEP_BYTES) {
+      alignas(64) float scales[UNITS][Expanded::SCALES][PANEL];
+      expand_scales(panel, [&](int unit) { return scales[unit]; });
+      for (int unit = 0; unit < UNITS; unit++) {
+        const std::byte* codes = panel + CODES_AT + unit * Codes::BYTES;
+        const auto word = [&](int i, int v) { return four_bytes(codes, i, v); };
+        Int8Loop<PARTS, HAS_MIN, TYPE.offset, HALVES>::add_unit(word, scales[unit], input, acc);
+        for (int r = 0; r < R; r++) input[r]++;
+      }
+    }
+  }
+
+  // k inputs as units.
+  static void expand(const std::byte* packed, int k, Unit* units) {
+    for (; k > 0; k -= STEP, packed += STEP_BYTES) {
+      expand_scales(packed, [&](int unit) { return units[unit].scales; });
+      for (int unit = 0; unit < UNITS; unit++, units++) {
+        const std::byte* codes = packed + CODES_AT + unit * Codes::BYTES;
+#pragma GCC unroll 8
+        for (int i = 0; i < INT8_GROUP / 4; i++)
+          for (int v = 0; v < VECTORS; v++)
+            simd::store_i32(units->bytes[i] + v * LANES, four_bytes(codes, i, v) + BIAS * 0x01010101);
+      }
+    }
+  }
+
+  static void unpack(const std::byte* panel, int row, int k, float* out) {
+    for (; k > 0; k -= STEP, panel += STEP_BYTES) {
+      Unit units[UNITS];
+      expand(panel, STEP, units);
+      for (int i = 0; i < STEP; i++, out++) {
+        const Unit& unit = units[i / INT8_GROUP];
+        const int part = i % INT8_GROUP / TYPE.group;
+        const int byte = std::to_integer<int>(unit.bytes[i % INT8_GROUP / 4][row][i % 4]);
+        *out = unit.scales[part][row] * static_cast<float>(byte - OFFSET);
+        if constexpr (HAS_MIN) *out += unit.scales[PARTS + part][row];
+      }
+    }
+  }
+
+ private:
+  // The groups' scales and then their mins, as float, to scales(unit) [Expanded::SCALES][PANEL].
+  template <class Scales>
+  static void expand_scales(const std::byte* step, Scales scales) {
     for (int v = 0; v < VECTORS; v++) {
       const auto half = [&](int i) {
         if constexpr (TYPE.power_of_2)
@@ -115,118 +167,28 @@ struct WeightsQuant {
         else
           return simd::load_f16(reinterpret_cast<const uint16_t*>(step) + i * PANEL + v * LANES);
       };
+      const auto put = [&](int i, F32 x) {
+        const int group = i % GROUPS, place = group % PARTS + (i < GROUPS ? 0 : PARTS);
+        simd::store(scales(group / PARTS)[place] + v * LANES, x);
+      };
       if constexpr (!HAS_FACTORS) {
-        for (int i = 0; i < SCALES; i++) simd::store(out[i] + v * LANES, half(i));
+        for (int i = 0; i < SCALES; i++) put(i, half(i));
       } else {
         const F32 scale = half(0), min = HAS_MIN ? -half(1) : scale;
 #pragma GCC unroll 32
         for (int i = 0; i < SCALES; i++) {
           const I32 factor = simd::bits(Factors::get(i / 4, step + FACTORS_AT, v), i % 4 * 8, 255);
-          const F32 centred = simd::to_float(factor) - float(TYPE.factor_offset);
-          simd::store(out[i] + v * LANES, (i < GROUPS ? scale : min) * centred);
+          put(i, (i < GROUPS ? scale : min) * (simd::to_float(factor) - float(TYPE.factor_offset)));
         }
       }
     }
   }
 
-  static void unpack(const std::byte* panel, int row, int k, float* out) {
-    for (; k > 0; k -= STEP, panel += STEP_BYTES) {
-      alignas(64) float scales[SCALES][PANEL];
-      expand(panel, scales);
-      for (int i = 0; i < STEP; i++, out++) {
-        const std::byte* codes = panel + CODES_AT + i / INT8_GROUP * Codes::BYTES;
-        const uint32_t four =
-            Codes::get(i % INT8_GROUP / 4, [&](int w) { return word_at(codes + (w * PANEL + row) * 4); });
-        const int code = four >> i % 4 * 8 & 255;
-        *out = scales[i / TYPE.group][row] * static_cast<float>(TYPE.unsigned_value(code) - TYPE.offset);
-        if constexpr (HAS_MIN) *out += scales[GROUPS + i / TYPE.group][row];
-      }
-    }
-  }
-
-  template <int R>
-  static void multiply(const std::byte* panel, int k, const Int8Group* const (&x)[R], Accumulators<R>& acc) {
-    for (int g = 0; g < k / INT8_GROUP; panel += STEP_BYTES) {
-      alignas(64) float scales[SCALES][PANEL];
-      expand(panel, scales);
-      const std::byte* codes = panel + CODES_AT;
-      for (int group = 0; group < GROUPS; group += PARTS, g++, codes += Codes::BYTES)
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-          I32 sum[R][VECTORS];
-          dot(codes, part, x, g, sum);
-          scale_add(sum, scales[group + part], x, g, acc);
-          if constexpr (HAS_MIN) min_add(scales[GROUPS + group + part], part, x, g, acc);
-        }
-    }
-  }
-
-  // sum = the products of a group's codes, without their offset, with activations.
-  template <int R>
-  static void dot(const std::byte* codes, int part, const Int8Group* const (&x)[R], int g, I32 (&sum)[R][VECTORS]) {
-    constexpr int CHUNKS = TYPE.group / 4, IN_HALVES = std::min(CHUNKS, simd::halves_that_fit(TYPE.largest()));
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = simd::set_i32(minus_128_sum(x[r][g], part) / 128 * TYPE.offset);
-    if constexpr (IN_HALVES == 0) {
-#pragma GCC unroll 8
-      for (int i = 0; i < CHUNKS; i++) dot4<simd::dot4>(codes, part * CHUNKS + i, x, g, sum);
-    } else {
-#pragma GCC unroll 8
-      for (int first = 0; first < CHUNKS; first += IN_HALVES) {
-        I32 halves[R][VECTORS];
-        for (int r = 0; r < R; r++)
-          for (int v = 0; v < VECTORS; v++) halves[r][v] = simd::set_i32(0);
-#pragma GCC unroll 8
-        for (int i = first; i < first + IN_HALVES; i++) dot4<simd::dot4_halves>(codes, part * CHUNKS + i, x, g, halves);
-        for (int r = 0; r < R; r++)
-          for (int v = 0; v < VECTORS; v++) sum[r][v] += simd::total_halves(halves[r][v]);
-      }
-    }
-  }
-
-  // sum += inputs 4 * chunk .. + 3 of a unit.
-  template <auto DOT4, int R>
-  static void dot4(const std::byte* codes, int chunk, const Int8Group* const (&x)[R], int g, I32 (&sum)[R][VECTORS]) {
-    I32 w[VECTORS];
-    for (int v = 0; v < VECTORS; v++) {
-      w[v] = Codes::get(chunk, codes, v);
-      if constexpr (TYPE.codes_are_places) w[v] = simd::lookup(VALUES.data(), w[v]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const I32 input = simd::set_bytes(x[r][g].q + 4 * chunk);
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = DOT4(sum[r][v], w[v], input);
-    }
-  }
-
-  // acc += sum * weight scale * activation scale.
-  template <int R>
-  static void scale_add(const I32 (&sum)[R][VECTORS], const float* scale, const Int8Group* const (&x)[R], int g,
-                        Accumulators<R>& acc) {
-    const F32 w[VECTORS] = {simd::load(scale), simd::load(scale + LANES)};
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < VECTORS; v++)
-        acc[r][v] = simd::fma(simd::to_float(sum[r][v]), w[v] * simd::set(x[r][g].scale), acc[r][v]);
-  }
-
-  // acc += min * sum of the activations.
-  template <int R>
-  static void min_add(const float* min, int part, const Int8Group* const (&x)[R], int g, Accumulators<R>& acc) {
-    const F32 w[VECTORS] = {simd::load(min), simd::load(min + LANES)};
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      const Int8Group& input = x[r][g];
-      const float sum =
-          PARTS == 1 ? input.scaled_sum : input.scale * static_cast<float>(minus_128_sum(input, part) / -128);
-      for (int v = 0; v < VECTORS; v++) acc[r][v] = simd::fma(w[v], simd::set(sum), acc[r][v]);
-    }
-  }
-
-  // -128 * the sum of the activations of a unit's part.
-  static int32_t minus_128_sum(const Int8Group& x, int part) {
-    if constexpr (PARTS == 1) return x.minus_128_sum;
-    return part == 0 ? x.minus_128_half : x.minus_128_sum - x.minus_128_half;
+  // Inputs 4 * i .. + 3 of a unit, of LANES rows: their codes without a sign.
+  static I32 four_bytes(const std::byte* codes, int i, int v) {
+    const I32 four = Codes::get(i, codes, v);
+    if constexpr (TYPE.codes_are_places) return simd::lookup(VALUES.data(), four);
+    return four;
   }
 
   static constexpr std::array<uint8_t, 16> VALUES = TYPE.unsigned_values();

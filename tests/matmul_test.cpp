@@ -355,6 +355,17 @@ TEST(Matmul, ARowIsTheSameInAnyCompany) {
     }
 }
 
+// More rows than a quantised panel is expanded for, and more inputs than at a time.
+TEST(Matmul, ARowIsTheSameAmongMany) {
+  Random random(12);
+  for (const std::string& type : TYPES) {
+    Operands o({type, 33, whole(type, 1056), 200, true, true}, random);
+    const std::vector<float> alone = row_by_row(o);
+    run({o.product}, 2);
+    ASSERT_EQ(o.y, alone) << type;
+  }
+}
+
 // Products of several types, sizes and inputs in one call: those on one x are neighbours, some x come back later.
 TEST(Matmul, AProductIsTheSameInAnyCompany) {
   Random random(5);
