@@ -18,6 +18,9 @@ DEVICE ?= $(if $(and $(GPUS),$(NVCC)),cuda,cpu)
 
 # The stages that have a .cu; attention.cu is naive and flash.
 CU := $(basename $(wildcard *.cu kernels/*.cu cli/*.cu))
+ifeq ($(DEVICE)-$(KERNEL)-$(KV),cuda-flash-f32)
+$(error KV=f32 with KERNEL=flash: tensor cores multiply 16 bits: KV=f16, bf16 or q8, or KERNEL=naive, or DEVICE=cpu)
+endif
 ifeq ($(DEVICE),cuda)
 GPU := cuda$(subst $() $(),-,$(strip $(CUDA_ARCH)))
 REPLACED := $(CU) kernels/flash

@@ -75,6 +75,12 @@ def test_what_needs_no_gpu_works_without(program):
     assert "H100" in run(program, "--estimate", "--gpu", "list").stdout
 
 
+def test_a_choice_that_no_gpu_has_is_refused():
+    done = subprocess.run(["make", "-n", "DEVICE=cuda", "KV=f32"], cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "KV=f32 with KERNEL=flash" in line and "KERNEL=naive" in line
+
+
 def test_measuring_refuses_what_it_cannot_use(tmp_path):
     def gpu(*arguments):
         command = [sys.executable, ROOT / "lab" / "gpu.py", *map(str, arguments)]
