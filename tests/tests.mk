@@ -12,8 +12,9 @@ PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
 TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
-EMULATED_TESTS := batch_test attention_test attention_small_test kvcache_test layers_test matmul_test experts_test \
-  logits_test transformer_test cross_product_test
+# The last two take minutes under the sanitizers; attention_small_test and transformer_test call the same kernels.
+EMULATED_TESTS := batch_test attention_small_test kvcache_test layers_test matmul_test experts_test logits_test \
+  transformer_test $(if $(filter 0,$(SANITIZE)),attention_test cross_product_test)
 # DEVICE=cuda: the same tests on the GPU itself.
 CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(EMULATED_TESTS))
 RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test attention_small_test kvcache_test layers_test experts_test \
