@@ -81,6 +81,7 @@ constexpr int LANES = 8;
 
 using F32 = float __attribute__((vector_size(4 * LANES)));
 using I32 = int32_t __attribute__((vector_size(4 * LANES)));  // or 4 LANES bytes
+using U32 = uint32_t __attribute__((vector_size(4 * LANES)));
 using I16 = int16_t __attribute__((vector_size(4 * LANES)));
 using U16 = uint16_t __attribute__((vector_size(4 * LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * LANES)));  // LANES of them, half a register
@@ -343,7 +344,6 @@ inline uint32_t bits(uint32_t x, int right, uint32_t mask) {
   return (right < 0 ? x << -right : x >> right) & mask;
 }
 inline I32 bits(I32 x, int right, uint32_t mask) {
-  using U32 = uint32_t __attribute__((vector_size(4 * LANES)));
   const auto word = std::bit_cast<U32>(x);
   return std::bit_cast<I32>((right < 0 ? word << -right : word >> right) & mask);
 }

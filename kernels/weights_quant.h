@@ -137,7 +137,8 @@ struct WeightsQuant {
 #pragma GCC unroll 8
         for (int i = 0; i < INT8_GROUP / 4; i++)
           for (int v = 0; v < VECTORS; v++)
-            simd::store_i32(units->bytes[i] + v * LANES, four_bytes(codes, i, v) + BIAS * 0x01010101);
+            simd::store_i32(units->bytes[i] + v * LANES,
+                            std::bit_cast<I32>(std::bit_cast<simd::U32>(four_bytes(codes, i, v)) + BIAS * 0x01010101u));
       }
     }
   }
