@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, make, run_binary
+from conftest import ROOT, SANITIZE, make, run_binary
 from test_run import export_tiny
 
 
@@ -43,6 +43,7 @@ def run(program, *arguments):
     return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.skipif(SANITIZE == "1", reason="the sanitizers' own library does not travel")
 def test_libraries_travel_with_it(program):
     """All but the C library's own, which every Linux has."""
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
