@@ -22,29 +22,6 @@ size_t round_up(size_t n, size_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-// f(std::type_identity<T>) for the type's struct T.
-template <class F>
-void with_type(WeightType type, F f) {
-  const auto try_each = [&]<class... T>(std::type_identity<std::tuple<T...>>) {
-    int index = 0;
-    static_cast<void>(((index++ == static_cast<int>(type) && (f(std::type_identity<T>()), true)) || ...));
-  };
-  try_each(std::type_identity<WeightTypes>());
-}
-
-// Bytes of a panel with k inputs.
-template <class Type>
-size_t panel_bytes(int k) {
-  const int steps = (k + Type::STEP - 1) / Type::STEP;
-  return round_up(static_cast<size_t>(steps) * Type::STEP_BYTES, 64);
-}
-
-size_t panel_bytes(WeightType type, int k) {
-  size_t bytes = 0;
-  with_type(type, [&]<class T>(std::type_identity<T>) { bytes = panel_bytes<T>(k); });
-  return bytes;
-}
-
 // The room that the rows of an input have (of all groups): one place for each arithmetic that its products may want.
 struct Inputs {
   std::byte* room;
@@ -298,10 +275,7 @@ void run_group(const Product& p, Inputs inputs, int group, int first, int last) 
 }  // namespace
 
 std::span<const WeightFormat> weight_formats() {
-  static constexpr auto table = []<class... T>(std::type_identity<std::tuple<T...>>) {
-    return std::array{WeightFormat{T::NAME, T::DTYPE, T::BLOCK, T::BLOCK_ELEMENTS}...};
-  }(std::type_identity<WeightTypes>());
-  return table;
+  return WEIGHT_FORMATS;
 }
 
 const char* kernel_level() {

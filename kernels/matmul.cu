@@ -235,10 +235,7 @@ __global__ void unpack(const std::byte* data, int k, int row, float* out) {
 }  // namespace
 
 std::span<const WeightFormat> weight_formats() {
-  static constexpr auto table = []<class... T>(std::type_identity<std::tuple<T...>>) {
-    return std::array{WeightFormat{T::NAME, T::DTYPE, T::BLOCK, T::BLOCK_ELEMENTS}...};
-  }(std::type_identity<WeightTypes>());
-  return table;
+  return WEIGHT_FORMATS;
 }
 
 const char* kernel_level() {
@@ -255,9 +252,7 @@ int panels(int n) {
 }
 
 size_t packed_bytes(WeightType type, int n, int k) {
-  size_t bytes = 0;
-  with_type(type, [&]<class T>(std::type_identity<T>) { bytes = panel_bytes<T>(k); });
-  return static_cast<size_t>(panels(n)) * bytes;
+  return static_cast<size_t>(panels(n)) * panel_bytes(type, k);
 }
 
 size_t matmul_workspace_bytes(int rows, int k) {

@@ -16,12 +16,7 @@
 //   expand(packed, k, units)              k inputs of a panel; the loop's sums are the same bits as multiply's
 #pragma once
 
-#include <tuple>
-
 #include "kernels/weights_float.h"
 #include "kernels/weights_quant.h"
 
-using WeightTypes =
-    std::tuple<WeightsF32, WeightsBF16, WeightsF16, WeightsQuant<Q8_0>, WeightsQuant<Q4_0>, WeightsQuant<Q4_1>,
-               WeightsQuant<Q5_0>, WeightsQuant<Q5_1>, WeightsQuant<Q2_K>, WeightsQuant<Q3_K>, WeightsQuant<Q4_K>,
-               WeightsQuant<Q5_K>, WeightsQuant<Q6_K>, WeightsQuant<IQ4_NL>, WeightsQuant<IQ4_XS>, WeightsQuant<MXFP4>>;
+#include "kernels/weight_list.h"

@@ -307,33 +307,11 @@ struct WeightsQuant {
   }
 };
 
-// --- the table -------------------------------------------------------------------------------------------------------
-
-using WeightTypes =
-    std::tuple<WeightsF32, WeightsBF16, WeightsF16, WeightsQuant<Q8_0>, WeightsQuant<Q4_0>, WeightsQuant<Q4_1>,
-               WeightsQuant<Q5_0>, WeightsQuant<Q5_1>, WeightsQuant<Q2_K>, WeightsQuant<Q3_K>, WeightsQuant<Q4_K>,
-               WeightsQuant<Q5_K>, WeightsQuant<Q6_K>, WeightsQuant<IQ4_NL>, WeightsQuant<IQ4_XS>, WeightsQuant<MXFP4>>;
-
-// Bytes of a panel with k inputs.
-template <class Type>
-constexpr size_t panel_bytes(int k) {
-  const int steps = (k + Type::STEP - 1) / Type::STEP;
-  return (static_cast<size_t>(steps) * Type::STEP_BYTES + 63) / 64 * 64;
-}
+#include "kernels/weight_list.h"
 
 // Element (row, k) of a packed matrix with `width` inputs.
 template <class Type>
 __device__ float weight_element(const std::byte* data, int width, int row, int k) {
   const std::byte* panel = data + static_cast<size_t>(row / PANEL) * panel_bytes<Type>(width);
   return Type::element(panel + static_cast<size_t>(k / Type::STEP) * Type::STEP_BYTES, row % PANEL, k % Type::STEP);
-}
-
-// f(std::type_identity<T>) for the type's struct T.
-template <class F>
-void with_type(WeightType type, F f) {
-  const auto try_each = [&]<class... T>(std::type_identity<std::tuple<T...>>) {
-    int index = 0;
-    static_cast<void>(((index++ == static_cast<int>(type) && (f(std::type_identity<T>()), true)) || ...));
-  };
-  try_each(std::type_identity<WeightTypes>());
 }
