@@ -80,69 +80,51 @@ __device__ void multiply_add(const float (&w)[2][N], const float* const (&x)[2],
   }
 }
 
-// A step is [16 rows][STEP]. CUDA cores multiply in float32, as on the CPU.
-struct WeightsF32 {
-  static constexpr const char* NAME = "f32";
-  static constexpr const char* DTYPE = "F32";
+// A step is [16 rows][STEP]. CUDA cores multiply in float32, as on the CPU: float16 activations would overflow, and
+// there is no tensor core of float16 times float32. Number: float, or uint16_t, the bits of a float16.
+template <class Number>
+struct WeightsInOrder {
+  static constexpr bool IS_F32 = std::is_same_v<Number, float>;
+  static constexpr const char* NAME = IS_F32 ? "f32" : "f16";
+  static constexpr const char* DTYPE = IS_F32 ? "F32" : "F16";
   static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
-  static constexpr int STEP = 8, STEP_BYTES = PANEL * STEP * 4;
+  static constexpr int STEP = 8, STEP_BYTES = PANEL * STEP * int{sizeof(Number)};
   using Input = Float32Rows;
 
   static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
-    float* to = reinterpret_cast<float*>(step) + row * STEP;
-    for (int i = 0; i < n; i++) std::memcpy(to + i, elements<std::byte>(source) + (first + i * k_step) * 4, 4);
+    constexpr ptrdiff_t BYTES = sizeof(Number);
+    for (int i = 0; i < n; i++)
+      std::memcpy(step + (row * STEP + i) * BYTES, elements<std::byte>(source) + (first + i * k_step) * BYTES, BYTES);
     return true;
   }
   static __device__ float element(const std::byte* step, int row, int k) {
-    return reinterpret_cast<const float*>(step)[row * STEP + k];
+    const Number x = reinterpret_cast<const Number*>(step)[row * STEP + k];
+    if constexpr (IS_F32)
+      return x;
+    else
+      return f16_to_float(x);
   }
-  template <int R>
-  static __device__ void multiply(const std::byte* step, const LaneRows<Input, R>& x, int i, float (&d)[R][4]) {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
-    float w[2][STEP];
+  static __device__ void load_row(const std::byte* row, float (&w)[STEP]) {
+    constexpr int IN_WORD = 4 / int{sizeof(Number)}, IN_VECTOR = 4 * IN_WORD;
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int k = 0; k < STEP; k += IN_VECTOR) {
+      const uint4 v = load_vector<uint4>(row + k * int{sizeof(Number)});
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-      for (int k = 0; k < STEP; k += 4) {
-        const float4 v = load_vector<float4>(step + ((g + half * 8) * STEP + k) * 4);
-        w[half][k] = v.x, w[half][k + 1] = v.y, w[half][k + 2] = v.z, w[half][k + 3] = v.w;
+      for (int i = 0; i < IN_VECTOR; i++) {
+        if constexpr (IS_F32)
+          w[k + i] = bits_to_float(words[i]);
+        else
+          w[k + i] = f16_to_float(static_cast<uint16_t>(words[i / IN_WORD] >> i % IN_WORD * 16));
       }
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      const float* const rows[2] = {x.input.rows + static_cast<ptrdiff_t>(x.own[r][0]) * x.input.stride + i,
-                                    x.input.rows + static_cast<ptrdiff_t>(x.own[r][1]) * x.input.stride + i};
-      multiply_add<STEP>(w, rows, d[r]);
     }
-  }
-};
-
-// As f32: float16 activations would overflow, and there is no tensor core of float16 times float32.
-struct WeightsF16 {
-  static constexpr const char* NAME = "f16";
-  static constexpr const char* DTYPE = "F16";
-  static constexpr int BLOCK = 1, BLOCK_ELEMENTS = 1;
-  static constexpr int STEP = 8, STEP_BYTES = PANEL * STEP * 2;
-  using Input = Float32Rows;
-
-  static bool pack(const TensorView& source, ptrdiff_t first, ptrdiff_t k_step, int n, std::byte* step, int row) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(step) + row * STEP;
-    for (int i = 0; i < n; i++) std::memcpy(to + i, elements<std::byte>(source) + (first + i * k_step) * 2, 2);
-    return true;
-  }
-  static __device__ float element(const std::byte* step, int row, int k) {
-    return f16_to_float(reinterpret_cast<const uint16_t*>(step)[row * STEP + k]);
   }
   template <int R>
   static __device__ void multiply(const std::byte* step, const LaneRows<Input, R>& x, int i, float (&d)[R][4]) {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4;
     float w[2][STEP];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const uint4 v = load_vector<uint4>(step + (g + half * 8) * STEP * 2);
-      const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int k = 0; k < STEP; k++) w[half][k] = f16_to_float(static_cast<uint16_t>(pairs[k / 2] >> k % 2 * 16));
-    }
+    for (int half = 0; half < 2; half++) load_row(step + (g + half * 8) * STEP * int{sizeof(Number)}, w[half]);
 #pragma unroll
     for (int r = 0; r < R; r++) {
       const float* const rows[2] = {x.input.rows + static_cast<ptrdiff_t>(x.own[r][0]) * x.input.stride + i,
@@ -151,6 +133,8 @@ struct WeightsF16 {
     }
   }
 };
+using WeightsF32 = WeightsInOrder<float>;
+using WeightsF16 = WeightsInOrder<uint16_t>;
 
 // Tensor cores: activations are rounded to bfloat16. A step is two mma's of 16 inputs; which 16 does not matter as long
 // as weights and activations agree, so lane t has inputs 8 t .. 8 t + 7, four for each: a single load.
