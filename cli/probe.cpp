@@ -6,8 +6,8 @@
 #include <atomic>
 #include <chrono>
 
+#include "cli/probe_matmul.h"
 #include "kernels/simd.h"
-#include "kernels/step.h"
 
 namespace {
 
@@ -22,21 +22,6 @@ float sum_of(const float* x, size_t n) {
   for (size_t i = 0; i < n; i += 4 * simd::LANES)
     for (int j = 0; j < 4; j++) sum[j] += simd::load(x + i + static_cast<size_t>(j) * simd::LANES);
   return simd::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// FLOP/s of matmul, whose matrix a cache holds: 64 rows use each weight often enough.
-double matmul_speed(Threads& threads, int size, WeightType type) {
-  constexpr int N = 512, ROWS = 64;
-  const Buffer<std::byte> weights(packed_bytes(type, N, N));
-  Linear linear;
-  linear.weight = {type, N, N, 1, weights.data()};
-  Buffer<float> x(area(ROWS, N)), y(area(ROWS, N));
-  Workspace workspace;
-  workspace.plan(matmul_workspace_bytes(ROWS, N));
-  Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
-  workspace.allocate(scratch);
-  const Product p = product(linear, x.data(), ROWS, y.data());
-  return 2.0 * N * N * ROWS / median_seconds(threads, size, [&](const Team& team) { matmul(team, &p, 1, workspace); });
 }
 
 double barrier_seconds(Threads& threads, int size) {
@@ -87,6 +72,7 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
 }
 
 Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
+  constexpr int N = 512, ROWS = 64;  // a matrix that a cache holds, and rows that use each weight often enough
   Machine m{.name = "this machine",
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
@@ -94,7 +80,7 @@ Machine probe(Threads& threads, int size, std::span<const std::byte> memory, con
             .products = work_of(model, {}, 0).products,
             .launch = barrier_seconds(threads, size)};
   for (size_t type = 0; type < m.products.size(); type++)
-    if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type));
+    if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type), N, N, ROWS);
   return m;
 }
 

@@ -2,9 +2,8 @@
 #include <algorithm>
 #include <chrono>
 
-#include "cli/probe.h"
+#include "cli/probe_matmul.h"
 #include "kernels/gpu.h"
-#include "kernels/step.h"
 
 // Of the calling thread alone, until what f puts on the stream is done; the first time loads the kernels.
 double median_seconds(Threads&, int, const std::function<void(const Team&)>& f) {
@@ -19,21 +18,6 @@ double median_seconds(Threads&, int, const std::function<void(const Team&)>& f) 
   }
   std::nth_element(runs.begin(), runs.begin() + REPEATS / 2, runs.end());
   return runs[REPEATS / 2];
-}
-
-// FLOP/s of a prompt's product, in which all of the GPU has work.
-static double matmul_speed(Threads& threads, WeightType type) {
-  constexpr int N = 8192, K = 4096, ROWS = 1024;
-  const Buffer<std::byte> weights(packed_bytes(type, N, K));
-  Linear linear;
-  linear.weight = {type, N, K, 1, weights.data()};
-  Buffer<float> x(area(ROWS, K)), y(area(ROWS, N));
-  Workspace workspace;
-  workspace.plan(matmul_workspace_bytes(ROWS, K));
-  Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
-  workspace.allocate(scratch);
-  const Product p = product(linear, x.data(), ROWS, y.data());
-  return 2.0 * N * K * ROWS / median_seconds(threads, 1, [&](const Team& team) { matmul(team, &p, 1, workspace); });
 }
 
 static double launch_seconds(Threads& threads) {
@@ -59,17 +43,19 @@ double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) 
 }
 
 Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
-  Machine m{
-      .name = kernel_level(),
-      .source = "probed now",
-      .memory = static_cast<double>(device_memory_available()),
-      .bandwidth = read_bandwidth(threads, size, memory),
-      .products = work_of(model, {}, 0).products,
-      .attention = matmul_speed(threads, *find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
-      .launch = launch_seconds(threads)};
+  const auto speed = [&](WeightType type) {  // of a prompt's product, in which all of the GPU has work
+    return matmul_speed(threads, 1, type, 8192, 4096, 1024);
+  };
+  Machine m{.name = kernel_level(),
+            .source = "probed now",
+            .memory = static_cast<double>(device_memory_available()),
+            .bandwidth = read_bandwidth(threads, size, memory),
+            .products = work_of(model, {}, 0).products,
+            .attention = speed(*find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
+            .launch = launch_seconds(threads)};
   m.prompt_attention = m.attention;
   for (size_t type = 0; type < m.products.size(); type++)
-    if (m.products[type] > 0) m.products[type] = matmul_speed(threads, static_cast<WeightType>(type));
+    if (m.products[type] > 0) m.products[type] = speed(static_cast<WeightType>(type));
   return m;
 }
 
