@@ -16,6 +16,10 @@ import export as program
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("SANITIZE", "0")
 
+# What an outer `make test` leaves for its own sub-makes would make one of a test warn of a job server that it lacks.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(name, None)
+
 # A shell's background job ignores them, and so would the programs under test.
 for number in (signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -23,10 +27,9 @@ for number in (signal.SIGINT, signal.SIGQUIT):
 
 
 def make(*arguments: str) -> str:
-    """What make prints; its own variables of an outer `make test` are not for this one."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    """What make prints."""
     command = ["make", "-s", *arguments, f"SANITIZE={SANITIZE}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 

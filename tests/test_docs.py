@@ -4,7 +4,6 @@ that a command or docs/pictures.py draws is the one that is shown.
 In the lines below a command `~12.3` is a number that varies, and `...` alone stands for lines that were left out.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from PIL import Image, ImageChops, ImageStat
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-OUR_MAKE = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -73,7 +71,7 @@ def test_commands(page, checkout):
     for command, lines in commands(page):
         if SMOLLM2.name in command and not SMOLLM2.exists():
             pytest.skip(f"models/{SMOLLM2.name} is not here: `make smollm2` downloads it")
-        done = subprocess.run(command, shell=True, cwd=checkout, env=OUR_MAKE, capture_output=True, text=True)
+        done = subprocess.run(command, shell=True, cwd=checkout, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert re.fullmatch(pattern(lines), done.stdout), f"{command}\n{done.stdout}"
         for name in re.findall(r"[\w/-]+\.png", command):
