@@ -28,14 +28,14 @@ CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
 values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
 values_KERNEL := naive flash
-values_KV := f32 f16 bf16 q8
+values_KV := f32 f16 bf16 q8 q4
 values_DEVICE := cpu cuda
 values_BLOCK := 1 2 4 8 16 32 64 128 256
 values_SANITIZE := 0 1
 $(foreach c,$(CHOICES),$(if $(and $(filter 1,$(words $($c))),$(filter $(values_$c),$($c))),,\
   $(error $c=$($c) is none of: $(values_$c))))
 
-types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=KvF16 bf16=KvBF16 q8=KvQ8
+types := mha=Mha mqa=Mqa gqa=Gqa mla=Mla naive=Naive flash=Flash f32=KvF32 f16=KvF16 bf16=KvBF16 q8=KvQ8 q4=KvQ4
 type = $(patsubst $1=%,%,$(filter $1=%,$(types)))
 DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call type,$(KERNEL)) \
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)

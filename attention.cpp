@@ -58,4 +58,4 @@ size_t Naive::workspace_bytes(const AttentionShape& shape, const Limits& limits)
 #define INSTANTIATE(Kv, Block)                                                                                    \
   template void Naive::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
                                          const AttentionShape&, float*, const Workspace&);
-FOR_EACH_CACHE(INSTANTIATE)
+FOR_EACH_CPU_CACHE(INSTANTIATE)

@@ -15,21 +15,23 @@ size_t KVCache<Kv, Block>::block_bytes(const CacheShape& shape) {
 
 // --- writing ---------------------------------------------------------------------------------------------------------
 
-// One token's row becomes a column of a k-major matrix: made as a row, QUANT_GROUP elements at a time, then spread.
+// One token's row becomes a column of a k-major matrix: made as a row, SLICE elements at a time, then spread.
 template <class Kv>
 static void store_column(const float* x, int dim, std::byte* matrix, int lane) {
   using Codec = Codec<Kv>;
-  using Element = typename Codec::Element;
+  using Unit = typename Codec::Unit;
   constexpr int SLICE = KvQ8::QUANT_GROUP;
+  constexpr int SCALES = static_cast<int>(Codec::scale_bytes(SLICE) / sizeof(uint16_t));
+  static_assert(SLICE == KvQ4::QUANT_GROUP);
   uint16_t* scales = reinterpret_cast<uint16_t*>(matrix) + lane;
-  Element* elements = reinterpret_cast<Element*>(matrix + KEY_LANES * Codec::scale_bytes(dim)) + lane;
+  Unit* units = reinterpret_cast<Unit*>(matrix + KEY_LANES * Codec::scale_bytes(dim)) + lane;
   for (int i = 0; i < dim; i += SLICE) {
     alignas(64) std::byte row[Kv::row_bytes(SLICE)];
     const int n = std::min(SLICE, dim - i);
     Codec::store(x + i, n, row);
-    if constexpr (Codec::scale_bytes(SLICE) > 0) scales[i / SLICE * KEY_LANES] = *reinterpret_cast<uint16_t*>(row);
-    const Element* from = reinterpret_cast<const Element*>(row + Codec::scale_bytes(n));
-    for (int j = 0; j < n; j++) elements[(i + j) * KEY_LANES] = from[j];
+    for (int j = 0; j < SCALES; j++) scales[(i / SLICE * SCALES + j) * KEY_LANES] = reinterpret_cast<uint16_t*>(row)[j];
+    const Unit* from = reinterpret_cast<const Unit*>(row + Codec::scale_bytes(n));
+    for (int j = 0; j < Codec::units(n); j++) units[(Codec::units(i) + j) * KEY_LANES] = from[j];
   }
 }
 
@@ -146,5 +148,49 @@ void Codec<KvQ8>::store(const float* x, int dim, std::byte* row) {
   }
 }
 
+// --- q4 --------------------------------------------------------------------------------------------------------------
+
+// The largest float16 that is not above x; NaN where that is infinite.
+static uint16_t round_down_to_f16(float x) {
+  uint16_t half = float_to_f16(x);
+  if (f16_to_float(half) > x) half = static_cast<uint16_t>(half & 0x8000 ? half + 1 : half - 1);
+  return (half & 0x7c00) == 0x7c00 ? 0x7e00 : half;
+}
+
+// x [32], q [16], scales: the scale and the minimum, which is NaN where an element is not finite, or too large.
+static void store_q4_group(const float* x, uint16_t* scales, uint8_t* q) {
+  constexpr int HALF = Codec<KvQ4>::HALF;
+  simd::F32 high = simd::load(x), low = high, not_finite = simd::zero();
+  for (int i = 0; i < 2 * HALF; i += simd::LANES) {
+    const simd::F32 a = simd::load(x + i);
+    high = simd::max(high, a), low = simd::min(low, a);
+    not_finite += a * 0.0f;  // NaN for an infinity or NaN
+  }
+  const float most = simd::largest(high), least = -simd::largest(-low);
+  scales[1] = most > KvQ4::largest ? 0x7e00 : round_down_to_f16(least + simd::sum(not_finite));
+  const float minimum = f16_to_float(scales[1]), range = most - minimum;
+  scales[0] = float_to_f16(range / 15);
+  if (f16_to_float(scales[0]) * 15 < range) scales[0]++;
+  const float inverse = scales[0] == 0 ? 0 : 1 / f16_to_float(scales[0]);
+  int8_t numbers[2 * HALF];
+  for (int i = 0; i < 2 * HALF; i += simd::LANES) {
+    // min gives its second operand for a NaN
+    const simd::F32 bounded =
+        simd::max(simd::min((simd::load(x + i) - minimum) * inverse, simd::set(15)), simd::zero());
+    simd::store_i8(numbers + i, simd::to_i32(bounded));
+  }
+  for (int i = 0; i < HALF; i++) q[i] = static_cast<uint8_t>(numbers[i] | numbers[i + HALF] << 4);
+}
+
+void Codec<KvQ4>::store(const float* x, int dim, std::byte* row) {
+  uint16_t* scales = reinterpret_cast<uint16_t*>(row);
+  uint8_t* q = reinterpret_cast<uint8_t*>(row + scale_bytes(dim));
+  for (int i = 0; i < dim; i += GROUP, scales += 2, q += HALF) {
+    float filled[GROUP];  // by the last element, which widens no range
+    for (int j = 0; j < GROUP; j++) filled[j] = x[std::min(i + j, dim - 1)];
+    store_q4_group(filled, scales, q);
+  }
+}
+
 #define INSTANTIATE(Kv, Block) template class KVCache<Kv, Block>;
-FOR_EACH_CACHE(INSTANTIATE)
+FOR_EACH_CPU_CACHE(INSTANTIATE)

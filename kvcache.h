@@ -21,8 +21,8 @@
 #include "kernels/team.h"
 
 // What is kept of a number: a type's name and the bytes of a row of dim elements. Infinities and NaN come back as
-// infinities or NaN (q8: as NaN, with all that share their scale), never as a plausible number. So does what is beyond
-// the type's `largest`, as NaN: an infinite key could give a weight of 0, and nobody would see it.
+// infinities or NaN (q8, q4: as NaN, with all that share their scale), never as a plausible number. So does what is
+// beyond the type's `largest`, as NaN: an infinite key could give a weight of 0, and nobody would see it.
 constexpr float FLOAT_MAX = std::numeric_limits<float>::max();
 
 struct KvF32 {  // float32
@@ -58,7 +58,19 @@ struct KvQ8 {
   static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + static_cast<size_t>(dim + dim % 2); }
 };
 
-using KvTypes = std::tuple<KvF32, KvF16, KvBF16, KvQ8>;
+// 4 bits, and a float16 scale and minimum for each QUANT_GROUP elements (the last group is filled up): x = minimum +
+// scale * q, q in 0 .. 15; the minimum is rounded *down* to float16, the scale = (largest - minimum) / 15 *up*, so that
+// both ends are in reach: error half a scale.
+struct KvQ4 {
+  static constexpr const char* name = "q4";
+  static constexpr float largest = 65504;
+  static constexpr int QUANT_GROUP = 32;
+  static constexpr size_t groups(int dim) { return static_cast<size_t>((dim + QUANT_GROUP - 1) / QUANT_GROUP); }
+  static constexpr size_t scale_bytes(int dim) { return 2 * sizeof(uint16_t) * groups(dim); }
+  static constexpr size_t row_bytes(int dim) { return scale_bytes(dim) + QUANT_GROUP / 2 * groups(dim); }
+};
+
+using KvTypes = std::tuple<KvF32, KvF16, KvBF16, KvQ8, KvQ4>;
 
 struct CacheShape {
   int n_layers, n_kv_heads;

@@ -172,7 +172,7 @@ void add_estimate_flags(CLI::App& app, Options& o) {
   app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)");
   app.add_option("--type", o.weight_type, "... with weights of this type instead of the file's");
   app.add_option("--kv-type", o.kv_type, "... with this KV type instead of the build's")
-      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8"}));
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8", "q4"}));
 }
 
 // CLI11 says of what is no number neither what it should be nor how to mend it.

@@ -21,6 +21,9 @@ CU := $(basename $(wildcard *.cu kernels/*.cu cli/*.cu))
 ifeq ($(DEVICE)-$(KERNEL)-$(KV),cuda-flash-f32)
 $(error KV=f32 with KERNEL=flash: tensor cores multiply 16 bits: KV=f16, bf16 or q8, or KERNEL=naive, or DEVICE=cpu)
 endif
+ifeq ($(DEVICE)-$(KV),cuda-q4)
+$(error KV=q4: the CPU alone keeps 4 bits: KV=q8, or DEVICE=cpu)
+endif
 ifeq ($(DEVICE),cuda)
 GPU := cuda$(subst $() $(),-,$(strip $(CUDA_ARCH)))
 REPLACED := $(CU) kernels/flash

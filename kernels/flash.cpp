@@ -636,8 +636,9 @@ template double Flash::operand_rounding<KvF32>();
 template double Flash::operand_rounding<KvF16>();
 template double Flash::operand_rounding<KvBF16>();
 template double Flash::operand_rounding<KvQ8>();
+template double Flash::operand_rounding<KvQ4>();
 
 #define INSTANTIATE(Kv, Block)                                                                                    \
   template void Flash::attend<Kv, Block>(const Team&, const float*, const KVCache<Kv, Block>&, int, const Batch&, \
                                          const AttentionShape&, float*, const Workspace&);
-FOR_EACH_CACHE(INSTANTIATE)
+FOR_EACH_CPU_CACHE(INSTANTIATE)

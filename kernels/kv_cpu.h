@@ -21,18 +21,19 @@ static_assert(KEY_LANES % simd::LANES == 0);
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// A KV type's row is scales (q8 alone) and elements; a k-major matrix is KEY_LANES rows, transposed: [scales of a row,
-// KEY_LANES], then [dim, KEY_LANES]; it takes the bytes of KEY_LANES rows.
-// Each codec: Element, the bytes of a row's scales, store a row, and ways to read floats. `element` is one of a row;
-// `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `keys` is element i of the tokens
-// lane .. lane + LANES - 1 of a k-major matrix.
+// A KV type's row is scales (q8 and q4) and units, each of an element (q4: of two); a k-major matrix is KEY_LANES rows,
+// transposed: [scales of a row, KEY_LANES], then [units of a row, KEY_LANES]; it takes the bytes of KEY_LANES rows.
+// Each codec: Unit, how many a row has, the bytes of its scales, store a row, and ways to read floats. `element` is
+// one; `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `keys` is element i of the
+// tokens lane .. lane + LANES - 1 of a k-major matrix.
 template <class Kv>
 struct Codec;
 
 // Elements without scales; Derived says how one is widened, and how a register of them.
 template <class Derived, class T>
 struct Unscaled {
-  using Element = T;
+  using Unit = T;
+  static constexpr int units(int dim) { return dim; }
   static constexpr size_t scale_bytes(int) { return 0; }
   static float element(const std::byte* row, int, int i) { return Derived::widen(at(row)[i]); }
   static simd::F32 lanes(const std::byte* row, int, int i) { return Derived::load(at(row) + i); }
@@ -77,7 +78,8 @@ struct Codec<KvBF16> : Unscaled<Codec<KvBF16>, uint16_t> {
 
 template <>
 struct Codec<KvQ8> {
-  using Element = int8_t;
+  using Unit = int8_t;
+  static constexpr int units(int dim) { return dim; }
   static constexpr size_t scale_bytes(int dim) { return KvQ8::scale_bytes(dim); }
   static float element(const std::byte* row, int dim, int i) {
     return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
@@ -97,6 +99,39 @@ struct Codec<KvQ8> {
   }
   static const int8_t* elements(const std::byte* rows, int dim, size_t n_rows) {
     return reinterpret_cast<const int8_t*>(rows + n_rows * scale_bytes(dim));
+  }
+};
+
+// A byte holds elements j and j + HALF of a group; a group's scale is followed by its minimum.
+template <>
+struct Codec<KvQ4> {
+  static constexpr int GROUP = KvQ4::QUANT_GROUP, HALF = GROUP / 2;
+  using Unit = uint8_t;
+  static constexpr int units(int dim) { return static_cast<int>(KvQ4::groups(dim)) * HALF; }
+  static constexpr size_t scale_bytes(int dim) { return KvQ4::scale_bytes(dim); }
+  static float element(const std::byte* row, int dim, int i) {
+    const int q = *bytes(row, dim, i, 1) >> shift(i) & 15;
+    return static_cast<float>(q) * f16_to_float(scale(row, i, 1)[0]) + f16_to_float(scale(row, i, 1)[1]);
+  }
+  static simd::F32 lanes(const std::byte* row, int dim, int i) {
+    const uint16_t* s = scale(row, i, 1);
+    return simd::load_u4(bytes(row, dim, i, 1), shift(i)) * f16_to_float(s[0]) + f16_to_float(s[1]);
+  }
+  static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
+    const uint16_t* s = scale(matrix, i, KEY_LANES) + lane;
+    return simd::load_u4(bytes(matrix, dim, i, KEY_LANES) + lane, shift(i)) * simd::load_f16(s) +
+           simd::load_f16(s + KEY_LANES);
+  }
+  static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
+
+ private:
+  static int shift(int i) { return i % GROUP / HALF * 4; }
+  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
+    return reinterpret_cast<const uint16_t*>(rows) + i / GROUP * 2 * n_rows;
+  }
+  static const uint8_t* bytes(const std::byte* rows, int dim, int i, int n_rows) {
+    return reinterpret_cast<const uint8_t*>(rows + static_cast<size_t>(n_rows) * scale_bytes(dim)) +
+           (i / GROUP * HALF + i % HALF) * n_rows;
   }
 };
 

@@ -85,6 +85,7 @@ using U32 = uint32_t __attribute__((vector_size(4 * LANES)));
 using I16 = int16_t __attribute__((vector_size(4 * LANES)));
 using U16 = uint16_t __attribute__((vector_size(4 * LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * LANES)));  // LANES of them, half a register
+using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 // --- the same at every level -----------------------------------------------------------------------------------------
 
@@ -101,6 +102,9 @@ inline I32 load_i32(const void* p) { return load_as<I32>(p); }
 inline F32 load_bf16(const uint16_t* p) {
   const I32 wide = __builtin_convertvector(load_as<Half>(p), I32);
   return std::bit_cast<F32>(wide << 16);
+}
+inline F32 load_u4(const uint8_t* p, int shift) {  // of each byte the 4 bits from `shift` on
+  return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(p), I32) >> shift & 15, F32);
 }
 inline void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
 inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, sizeof x); }

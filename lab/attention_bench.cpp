@@ -136,6 +136,7 @@ int main(int argc, char** argv) {
   bench<Flash, KvF16, 16>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, threads, machine);
   bench<Flash, KvF16, 16>("decode 4096, 32/8 heads of 128", llama, 4096, 1, 8, threads, machine);
   bench<Flash, KvQ8, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, threads, machine);
+  bench<Flash, KvQ4, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, threads, machine);
   bench<Flash, KvBF16, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, threads, machine);
   bench<Flash, KvF32, 0>("decode 4096, 9/3 heads of 64", smollm2, 4096, 1, 30, threads, machine);
   bench<Flash, KvF16, 0>("decode 128, 9/3 heads of 64", smollm2, 128, 1, 30, threads, machine);

@@ -13,8 +13,7 @@ namespace {
 
 template <class Kv>
 class SmallAttention : public testing::Test {};
-using Types = testing::Types<KvF32, KvF16, KvBF16, KvQ8>;
-TYPED_TEST_SUITE(SmallAttention, Types);
+TYPED_TEST_SUITE(SmallAttention, TestedTypes);
 
 // The last token alone, which a GPU works on with other warps and a block of threads for each split, gets what it gets
 // at the end of a prompt.

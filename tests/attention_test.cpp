@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention_world.h"
+#include "q4_row.h"
 
 namespace {
 
@@ -29,6 +30,7 @@ double as_bf16(float x) {
 template <class Kv>
 std::vector<double> stored_row(const std::vector<float>& rows, int row, int dim) {
   const float* x = rows.data() + row * dim;
+  if (std::is_same_v<Kv, KvQ4>) return q4_row({x, x + dim});
   std::vector<double> y(x, x + dim);
   for (int i = 0; i < dim; i++) {
     if (std::is_same_v<Kv, KvF16>) y[at(i)] = as_f16(x[i]);
@@ -129,8 +131,7 @@ const std::vector<Piece> CHUNKS = {{0, 0, 1},    {1, 0, 2},    {2, 14, 1}, {3, 0
 
 template <class Kv>
 class Attention : public testing::Test {};
-using KvTypes = testing::Types<KvF32, KvF16, KvBF16, KvQ8>;
-TYPED_TEST_SUITE(Attention, KvTypes);
+TYPED_TEST_SUITE(Attention, TestedTypes);
 
 TYPED_TEST(Attention, IsTheFormula) {
   struct Mask {

@@ -18,6 +18,12 @@
 #include "kernels/threads.h"
 #include "tensor_cores.h"
 
+#ifdef BUILD_Q4
+using TestedTypes = testing::Types<KvQ4>;
+#else
+using TestedTypes = testing::Types<KvF32, KvF16, KvBF16, KvQ8>;
+#endif
+
 inline size_t at(int n) {
   return static_cast<size_t>(n);
 }

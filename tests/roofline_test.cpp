@@ -67,6 +67,7 @@ TEST(Roofline, KvBytesAToken) {
   EXPECT_EQ(kv_bytes_per_token(mla(60, 128), "f16"), 69120);  // DeepSeek V2: 60 x (512 + 64) x 2
   EXPECT_EQ(kv_bytes_per_token(mla(61, 128), "f16"), 70272);  // DeepSeek V3
   EXPECT_EQ(kv_bytes_per_token(gqa(1, 1, 1, 64), "q8"), 2 * (64 + 2 * 2));
+  EXPECT_EQ(kv_bytes_per_token(gqa(1, 1, 1, 64), "q4"), 2 * (32 + 2 * 4));
 }
 
 TEST(Roofline, ExpertsThatABatchHits) {

@@ -76,10 +76,13 @@ def test_what_needs_no_gpu_works_without(program):
     assert "H100" in run(program, "--estimate", "--gpu", "list").stdout
 
 
-def test_a_choice_that_no_gpu_has_is_refused():
-    done = subprocess.run(["make", "-n", "DEVICE=cuda", "KV=f32"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("kv", "what", "cure"), [("f32", "KV=f32 with KERNEL=flash", "KERNEL=naive"), ("q4", "KV=q4", "KV=q8")]
+)
+def test_a_choice_that_no_gpu_has_is_refused(kv, what, cure):
+    done = subprocess.run(["make", "-n", "DEVICE=cuda", f"KV={kv}"], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and "KV=f32 with KERNEL=flash" in line and "KERNEL=naive" in line
+    assert done.returncode == 2 and what in line and cure in line
 
 
 def test_measuring_refuses_what_it_cannot_use(tmp_path):

@@ -144,6 +144,8 @@ def test_types_to_plan_with(plan, tmp_path):
     assert estimate(other, "--gpu", "l4")[1] == q8
     kv = estimate(plan("llama-3-8b"), "--gpu", "l4", "--kv-type", "q8")[1]["kv_bytes_per_token"]
     assert kv == 131072 / 2 * 34 / 32
+    kv = estimate(plan("llama-3-8b"), "--gpu", "l4", "--kv-type", "q4")[1]["kv_bytes_per_token"]
+    assert kv == 131072 / 2 * 20 / 32
 
 
 def test_the_table_says_what_the_json_says(plan):

@@ -1036,7 +1036,12 @@ def scaled(tmp_path_factory):
     return make
 
 
-OVERFLOWS = [("v_proj", "o_proj", 3e5, "f16"), ("k_proj", "q_proj", 3e5, "f16"), ("v_proj", "o_proj", 1e9, "q8")]
+OVERFLOWS = [
+    ("v_proj", "o_proj", 3e5, "f16"),
+    ("k_proj", "q_proj", 3e5, "f16"),
+    ("v_proj", "o_proj", 1e9, "q8"),
+    ("v_proj", "o_proj", 3e5, "q4"),
+]
 
 
 @pytest.mark.parametrize(("large", "small", "factor", "kv"), OVERFLOWS)

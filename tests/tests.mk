@@ -15,6 +15,8 @@ TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*
 # The last two take minutes under the sanitizers; attention_small_test and transformer_test call the same kernels.
 EMULATED_TESTS := batch_test attention_small_test kvcache_test layers_test matmul_test experts_test logits_test \
   transformer_test $(if $(filter 0,$(SANITIZE)),attention_test cross_product_test)
+# What tests every device's KV types, once more for q4, which the CPU alone keeps.
+Q4_TESTS := kvcache_test attention_test attention_small_test transformer_test cross_product_test
 # DEVICE=cuda: the same tests on the GPU itself.
 CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(EMULATED_TESTS))
 RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test attention_small_test kvcache_test layers_test experts_test \
@@ -27,7 +29,7 @@ test: .venv/tests
 	@$(PYTHON) -m pytest tests
 
 # One after the other: each uses all cores.
-GTESTS = $(TESTS:%=$(TEST)/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%) \
+GTESTS = $(TESTS:%=$(TEST)/%) $(Q4_TESTS:%=$(TEST)/q4/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%) \
   $(CUDA_TESTS:%=$(TEST)/$(GPU)/%)
 gtest: $(GTESTS) $(TOOLS:%=$(TEST)/%)
 	@for t in $(GTESTS:build/test/%=%); do echo "$$t"; build/test/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
@@ -37,12 +39,16 @@ gtest: $(GTESTS) $(TOOLS:%=$(TEST)/%)
 cpu_has = $(shell grep -qw $1 /proc/cpuinfo && echo $2)
 LEVELS := $(if $(filter 0,$(SANITIZE)),x86-64 \
   $(call cpu_has,avx2,x86-64-v3) $(call cpu_has,avx512vl,x86-64-v4) $(call cpu_has,avx512_vnni,cascadelake))
-OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test attention_test" TOOLS= \
+OF_KERNELS := TESTS="simd_test matmul_test layers_test kvcache_test kv_q4_test attention_test" TOOLS= \
+  Q4_TESTS="kvcache_test attention_test" \
   EMULATED_TESTS= RACE_TESTS= CUDA_TESTS= HOST="host/error host/machine" CLI=
 
 TEST_STAGES := $(CHOSEN:%=$(TEST)/%.o) $(patsubst %,$(COMMON)/%.o,$(KERNELS) $(HOST) $(CLI))
 $(TEST)/%.o: %.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION)
 $(TEST)/%_test: $(TEST)/tests/%_test.o $(TEST_STAGES)
+	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
+$(TEST)/q4/%.o: tests/%.cpp $(COMMON)/flags ; $(call compile,-DBUILD_EVERY_COMBINATION -DBUILD_Q4)
+$(TEST)/q4/%_test: $(TEST)/q4/%_test.o $(TEST_STAGES)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 	@$(COMPILE) -o $@ $^ $(LDLIBS)

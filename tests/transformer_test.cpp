@@ -11,6 +11,7 @@
 #include "batches.h"
 #include "host/error.h"
 #include "kernels/build.h"
+#include "q4_row.h"
 #include "tensor_cores.h"
 #include "tiny_model.h"
 
@@ -22,7 +23,8 @@ using Vec = std::vector<double>;
 
 class Reference {
  public:
-  explicit Reference(const TinyModel& m) : m_(m) {}
+  // in_q4: rows are kept as q4 does, whose steps are too wide to be tolerated.
+  explicit Reference(const TinyModel& m, bool in_q4 = false) : m_(m), in_q4_(in_q4) {}
 
   // Logits [T, vocab] of a sequence, every position recomputed from scratch.
   std::vector<Vec> logits(const std::vector<int>& tokens) {
@@ -47,6 +49,8 @@ class Reference {
   static void add(Vec& x, const Vec& y) {
     for (size_t i = 0; i < x.size(); i++) x[i] += y[i];
   }
+  // A row as the cache keeps it.
+  Vec stored(const Vec& x) const { return in_q4_ ? q4_row({x.begin(), x.end()}) : x; }
   static Vec slice(const Vec& x, int first, int n) { return Vec(x.begin() + first, x.begin() + first + n); }
   static double dot(const Vec& a, const Vec& b) {
     double s = 0;
@@ -102,8 +106,9 @@ class Reference {
       std::vector<Vec> k, v;
       for (size_t t = 0; t < h.size(); t++) {
         k.push_back(slice(times(name + "k_proj", h[t]), g * d, d));
-        v.push_back(slice(times(name + "v_proj", h[t]), g * d, d));
+        v.push_back(stored(slice(times(name + "v_proj", h[t]), g * d, d)));
         rotate(k.back(), 0, t);
+        k.back() = stored(k.back());
         Vec q = slice(times(name + "q_proj", h[t]), head * d, d);
         rotate(q, 0, t);
         const Vec o = attend(q, k, v, t, layer);
@@ -121,9 +126,12 @@ class Reference {
       std::vector<Vec> k, v;
       for (size_t t = 0; t < h.size(); t++) {
         const Vec kv = times(name + "kv_a_proj", h[t]);
-        const Vec latent = rms(slice(kv, 0, r), name + "kv_a_norm.weight", "latent_norm_eps");
+        Vec latent = rms(slice(kv, 0, r), name + "kv_a_norm.weight", "latent_norm_eps");
         Vec shared = slice(kv, r, p);
         rotate(shared, 0, t);
+        latent.insert(latent.end(), shared.begin(), shared.end());
+        const Vec row = stored(latent);
+        latent = slice(row, 0, r), shared = slice(row, r, p);
         k.push_back(times(at(name + "w_uk.weight"), latent, head * nope, nope));
         k.back().insert(k.back().end(), shared.begin(), shared.end());
         v.push_back(times(at(name + "w_uv.weight"), latent, head * v_dim, v_dim));
@@ -171,6 +179,7 @@ class Reference {
   }
 
   const TinyModel& m_;
+  bool in_q4_;
 };
 
 // --- the code under test, driven by a schedule -----------------------------------------------------------------------
@@ -240,6 +249,8 @@ template <>
 constexpr double STORED<KvBF16> = 0x1p-8;
 template <>
 constexpr double STORED<KvQ8> = 1 / 254.0;
+template <>  // of a reference in q4: what float32 rounds to another step, an element in thousands
+constexpr double STORED<KvQ4> = STORED<KvQ8>;
 
 // What rounds most passes two layers of attention and MLP; 40 covers the growth that these random weights (gain 1.5 a
 // product) show with a factor of about 3 to spare.
@@ -255,8 +266,8 @@ struct Case {
   Model model;
   std::vector<std::vector<int>> sequences;
   std::vector<std::vector<Vec>> reference;
-  explicit Case(const TinyModel& tiny) : model(load(tiny)) {
-    Reference r(tiny);
+  explicit Case(const TinyModel& tiny, bool in_q4 = false) : model(load(tiny)) {
+    Reference r(tiny, in_q4);
     for (const int n : {21, 9}) {
       sequences.push_back(random_tokens(n, static_cast<unsigned>(n)));
       reference.push_back(r.logits(sequences.back()));
@@ -264,9 +275,9 @@ struct Case {
   }
 };
 
-template <class Attention>
+template <class Attention, bool IN_Q4 = false>
 const Case& the_case() {
-  static const Case c(tiny_model(Attention::name, true, 7));
+  static const Case c(tiny_model(Attention::name, true, 7), IN_Q4);
   return c;
 }
 
@@ -286,7 +297,7 @@ void check(const Case& c, RunCase run_case, double tolerated) {
 
 template <class Attention, class Kernel, class Kv, int Block>
 void check_combination() {
-  check(the_case<Attention>(), run<Transformer<Attention, Kernel, Kv, Block>, Block>,
+  check(the_case<Attention, std::is_same_v<Kv, KvQ4>>(), run<Transformer<Attention, Kernel, Kv, Block>, Block>,
         tolerance<Attention, Kernel, Kv>());
 }
 
