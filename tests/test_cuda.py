@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, SANITIZE, make, run_binary
@@ -80,23 +79,3 @@ def test_a_choice_that_no_gpu_has_is_refused():
     done = subprocess.run(["make", "-n", "DEVICE=cuda", "KV=f32"], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "KV=f32 with KERNEL=flash" in line and "KERNEL=naive" in line
-
-
-def test_measuring_refuses_what_it_cannot_use(tmp_path):
-    def gpu(*arguments):
-        command = [sys.executable, ROOT / "lab" / "gpu.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = gpu(tmp_path)
-    assert done.returncode == 2 and "make gpu-kit" in done.stderr
-    for name in ("run-gqa", "attention_case", "batch_test", "kvcache_test", "layers_test", "logits_test"):
-        (tmp_path / name).touch()
-    done = gpu(tmp_path)
-    assert done.returncode == 2 and "experts_test" in done.stderr
-    (tmp_path / "experts_test").touch()
-    done = gpu(tmp_path, "--models", tmp_path / "none.safetensors")
-    assert done.returncode == 2 and "none.safetensors is not there" in done.stderr
-    if not has_gpu():
-        done = gpu(tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "lists no GPU" in done.stderr
-    assert not (tmp_path / "gpu.json").exists()
