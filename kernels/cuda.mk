@@ -46,7 +46,7 @@ nvcc = @mkdir -p $(@D) && echo "  $@" >&2 && $(NVCC) $(NVCCFLAGS) \
 build/$(GPU)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH))
 $(CU_CACHE)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),$(DEFINES))
 
-cuda-check: $(CU:%=build/cuda-check/%.o)
+cuda-check: $(patsubst %,build/cuda-check/%.o,$(CU) tests/mma_rows)
 build/cuda-check/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CHECKED_ARCH),$(DEFINES))
 
 .PHONY: cuda-check

@@ -6,7 +6,8 @@
 ##      QUICK=1              a few points once, in build/lab/quick/
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
 ##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
-## make gpu-kit          build/gpu-kit/: all that lab/gpu.py needs to check and measure the kernels on another machine's GPU
+## make gpu-kit          build/gpu-kit/ and .tar.gz: all that lab/gpu.py needs to check and measure the kernels on another
+##                        machine's GPU; CUDA_ARCH=90a for an H100 alone
 
 MEASURE ?= kernels speed paging variants
 ROUNDS ?= 5
@@ -34,16 +35,23 @@ $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 lab: .venv/tests $(SMOLLM2).Q4_1.gguf
 	@$(OWN_MAKES) $(PYTHON) lab/lab.py $(if $(QUICK),--quick,--rounds $(ROUNDS))
 
-# Programs to be carried: for any GPU and any CPU of the last ten years.
-CARRY := DEVICE=cuda CUDA_ARCH="$(CHECKED_ARCH)" ARCH=x86-64-v3
-gpu-kit:
-	@mkdir -p build/$@ && cp lab/gpu.py build/$@
-	@for v in gqa mqa mha mla; do run=$$($(MAKE) -s binary $(CARRY) ATTENTION=$$v) && cp $$run build/$@/run-$$v || exit 1; done
+# Programs to be carried: for any GPU and any CPU of the last ten years. Models travel as shapes, and are filled there.
+CARRY := DEVICE=cuda CUDA_ARCH="$(if $(filter file,$(origin CUDA_ARCH)),$(CHECKED_ARCH),$(CUDA_ARCH))" ARCH=x86-64-v3
+CARRIED_MODELS := smollm2-135m:bf16 llama-3-8b:bf16 llama-3-8b:q8_0 llama-3-8b:q4_k deepseek-v2-lite:bf16
+gpu-kit: .venv/exporter
+	@mkdir -p build/$@/shapes && cp lab/gpu.py lab/random_weights.py tokenizer.bin build/$@
+	@git describe --always --dirty >build/$@/version
+	@for m in $(CARRIED_MODELS); do $(PYTHON) export.py tests/data/configs/$${m%:*}.json --type $${m#*:} \
+	  -o build/$@/shapes/$${m%:*}-$${m#*:}.safetensors >/dev/null || exit 1; done
+	@for v in gqa mla; do run=$$($(MAKE) -s binary $(CARRY) ATTENTION=$$v) && strip -o build/$@/run-$$v $$run || exit 1; done
 	@$(MAKE) kit-programs $(CARRY)
-kit-programs: $(EMULATED_TESTS:%=$(TEST)/$(GPU)/%) $(TEST)/$(GPU)/attention_case
-	@cp $^ build/gpu-kit
-$(TEST)/$(GPU)/attention_case: $(TEST)/lab/attention_case.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+	@tar czf build/$@.tar.gz -C build $@
+kit-programs: $(EMULATED_TESTS:%=$(TEST)/$(GPU)/%) $(addprefix $(TEST)/$(GPU)/,attention_case decode_case)
+	@for program in $^; do strip -o build/gpu-kit/$${program##*/} $$program || exit 1; done
+$(TEST)/$(GPU)/%_case: $(TEST)/lab/%_case.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
 	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
+$(TEST)/%_case: $(TEST)/lab/%_case.o $(TEST_STAGES)
+	@$(COMPILE) -o $@ $^ $(LDLIBS)
 
 estimate: ARGS =
 estimate: $(SOURCE_READY)

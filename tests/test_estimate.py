@@ -53,9 +53,11 @@ def estimate(model, *arguments, build=None):
 @pytest.mark.parametrize(
     ("name", "billions", "kv"),
     [  # of the models' cards and papers; KV bytes a token in 16 bits
+        ("smollm2-135m", 0.1345, 2 * 30 * 3 * 64 * 2),
         ("llama-2-7b", 6.738, 2 * 32 * 32 * 128 * 2),
         ("llama-3-8b", 8.030, 131072),
         ("llama-3-70b", 70.554, 327680),
+        ("deepseek-v2-lite", 15.706, 27 * (512 + 64) * 2),
         ("deepseek-v2", 235.7, 69120),
         ("deepseek-v3", 671.0, 70272),
         ("gpt-oss-20b", 20.91, 2 * 24 * 8 * 64 * 2),

@@ -11,10 +11,10 @@ PACKAGES += $(if $(filter test gtest %_test kit-programs,$(MAKECMDGOALS)),libgte
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
-TESTS := $(filter-out emulation_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
+TESTS := $(filter-out emulation_test mma_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
 # The last two take minutes under the sanitizers; attention_small_test and transformer_test call the same kernels.
-EMULATED_TESTS := batch_test attention_small_test kvcache_test layers_test matmul_test experts_test logits_test \
-  transformer_test $(if $(filter 0,$(SANITIZE)),attention_test cross_product_test)
+EMULATED_TESTS := batch_test mma_test attention_small_test kvcache_test layers_test matmul_test experts_test \
+  logits_test transformer_test $(if $(filter 0,$(SANITIZE)),attention_test cross_product_test)
 # What tests every device's KV types, once more for q4, which the CPU alone keeps.
 Q4_TESTS := kvcache_test attention_test attention_small_test transformer_test cross_product_test
 # DEVICE=cuda: the same tests on the GPU itself.
@@ -67,6 +67,7 @@ $(TEST)/emulated/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/emulated/%.o) $(E
 $(TEST)/race/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/race/%.o) $(EMULATION) $(TEST)/tests/emulation/race.o $(SHARED)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 
+$(addprefix $(TEST)/,$(addsuffix /mma_test,emulated $(GPU))): %/mma_test: %/tests/mma_rows.o
 $(TEST)/$(GPU)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),-DBUILD_EVERY_COMBINATION)
 $(TEST)/$(GPU)/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
