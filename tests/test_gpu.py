@@ -1,6 +1,7 @@
 """The script for a real GPU (lab/gpu.py), run as a whole without one: stand-ins print what the programs print, a small
 module answers for torch."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, exported, run_binary
+from PIL import Image
+from test_lab import assert_texts_apart
 
 sys.path.insert(0, str(ROOT / "lab"))
 import gpu
+import plot
 import random_weights
 
 TESTS = (*gpu.SANITIZED, "attention_test", "matmul_test")
@@ -258,7 +262,9 @@ def test_the_kit_has_every_program():
         ["make", "-n", "kit-programs", "DEVICE=cuda", "CUDA_ARCH=90a"], cwd=ROOT, capture_output=True, text=True
     )
     stripped = next(line for line in done.stdout.splitlines() if "strip" in line)
-    assert {"attention_case", "decode_case", *TESTS} <= {path.rpartition("/")[2] for path in stripped.replace(";", " ").split()}
+    assert {"attention_case", "decode_case", *TESTS} <= {
+        path.rpartition("/")[2] for path in stripped.replace(";", " ").split()
+    }
 
 
 # ---- Models that are made there
@@ -277,3 +283,55 @@ def test_random_weights_are_a_model(attention, type, tmp_path):
     subprocess.run([str(a) for a in line], check=True)
     deviation = np.load(logits).std()
     assert 0.3 < deviation < 3  # weights of about 1 / sqrt(inputs)
+
+
+# ---- Pictures, of made-up figures
+
+
+def made_up():
+    """Every point, with figures of a plausible size; nothing of it was measured."""
+    points = [{**gpu.COPY._asdict(), "bytes/s": 4.2e12}]
+    cases = itertools.product(gpu.SHAPES, (1024, 4096, 16384, 65536), (1, 8, 64), (*gpu.LAYOUTS, gpu.SDPA))
+    for shape, context, n, side in cases:
+        _, kv_heads, k_dim, _ = gpu.SHAPES[shape]
+        cache = 2 * context * n * kv_heads * k_dim * (1 if k_dim == 576 else 2)
+        seconds = cache / {"torch SDPA": 2.2e12, "shuffled": 3.5e12}.get(side, 3.6e12) + 5e-6
+        figures = (
+            {"not measured": "no memory"} if side == "torch SDPA" and n == 64 else {"seconds": seconds, "bytes": cache}
+        )
+        points.append({**gpu.Point("decode", shape, side, context, n)._asdict(), **figures})
+    sides = {"attn.cu": 330e12, "SDPA flash": 360e12, "SDPA cuDNN": 560e12}
+    for width, n, (side, flops) in itertools.product(gpu.WIDTHS, (1024, 2048, 4096, 8192, 16384), sides.items()):
+        flop = 4 * 2048 * n * (n + 1) / 2
+        points.append({**gpu.Point("prompts", width, side, n)._asdict(), "seconds": flop / flops + 2e-5, "flop": flop})
+    models = {"smollm2-135m-bf16": 0.27, "llama-3-8b-bf16": 16, "llama-3-8b-q8_0": 8.5, "llama-3-8b-q4_k": 4.5}
+    for model, gigabytes in (models | {"deepseek-v2-lite-bf16": 5.2}).items():
+        step = {context: gigabytes / 3500 + 2e-4 + context * 3e-8 for context in gpu.MODEL_CONTEXTS}
+        steps = [{"context": c, "graph": s, "launches": s + 1e-3} for c, s in step.items()]
+        tests = [{"context": 0, "tokens_per_second": 9000.0}]
+        for c, s in step.items():
+            tests.append({"context": c, "tokens_per_second": 0.98 / s, "predicted_tokens_per_second": 1.2 / s})
+            tests[-1]["bandwidth_percent"] = 81.0
+        points.append({**gpu.Point("models", model, "bench")._asdict(), "tests": tests})
+        points.append({**gpu.Point("models", model, "steps")._asdict(), "steps": steps})
+    points.append({**gpu.Point("checks", "mma_test", "alone")._asdict(), "passed": True})
+    return {"machine": {"device": "made up", "driver": "0", "attn.cu": "none", "date": "never"}, "points": points}
+
+
+def test_a_gpus_pictures_and_tables_are_made(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(made_up()))
+    subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(tmp_path)], check=True)
+    page = (tmp_path / "gpu.md").read_text()
+    for name in plot.GPU_PICTURES:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+        assert f"({name}.png)" in page
+    # 68.7 GB at 3.6 TB/s and 5 us more, of 4.2 TB/s
+    assert "| MHA | 65536 | 64 | 3599 (86 %) | 3599 (86 %) | 3499 (83 %) |  |" in page
+    assert "| llama-3-8b-bf16 | 1024 | 204.1 | 208.2 | 172.3 | 249.9 | 81 |" in page
+    assert "- decode, MHA, torch SDPA, 65536 x 64: no memory" in page and "| mma_test | alone | passed |" in page
+
+
+@pytest.mark.parametrize("name", plot.GPU_PICTURES)
+def test_a_gpus_texts_are_within_the_picture_and_apart(name):
+    assert_texts_apart(plot.GPU_PICTURES[name][0](made_up()["points"]))
