@@ -202,6 +202,7 @@ SHAPES = {
 LAYOUTS = {"contiguous": ("o-", "attn.cu"), "shuffled": ("s--", "attn.cu, shuffled blocks"), "torch SDPA": ("x:", None)}
 SIDES = {"attn.cu": "#4c78a8", "SDPA flash": "#f58518", "SDPA cuDNN": "#54a24b"}
 STEPS = {"--bench": ("o-", "#4c78a8"), "one graph": ("s-", "#72a98f"), "launch by launch": ("x-", "#e45756")}
+CHECKS = ("checks", "sanitizer")
 CALCULATED, SHARE = "calculated", "% of the bandwidth"
 
 
@@ -356,7 +357,7 @@ def gpu_rows(points: list[dict], part: str, sides: tuple) -> list[list[str]]:
 
 
 def check_rows(points: list[dict]) -> list[list[str]]:
-    checks = some(points, part="checks")
+    checks = [point for point in points if point["part"] in CHECKS]
     return [[p["what"], p["side"], "failed" if "failed" in p else p.get("not measured", "passed")] for p in checks]
 
 
@@ -387,7 +388,7 @@ def gpu_markdown(results: dict, points: list[dict], pictures: dict) -> str:
         lines += [f"![{title}]({name}.png)", ""]
     for title, (head, rows) in tables.items():
         lines += [f"## {title}", "", *rows_of_table([head, ["---"] * len(head), *rows]), ""] if rows else []
-    missing = [point for point in points if "not measured" in point and point["part"] != "checks"]
+    missing = [point for point in points if "not measured" in point and point["part"] not in CHECKS]
     lines += ["## Not measured", ""] if missing else []
     for p in missing:
         lines.append(f"- {p['part']}, {p['what']}, {p['side']}, {p['context']} x {p['sequences']}: {p['not measured']}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, exported, run_binary
+from conftest import ROOT, exported, run_binary, tool
 from PIL import Image
 from test_lab import assert_texts_apart
 
@@ -181,14 +181,17 @@ def test_what_failed_is_named_and_tried_again(kit):
 def test_faults_that_the_sanitizer_finds_are_failures(kit):
     sanitizer = kit.parent / "bin" / "compute-sanitizer"
     program(sanitizer, "case $* in *racecheck*) echo a race; exit 99;; *) echo Device not supported; exit 1;; esac")
-    found, last = measure(kit, "--only", "checks", code=1)
+    found, last = measure(kit, "--only", "sanitizer", code=1)
     assert (
-        found[gpu.Point("checks", "mma_test", "racecheck")]["failed"] == "a race\n" and "mma_test (racecheck)" in last
+        found[gpu.Point("sanitizer", "mma_test", "racecheck")]["failed"] == "a race\n"
+        and "mma_test (racecheck)" in last
     )
-    assert found[gpu.Point("checks", "mma_test", "memcheck")]["not measured"] == "Device not supported"
+    assert found[gpu.Point("sanitizer", "mma_test", "memcheck")]["not measured"] == "Device not supported"
     sanitizer.unlink()
-    found, _ = measure(kit, "--only", "checks")
-    assert found[gpu.Point("checks", "mma_test", "racecheck")]["not measured"] == "compute-sanitizer is not installed"
+    found, _ = measure(kit, "--only", "sanitizer")
+    assert (
+        found[gpu.Point("sanitizer", "mma_test", "racecheck")]["not measured"] == "compute-sanitizer is not installed"
+    )
 
 
 def test_without_torch_the_rest_is_measured(kit):
@@ -255,6 +258,35 @@ def test_what_it_cannot_use_is_one_line(kit):
     assert "nvidia-smi lists no GPU here" in error(1)
     (kit / "mma_test").unlink()
     assert "lacks mma_test: carry what `make gpu-kit` has made" in error(2)
+
+
+def test_the_programs_print_what_it_reads(tmp_path, monkeypatch):
+    """The real ones, as this machine's CPU runs them."""
+    for attention in ("gqa", "mla"):
+        small_shapes(tmp_path, attention, "bf16")
+        (tmp_path / f"run-{attention}").symlink_to(run_binary(attention))
+    for name in ("attention_case", "decode_case"):
+        (tmp_path / name).symlink_to(tool(name))
+    (tmp_path / "tokenizer.bin").symlink_to(ROOT / "tokenizer.bin")
+    monkeypatch.setattr(gpu, "SHAPES", {"GQA": (4, 2, 64, 64), "MLA": (4, 1, 576, 512)})
+    monkeypatch.setattr(gpu, "WIDTHS", {"d = 64": (2, 2, 64, 64)})
+    kit = gpu.Kit(tmp_path)
+    assert gpu.copy(kit, gpu.COPY)["bytes/s"] > 1e8
+    for layout in gpu.LAYOUTS:
+        assert gpu.decode(kit, gpu.Point("decode", "GQA", layout, 256, 2))["bytes"] == 2 * 2 * 256 * 2 * 128
+        assert gpu.decode(kit, gpu.Point("decode", "MLA", layout, 256, 1))["bytes"] == 2 * 256 * 576
+    prompt = gpu.prompt(kit, gpu.Point("prompts", "d = 64", "attn.cu", 96))
+    assert prompt["flop"] == 2 * 4 * 64 * 96 * 97 / 2 and 1e-6 < prompt["seconds"] < 1
+    steps = gpu.model(kit, gpu.Point("models", "mla-bf16", "steps"))["steps"]
+    assert [(step["context"], step["graph"] > 0, step["launches"] > 0) for step in steps] == [
+        (context, True, True) for context in gpu.MODEL_CONTEXTS
+    ]
+    report = gpu.model(kit, gpu.Point("models", "gqa-bf16", "bench"))
+    assert [test["context"] for test in report["tests"]] == [0, *gpu.MODEL_CONTEXTS]
+    assert all(
+        test["bandwidth_percent"] > 0 and test["predicted_tokens_per_second"] > 0 for test in report["tests"][1:]
+    )
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["gqa-bf16.safetensors"]
 
 
 def test_the_kit_has_every_program():
