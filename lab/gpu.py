@@ -5,12 +5,12 @@ usage: gpu.py FOLDER [--only PART ...]
 FOLDER is what `make gpu-kit` has made, carried to a machine with a GPU: a driver and Python are all that is needed
 there. After the bytes a second that a large copy reads and writes come the parts:
 
-    checks      the tests of every kernel (mma_test: that no row or column of a tensor core's product looks at another),
-                the short ones under compute-sanitizer too, where it is installed
+    checks      the tests of every kernel (mma_test: that no row or column of a tensor core's product looks at another)
     decode      attention of one new token: the cache's bytes a second; beside it torch's SDPA, where there is a torch
     prompts     attention of a whole prompt: FLOP a second; beside it SDPA's flash and cuDNN
     models      random weights in the shapes of public models: the program's --bench, and the step of decode as one
                 graph and launched kernel by kernel. Each needs room for its file in FOLDER, 31 GB at most
+    sanitizer   the short ones of the tests under compute-sanitizer, where it is installed
 
 The same command goes on where it was stopped, and tries again what failed or could not be measured: that is there as
 "not measured" with the reason. lab/plot.py makes tables and pictures of gpu.json. Times are the best of several.
@@ -72,16 +72,16 @@ class Kit:
 
     def points(self) -> list[Point]:
         tests = [Point("checks", path.name, "alone") for path in sorted(self.folder.glob("*_test"))]
-        sanitized = [Point("checks", name, tool) for name in SANITIZED for tool in SANITIZERS]
+        sanitized = [Point("sanitizer", name, tool) for name in SANITIZED for tool in SANITIZERS]
         decode = itertools.product(SHAPES, (1024, 4096, 16384, 65536), (1, 8, 64), (*LAYOUTS, SDPA))
         prompts = itertools.product(WIDTHS, (1024, 2048, 4096, 8192, 16384), (OURS, *BACKENDS))
         models = itertools.product(sorted(path.stem for path in (self.folder / "shapes").iterdir()), ("steps", "bench"))
         return [
             *tests,
-            *sanitized,
             *(Point("decode", what, side, context, n) for what, context, n, side in decode),
             *(Point("prompts", what, side, context) for what, context, side in prompts),
             *(Point("models", what, side) for what, side in models),
+            *sanitized,
         ]
 
     def program(self, name: str, *arguments) -> str:
@@ -146,16 +146,18 @@ def copy(kit: Kit, _: Point) -> dict:
 
 
 def check(kit: Kit, point: Point) -> dict:
-    sanitizer = ["compute-sanitizer", "--tool", point.side, "--error-exitcode", FAULTY]
-    if point.side != "alone" and not shutil.which(sanitizer[0]):
+    done = finished(kit.folder / point.what, "--gtest_brief=1")
+    return {"passed": True} if done.returncode == 0 else {"failed": (done.stdout + done.stderr)[-4000:]}
+
+
+def sanitize(kit: Kit, point: Point) -> dict:
+    if not shutil.which("compute-sanitizer"):
         raise Unmeasured("compute-sanitizer is not installed")
-    command = [] if point.side == "alone" else sanitizer
+    command = ["compute-sanitizer", "--tool", point.side, "--error-exitcode", FAULTY]
     done = finished(*command, kit.folder / point.what, "--gtest_brief=1")
-    if done.returncode == 0:
-        return {"passed": True}
-    if command and done.returncode != FAULTY:  # the tool cannot work here: the test alone has its own point
+    if done.returncode not in (0, FAULTY):  # it cannot work here, or the test fails, which is the point of "checks"
         raise Unmeasured(last_line(done))
-    return {"failed": (done.stdout + done.stderr)[-4000:]}
+    return {"passed": True} if done.returncode == 0 else {"failed": (done.stdout + done.stderr)[-4000:]}
 
 
 def decode(kit: Kit, point: Point) -> dict:
@@ -189,7 +191,14 @@ def model(kit: Kit, point: Point) -> dict:
     return {"read_gb_per_second": report["read_gb_per_second"], "tests": report["tests"]}
 
 
-MEASURE = {"copy": copy, "checks": check, "decode": decode, "prompts": prompt, "models": model}
+MEASURE = {
+    "copy": copy,
+    "checks": check,
+    "decode": decode,
+    "prompts": prompt,
+    "models": model,
+    "sanitizer": sanitize,
+}
 PARTS = tuple(MEASURE)[1:]
 
 

@@ -6,8 +6,8 @@
 ##      QUICK=1              a few points once, in build/lab/quick/
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
 ##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
-## make gpu-kit          build/gpu-kit/ and .tar.gz: all that lab/gpu.py needs to check and measure the kernels on another
-##                        machine's GPU; CUDA_ARCH=90a for an H100 alone
+## make gpu-kit          build/gpu-kit/ and .tar.gz: lab/gpu.py and all that it needs on another machine, with a GPU
+##      CUDA_ARCH=90a        for an H100 or H200 alone
 
 MEASURE ?= kernels speed paging variants
 ROUNDS ?= 5

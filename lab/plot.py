@@ -1,11 +1,12 @@
-"""Tables and pictures of the lab's results: FOLDER/lab.json -> FOLDER/lab.md and its .png files.
+"""Tables and pictures of results: FOLDER/lab.json and gpu.json -> FOLDER/lab.md and gpu.md, and their .png files.
 
 usage: plot.py FOLDER                                                                    (make lab calls it)
 
-Figures are medians of the rounds. Solid lines with marks were measured; dashed ones are the speed calculation
-(./run --estimate), made beside each run.
+The lab's figures are medians of the rounds; gpu.json is what gpu.py has found on a GPU. Lines with marks were measured;
+dashed ones without are the speed calculation (./run --estimate), made beside each run.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -83,13 +84,18 @@ def from_zero(axes: Axes) -> None:
     axes.set_ylim(0, 1.08 * max(y for line in axes.lines for y in line.get_ydata()))
 
 
-def panels(names: list[str]) -> tuple[plt.Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, len(names), figsize=(1 + 4 * len(names), 4), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names, strict=True):
+def panels(names: list[str], columns: int = 3) -> tuple[plt.Figure, list[Axes]]:
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1 + 4 * columns, 4 * rows), squeeze=False, layout="constrained")
+    axes = list(axes.flat)
+    for axis in axes[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes, names, strict=False):
         axis.set_title(name)
         axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
-    return figure, list(axes[0])
+    return figure, axes[: len(names)]
 
 
 def decode_picture(points: list[dict]) -> plt.Figure:
@@ -184,6 +190,124 @@ PICTURES = {
     "batch": (batch_picture, "Sequences at once", {"batch"}),
 }
 
+# ---- Pictures of a GPU (gpu.py)
+
+SHAPES = {
+    "MHA": COLORS["mha"],
+    "GQA 8": COLORS["gqa"],
+    "MQA": COLORS["mqa"],
+    "MLA 16": COLORS["mla"],
+    "MLA 128": "#3f2159",
+}
+LAYOUTS = {"contiguous": ("o-", "attn.cu"), "shuffled": ("s--", "attn.cu, shuffled blocks"), "torch SDPA": ("x:", None)}
+SIDES = {"attn.cu": "#4c78a8", "SDPA flash": "#f58518", "SDPA cuDNN": "#54a24b"}
+STEPS = {"--bench": ("o-", "#4c78a8"), "one graph": ("s-", "#72a98f"), "launch by launch": ("x-", "#e45756")}
+CHECKS = ("checks", "sanitizer")
+CALCULATED, SHARE = "calculated", "% of the bandwidth"
+
+
+def copy_bandwidth(points: list[dict]) -> float:
+    return next((point["bytes/s"] for point in points if "bytes/s" in point), 0)
+
+
+def rate(point: dict) -> float:
+    """GB/s of the cache, or TFLOP/s; 0 where it was not measured."""
+    work = point["bytes"] / 1e9 if point["part"] == "decode" else point["flop"] / 1e12
+    return work / point["seconds"]
+
+
+def measured(points: list[dict], part: str) -> list[dict]:
+    return [point for point in points if point["part"] == part and "not measured" not in point]
+
+
+def line(axis: Axes, points: list[dict], style: str, color: str) -> None:
+    points = sorted(points, key=lambda point: point["context"])
+    axis.plot([point["context"] for point in points], [rate(point) for point in points], style, color=color)
+
+
+def legend_of(figure: plt.Figure, handles: list[Line2D], columns: int) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def gpu_decode_picture(points: list[dict]) -> plt.Figure:
+    """GB/s of the cache against the context, a panel for each number of sequences; the right scale: % of the copy."""
+    bandwidth = copy_bandwidth(points) / 1e9
+    points = measured(points, "decode")
+    numbers = sorted({point["sequences"] for point in points})
+    figure, axes = panels([f"{n} sequence{'s' if n > 1 else ''}" for n in numbers])
+    for axis, n in zip(axes, numbers, strict=True):
+        for (shape, color), (side, (style, _)) in itertools.product(SHAPES.items(), LAYOUTS.items()):
+            line(axis, some(points, sequences=n, what=shape, side=side), style, color)
+        powers_of_two(axis, [point["context"] for point in points])
+        axis.set_xlabel("context, tokens")
+        from_zero(axis)
+        if bandwidth:
+            axis.set_ylim(0, max(axis.get_ylim()[1], 1.08 * bandwidth))
+            axis.axhline(bandwidth, color="gray", linewidth=1)
+            right = axis.secondary_yaxis(
+                "right", functions=(lambda y: 100 * y / bandwidth, lambda y: y * bandwidth / 100)
+            )
+            right.set_ylabel("% of a copy's bandwidth" if n == numbers[-1] else "")
+    axes[0].set_ylabel("attention of a new token, GB/s")
+    handles = [Line2D([], [], color=color, label=name, linewidth=4) for name, color in SHAPES.items()]
+    styles = [(style[0], style[1:], label or side) for side, (style, label) in LAYOUTS.items()]
+    handles += [Line2D([], [], color="gray", marker=m, linestyle=dashes, label=label) for m, dashes, label in styles]
+    legend_of(figure, handles, 4)
+    return figure
+
+
+def gpu_prompt_picture(points: list[dict]) -> plt.Figure:
+    points = measured(points, "prompts")
+    widths = list(dict.fromkeys(point["what"] for point in points))
+    figure, axes = panels([f"heads of {width.removeprefix('d = ')}, causal" for width in widths])
+    for axis, width in zip(axes, widths, strict=True):
+        for side, color in SIDES.items():
+            line(axis, some(points, what=width, side=side), "o-", color)
+        powers_of_two(axis, [point["context"] for point in points])
+        axis.set_xlabel("prompt, tokens")
+        from_zero(axis)
+    axes[0].set_ylabel("attention of a prompt, TFLOP/s")
+    legend_of(figure, [Line2D([], [], color=c, marker="o", label=side) for side, c in SIDES.items()], 3)
+    return figure
+
+
+def model_curves(points: list[dict], model: str) -> dict[str, dict[int, float]]:
+    """Tokens a second against the context, of --bench, of the step both ways, and calculated; --bench's share."""
+    curves = {name: {} for name in (*STEPS, CALCULATED, SHARE)}
+    for point in some(measured(points, "models"), what=model):
+        for test in point.get("tests", []):
+            if test["context"] > 0:
+                curves["--bench"][test["context"]] = test["tokens_per_second"]
+                curves[CALCULATED][test["context"]] = test["predicted_tokens_per_second"]
+                curves[SHARE][test["context"]] = test["bandwidth_percent"]
+        for step in point.get("steps", []):
+            curves["one graph"][step["context"]] = 1 / step["graph"]
+            curves["launch by launch"][step["context"]] = 1 / step["launches"]
+    return curves
+
+
+def gpu_model_picture(points: list[dict]) -> plt.Figure:
+    models = sorted({point["what"] for point in measured(points, "models")})
+    figure, axes = panels(models)
+    for i, (axis, model) in enumerate(zip(axes, models, strict=True)):
+        curves = model_curves(points, model)
+        for name, (style, color) in (STEPS | {CALCULATED: ("--", "gray")}).items():
+            axis.plot(list(curves[name]), list(curves[name].values()), style, color=color)
+        powers_of_two(axis, [context for curve in curves.values() for context in curve])
+        axis.set_xlabel("context, tokens")
+        axis.set_ylabel("decode, tokens/s" if i % 3 == 0 else "")
+        from_zero(axis)
+    handles = [Line2D([], [], color=c, marker=s[0], linestyle=s[1:], label=name) for name, (s, c) in STEPS.items()]
+    legend_of(figure, [*handles, Line2D([], [], color="gray", linestyle="--", label=CALCULATED)], 4)
+    return figure
+
+
+GPU_PICTURES = {
+    "gpu-decode": (gpu_decode_picture, "Attention of a new token", {"decode"}),
+    "gpu-prompts": (gpu_prompt_picture, "Attention of a prompt", {"prompts"}),
+    "gpu-models": (gpu_model_picture, "Models of random weights", {"models"}),
+}
+
 # ---- Tables
 
 
@@ -198,10 +322,14 @@ def error(points: list[dict], expected: str) -> str:
     )
 
 
+def rows_of_table(rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
 def table(points: list[dict]) -> list[str]:
     figures = [name for name in points[0] if name not in ("kind", "round", "seconds")]
     rows = [[f"{p[f]:.4g}" if isinstance(p[f], float) else str(p[f]) for f in figures] for p in points]
-    return ["| " + " | ".join(cells) + " |" for cells in (figures, ["---"] * len(figures), *rows)]
+    return rows_of_table([figures, ["---"] * len(figures), *rows])
 
 
 def markdown(results: dict, points: list[dict], pictures: dict) -> str:
@@ -215,18 +343,94 @@ def markdown(results: dict, points: list[dict], pictures: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    results = json.loads((folder / "lab.json").read_text())
-    points = medians(results["points"])
-    kinds = {point["kind"] for point in points}
-    pictures = {name: title for name, (_, title, needs) in PICTURES.items() if needs <= kinds}
-    for name in pictures:
-        figure = PICTURES[name][0](points)
+def gpu_rows(points: list[dict], part: str, sides: tuple) -> list[list[str]]:
+    """A row for each case, a cell for each side; of decode with the share of the copy's bandwidth."""
+    share = 100e9 / copy_bandwidth(points) if part == "decode" and copy_bandwidth(points) else 0
+    cases = dict.fromkeys((p["what"], p["context"], p["sequences"]) for p in points if p["part"] == part)
+    rows = []
+    for what, context, n in cases:
+        mine = some(measured(points, part), what=what, context=context, sequences=n)
+        found = {point["side"]: rate(point) for point in mine}
+        cells = [f"{found[s]:.4g}" + f" ({share * found[s]:.0f} %)" * bool(share) if s in found else "" for s in sides]
+        rows.append([what, str(context), str(n), *cells])
+    return rows
+
+
+def check_rows(points: list[dict]) -> list[list[str]]:
+    checks = [point for point in points if point["part"] in CHECKS]
+    return [[p["what"], p["side"], "failed" if "failed" in p else p.get("not measured", "passed")] for p in checks]
+
+
+def model_rows(points: list[dict]) -> list[list[str]]:
+    rows = []
+    for model in sorted({p["what"] for p in measured(points, "models")}):
+        curves = model_curves(points, model)
+        for context in sorted({context for curve in curves.values() for context in curve}):
+            cells = [f"{curve[context]:.4g}" if context in curve else "" for curve in curves.values()]
+            rows.append([model, str(context), *cells])
+    return rows
+
+
+def gpu_markdown(results: dict, points: list[dict], pictures: dict) -> str:
+    layouts, case = ("contiguous", "paged", "shuffled", "torch SDPA"), ("context", "sequences")
+    tables = {
+        "Checks": (["test", "with", "result"], check_rows(points)),
+        "Attention of a new token, GB/s (% of the copy)": (
+            ["variant", *case, *layouts],
+            gpu_rows(points, "decode", layouts),
+        ),
+        "Attention of a prompt, TFLOP/s": (["heads", *case, *SIDES], gpu_rows(points, "prompts", tuple(SIDES))),
+        "Decode of models, tokens/s": (["model", "context", *STEPS, CALCULATED, SHARE], model_rows(points)),
+    }
+    lines = ["# On a GPU", "", *(f"- {name}: {value}" for name, value in results["machine"].items())]
+    lines += [f"- a copy reads and writes {copy_bandwidth(points) / 1e9:.0f} GB/s", ""]
+    for name, title in pictures.items():
+        lines += [f"![{title}]({name}.png)", ""]
+    for title, (head, rows) in tables.items():
+        lines += [f"## {title}", "", *rows_of_table([head, ["---"] * len(head), *rows]), ""] if rows else []
+    missing = [point for point in points if "not measured" in point and point["part"] not in CHECKS]
+    lines += ["## Not measured", ""] if missing else []
+    for p in missing:
+        lines.append(f"- {p['part']}, {p['what']}, {p['side']}, {p['context']} x {p['sequences']}: {p['not measured']}")
+    return "\n".join(lines) + "\n"
+
+
+# ---- Files
+
+
+def draw(folder: Path, file: str, points: list[dict], pictures: dict, parts: set[str]) -> dict:
+    """The pictures for which there are points; returns their titles by name."""
+    titles = {name: title for name, (_, title, needs) in pictures.items() if needs <= parts}
+    for name in titles:
+        figure = pictures[name][0](points)
         figure.savefig(folder / f"{name}.png", dpi=120)
         plt.close(figure)
-    (folder / "lab.md").write_text(markdown(results, points, pictures))
-    print("written:", folder / "lab.md", *(f"{name}.png" for name in pictures))
+    print("written:", folder / file, *(f"{name}.png" for name in titles))
+    return titles
+
+
+def draw_lab(folder: Path) -> None:
+    results = json.loads((folder / "lab.json").read_text())
+    points = medians(results["points"])
+    titles = draw(folder, "lab.md", points, PICTURES, {point["kind"] for point in points})
+    (folder / "lab.md").write_text(markdown(results, points, titles))
+
+
+def draw_gpu(folder: Path) -> None:
+    results = json.loads((folder / "gpu.json").read_text())
+    points = results["points"]
+    parts = {part for part in ("decode", "prompts", "models") if measured(points, part)}
+    titles = draw(folder, "gpu.md", points, GPU_PICTURES, parts)
+    (folder / "gpu.md").write_text(gpu_markdown(results, points, titles))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    there = [drawn for name, drawn in {"lab": draw_lab, "gpu": draw_gpu}.items() if (folder / f"{name}.json").exists()]
+    if not there:
+        sys.exit(f"plot.py: {folder} has neither lab.json nor gpu.json")
+    for drawn in there:
+        drawn(folder)
 
 
 if __name__ == "__main__":

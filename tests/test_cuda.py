@@ -81,28 +81,4 @@ def test_what_needs_no_gpu_works_without(program):
 def test_a_choice_that_no_gpu_has_is_refused(kv, what, cure):
     done = subprocess.run(["make", "-n", "DEVICE=cuda", f"KV={kv}"], cwd=ROOT, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
-<<<<<<< HEAD
     assert done.returncode == 2 and what in line and cure in line
-
-
-def test_measuring_refuses_what_it_cannot_use(tmp_path):
-    def gpu(*arguments):
-        command = [sys.executable, ROOT / "lab" / "gpu.py", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = gpu(tmp_path)
-    assert done.returncode == 2 and "make gpu-kit" in done.stderr
-    for name in ("run-gqa", "attention_case", "batch_test", "kvcache_test", "layers_test", "logits_test"):
-        (tmp_path / name).touch()
-    done = gpu(tmp_path)
-    assert done.returncode == 2 and "experts_test" in done.stderr
-    (tmp_path / "experts_test").touch()
-    done = gpu(tmp_path, "--models", tmp_path / "none.safetensors")
-    assert done.returncode == 2 and "none.safetensors is not there" in done.stderr
-    if not has_gpu():
-        done = gpu(tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "lists no GPU" in done.stderr
-    assert not (tmp_path / "gpu.json").exists()
-=======
-    assert done.returncode == 2 and "KV=f32 with KERNEL=flash" in line and "KERNEL=naive" in line
->>>>>>> 37d186f

@@ -1,6 +1,7 @@
 """The script for a real GPU (lab/gpu.py), run as a whole without one: stand-ins print what the programs print, a small
 module answers for torch."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, exported, run_binary
+from conftest import ROOT, exported, run_binary, tool
+from PIL import Image
+from test_lab import assert_texts_apart
 
 sys.path.insert(0, str(ROOT / "lab"))
 import gpu
+import plot
 import random_weights
 
 TESTS = (*gpu.SANITIZED, "attention_test", "matmul_test")
@@ -177,14 +181,17 @@ def test_what_failed_is_named_and_tried_again(kit):
 def test_faults_that_the_sanitizer_finds_are_failures(kit):
     sanitizer = kit.parent / "bin" / "compute-sanitizer"
     program(sanitizer, "case $* in *racecheck*) echo a race; exit 99;; *) echo Device not supported; exit 1;; esac")
-    found, last = measure(kit, "--only", "checks", code=1)
+    found, last = measure(kit, "--only", "sanitizer", code=1)
     assert (
-        found[gpu.Point("checks", "mma_test", "racecheck")]["failed"] == "a race\n" and "mma_test (racecheck)" in last
+        found[gpu.Point("sanitizer", "mma_test", "racecheck")]["failed"] == "a race\n"
+        and "mma_test (racecheck)" in last
     )
-    assert found[gpu.Point("checks", "mma_test", "memcheck")]["not measured"] == "Device not supported"
+    assert found[gpu.Point("sanitizer", "mma_test", "memcheck")]["not measured"] == "Device not supported"
     sanitizer.unlink()
-    found, _ = measure(kit, "--only", "checks")
-    assert found[gpu.Point("checks", "mma_test", "racecheck")]["not measured"] == "compute-sanitizer is not installed"
+    found, _ = measure(kit, "--only", "sanitizer")
+    assert (
+        found[gpu.Point("sanitizer", "mma_test", "racecheck")]["not measured"] == "compute-sanitizer is not installed"
+    )
 
 
 def test_without_torch_the_rest_is_measured(kit):
@@ -253,12 +260,43 @@ def test_what_it_cannot_use_is_one_line(kit):
     assert "lacks mma_test: carry what `make gpu-kit` has made" in error(2)
 
 
+def test_the_programs_print_what_it_reads(tmp_path, monkeypatch):
+    """The real ones, as this machine's CPU runs them."""
+    for attention in ("gqa", "mla"):
+        small_shapes(tmp_path, attention, "bf16")
+        (tmp_path / f"run-{attention}").symlink_to(run_binary(attention))
+    for name in ("attention_case", "decode_case"):
+        (tmp_path / name).symlink_to(tool(name))
+    (tmp_path / "tokenizer.bin").symlink_to(ROOT / "tokenizer.bin")
+    monkeypatch.setattr(gpu, "SHAPES", {"GQA": (4, 2, 64, 64), "MLA": (4, 1, 576, 512)})
+    monkeypatch.setattr(gpu, "WIDTHS", {"d = 64": (2, 2, 64, 64)})
+    kit = gpu.Kit(tmp_path)
+    assert gpu.copy(kit, gpu.COPY)["bytes/s"] > 1e8
+    for layout in gpu.LAYOUTS:
+        assert gpu.decode(kit, gpu.Point("decode", "GQA", layout, 256, 2))["bytes"] == 2 * 2 * 256 * 2 * 128
+        assert gpu.decode(kit, gpu.Point("decode", "MLA", layout, 256, 1))["bytes"] == 2 * 256 * 576
+    prompt = gpu.prompt(kit, gpu.Point("prompts", "d = 64", "attn.cu", 96))
+    assert prompt["flop"] == 2 * 4 * 64 * 96 * 97 / 2 and 1e-6 < prompt["seconds"] < 1
+    steps = gpu.model(kit, gpu.Point("models", "mla-bf16", "steps"))["steps"]
+    assert [(step["context"], step["graph"] > 0, step["launches"] > 0) for step in steps] == [
+        (context, True, True) for context in gpu.MODEL_CONTEXTS
+    ]
+    report = gpu.model(kit, gpu.Point("models", "gqa-bf16", "bench"))
+    assert [test["context"] for test in report["tests"]] == [0, *gpu.MODEL_CONTEXTS]
+    assert all(
+        test["bandwidth_percent"] > 0 and test["predicted_tokens_per_second"] > 0 for test in report["tests"][1:]
+    )
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["gqa-bf16.safetensors"]
+
+
 def test_the_kit_has_every_program():
     done = subprocess.run(
         ["make", "-n", "kit-programs", "DEVICE=cuda", "CUDA_ARCH=90a"], cwd=ROOT, capture_output=True, text=True
     )
     stripped = next(line for line in done.stdout.splitlines() if "strip" in line)
-    assert {"attention_case", "decode_case", *TESTS} <= {path.rpartition("/")[2] for path in stripped.replace(";", " ").split()}
+    assert {"attention_case", "decode_case", *TESTS} <= {
+        path.rpartition("/")[2] for path in stripped.replace(";", " ").split()
+    }
 
 
 # ---- Models that are made there
@@ -277,3 +315,55 @@ def test_random_weights_are_a_model(attention, type, tmp_path):
     subprocess.run([str(a) for a in line], check=True)
     deviation = np.load(logits).std()
     assert 0.3 < deviation < 3  # weights of about 1 / sqrt(inputs)
+
+
+# ---- Pictures, of made-up figures
+
+
+def made_up():
+    """Every point, with figures of a plausible size; nothing of it was measured."""
+    points = [{**gpu.COPY._asdict(), "bytes/s": 4.2e12}]
+    cases = itertools.product(gpu.SHAPES, (1024, 4096, 16384, 65536), (1, 8, 64), (*gpu.LAYOUTS, gpu.SDPA))
+    for shape, context, n, side in cases:
+        _, kv_heads, k_dim, _ = gpu.SHAPES[shape]
+        cache = 2 * context * n * kv_heads * k_dim * (1 if k_dim == 576 else 2)
+        seconds = cache / {"torch SDPA": 2.2e12, "shuffled": 3.5e12}.get(side, 3.6e12) + 5e-6
+        figures = (
+            {"not measured": "no memory"} if side == "torch SDPA" and n == 64 else {"seconds": seconds, "bytes": cache}
+        )
+        points.append({**gpu.Point("decode", shape, side, context, n)._asdict(), **figures})
+    sides = {"attn.cu": 330e12, "SDPA flash": 360e12, "SDPA cuDNN": 560e12}
+    for width, n, (side, flops) in itertools.product(gpu.WIDTHS, (1024, 2048, 4096, 8192, 16384), sides.items()):
+        flop = 4 * 2048 * n * (n + 1) / 2
+        points.append({**gpu.Point("prompts", width, side, n)._asdict(), "seconds": flop / flops + 2e-5, "flop": flop})
+    models = {"smollm2-135m-bf16": 0.27, "llama-3-8b-bf16": 16, "llama-3-8b-q8_0": 8.5, "llama-3-8b-q4_k": 4.5}
+    for model, gigabytes in (models | {"deepseek-v2-lite-bf16": 5.2}).items():
+        step = {context: gigabytes / 3500 + 2e-4 + context * 3e-8 for context in gpu.MODEL_CONTEXTS}
+        steps = [{"context": c, "graph": s, "launches": s + 1e-3} for c, s in step.items()]
+        tests = [{"context": 0, "tokens_per_second": 9000.0}]
+        for c, s in step.items():
+            tests.append({"context": c, "tokens_per_second": 0.98 / s, "predicted_tokens_per_second": 1.2 / s})
+            tests[-1]["bandwidth_percent"] = 81.0
+        points.append({**gpu.Point("models", model, "bench")._asdict(), "tests": tests})
+        points.append({**gpu.Point("models", model, "steps")._asdict(), "steps": steps})
+    points.append({**gpu.Point("checks", "mma_test", "alone")._asdict(), "passed": True})
+    return {"machine": {"device": "made up", "driver": "0", "attn.cu": "none", "date": "never"}, "points": points}
+
+
+def test_a_gpus_pictures_and_tables_are_made(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(made_up()))
+    subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(tmp_path)], check=True)
+    page = (tmp_path / "gpu.md").read_text()
+    for name in plot.GPU_PICTURES:
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+        assert f"({name}.png)" in page
+    # 68.7 GB at 3.6 TB/s and 5 us more, of 4.2 TB/s
+    assert "| MHA | 65536 | 64 | 3599 (86 %) | 3599 (86 %) | 3499 (83 %) |  |" in page
+    assert "| llama-3-8b-bf16 | 1024 | 204.1 | 208.2 | 172.3 | 249.9 | 81 |" in page
+    assert "- decode, MHA, torch SDPA, 65536 x 64: no memory" in page and "| mma_test | alone | passed |" in page
+
+
+@pytest.mark.parametrize("name", plot.GPU_PICTURES)
+def test_a_gpus_texts_are_within_the_picture_and_apart(name):
+    assert_texts_apart(plot.GPU_PICTURES[name][0](made_up()["points"]))

@@ -208,13 +208,13 @@ def test_curves_are_the_medians():
     assert list(measured.get_xdata()) == [192, 1088, 4160] and measured.get_ydata()[0] == 356.4
 
 
-@pytest.mark.parametrize("name", plot.PICTURES)
-def test_texts_are_within_the_picture_and_apart(name):
-    figure = plot.PICTURES[name][0](plot.medians(RESULTS["points"]))
+def assert_texts_apart(figure):
+    """And within the picture."""
     figure.canvas.draw()
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
     boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
-    for axis in figure.axes:  # ticks beyond the axes' ends are not drawn
+    axes = [axis for own in figure.axes for axis in (own, *own.child_axes)]
+    for axis in axes:  # ticks beyond the axes' ends are not drawn
         (low, high), (bottom, top) = sorted(axis.get_xlim()), sorted(axis.get_ylim())
         for which, first, last in ((axis.xaxis, low, high), (axis.yaxis, bottom, top)):
             for tick in which.get_major_ticks() + which.get_minor_ticks():
@@ -228,3 +228,8 @@ def test_texts_are_within_the_picture_and_apart(name):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1, text
         for other, its in boxes[i + 1 :]:
             assert not box.overlaps(its), (text, other)
+
+
+@pytest.mark.parametrize("name", plot.PICTURES)
+def test_texts_are_within_the_picture_and_apart(name):
+    assert_texts_apart(plot.PICTURES[name][0](plot.medians(RESULTS["points"])))
