@@ -69,9 +69,9 @@ def alone(weights, variant, *arguments, **build):
     return said([str(a) for a in (run_binary(variant, **build), weights, "-t", 1, *arguments)])
 
 
-def together(ranks, weights, variant, *arguments, mpirun=MPIRUN, **build):
+def together(ranks, weights, variant, *arguments, mpirun=MPIRUN, threads=1, **build):
     binary = run_binary(variant, dist="mpi", **build)
-    return said(command(ranks, binary, weights, "-t", 1, *arguments, mpirun=mpirun))
+    return said(command(ranks, binary, weights, "-t", threads, *arguments, mpirun=mpirun))
 
 
 def assert_same(ranks, weights, variant, *arguments, **more):
@@ -111,7 +111,7 @@ def test_counts_that_do_not_divide(name):
 def test_threads_and_prompts_in_pieces():
     weights = bundled("gqa")
     expected, report = alone(weights, "gqa", *GREEDY)
-    text, report_of_two = together(2, weights, "gqa", *GREEDY, "-b", 3, "--threads", 2)
+    text, report_of_two = together(2, weights, "gqa", *GREEDY, "-b", 3, threads=2)
     assert text == expected and report_of_two["logits_hash"] == report["logits_hash"]
 
 
