@@ -13,7 +13,7 @@ include kernels/cuda.mk kernels/ranks.mk  # DEVICE: cuda where there is a GPU an
 CHOSEN := attention kernels/flash kvcache
 KERNELS := $(addprefix kernels/,mlp experts logits matmul layers gather batch team device ranks_$(DIST))
 # A unit is several files, compiled as one: most of the compiler's time there goes into the standard library's headers.
-unit_host := $(addprefix host/,error json safetensors config loader machine roofline datasheets \
+unit_host := $(addprefix host/,error json safetensors config loader machine roofline link datasheets \
   engine scheduler blocks thread_count)
 unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
 unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)

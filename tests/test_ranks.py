@@ -16,7 +16,8 @@ from conftest import ROOT, SANITIZE, exported, run_binary
 pytestmark = pytest.mark.skipif(SANITIZE == "1", reason="Open MPI's own leaks would be reported")
 
 PROMPT = "The quick brown fox jumps over the lazy dog and says"
-GREEDY = ("-i", PROMPT, "-n", 24, "--temperature", 0, "--ignore-eos")
+FLAGS = ("-i", PROMPT, "--temperature", 0, "--ignore-eos")
+GREEDY = (*FLAGS, "-n", 24)
 # Open MPI wants to be told that root is meant, and that more processes than cores are.
 ENVIRONMENT = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MPIRUN = ("mpirun", "--oversubscribe")
@@ -170,6 +171,18 @@ def test_samples_copy_blocks():
     assert_same(2, bundled("gqa"), "gqa", "-i", PROMPT, "-n", 20, "--samples", 3, "--seed", 5, cache="paged")
 
 
+def test_as_many_bytes_as_calculated():
+    """--estimate knows what is gathered: 24 tokens, a step each after the first, at 10^9 bytes a second."""
+    weights = bundled("gqa")
+    flags = ("--estimate", "--bandwidth", 1, "--flops", 1, "--memory", 1, "--ranks", 2, "--link", "1,0", "-q")
+    done = finished([str(a) for a in (run_binary("gqa"), weights, *flags, "--stats", "-")])
+    a_step = json.loads(done.stdout)["ranks"][1]["seconds_of_gathering"] * 1e9
+    reports = [together(2, weights, "gqa", *FLAGS, "-n", n)[1] for n in (40, 24)]
+    assert reports[0]["gathers"] - reports[1]["gathers"] == 16 * (5 * 4 + 2)
+    embeddings = 128 * 4 * 16 / 2  # a token's is with one of the two ranks: more or fewer come in
+    assert abs(reports[0]["gathered_bytes"] - reports[1]["gathered_bytes"] - 16 * a_step) <= embeddings
+
+
 def test_a_rank_takes_its_part():
     """The weights of a rank: its share of the matrices, padded to whole panels, and what all keep; half of the KV."""
     whole = alone(bundled("gqa"), "gqa", *GREEDY)[1]
@@ -229,7 +242,7 @@ def test_no_file_on_one_rank(tmp_path):
 def test_wrong_flags():
     binary = run_binary("gqa", dist="mpi")
     refused(command(2, binary, bundled("gqa"), "--batch", 0), "--batch 0", code=2)
-    refused(command(2, binary, bundled("gqa"), "--explain", *GREEDY[:2]), "one process", code=2)
+    refused(command(2, binary, bundled("gqa"), "--explain", "-i", PROMPT), "one process", code=2)
 
 
 def children(pid):
