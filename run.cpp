@@ -268,6 +268,7 @@ int run(const Options& o, Ranks& ranks) {
   session.engine = &engine;
   session.kv_overflowed = [&] { return any_overflowed(ranks, runtime.cache().overflowed()); };
   catch_interrupt();
+  ranks.forget_traffic();
   mode(o)(session);
   session.measured.traffic = ranks.traffic();
   report(session, stats ? &*stats : nullptr);

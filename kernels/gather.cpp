@@ -49,7 +49,8 @@ void Gather::exchange(const Team& team, const float* mine, int stride, int rows,
   copy_rows(team, mine, stride, rows, own, 1, parts_ + area(rows, first(part_.rank)), own);
   meet(team, parts_, floats);
   for (int r = 0; r < part_.size; r++)
-    copy_rows(team, parts_ + area(rows, first(r)), count(r), rows, count(r), 1, all + first(r), n * unit);
+    if (all + first(r) != mine)  // or they are there already
+      copy_rows(team, parts_ + area(rows, first(r)), count(r), rows, count(r), 1, all + first(r), n * unit);
 }
 
 void Gather::rows(const Team& team, float* x, const int* start, int n, int width) const {
