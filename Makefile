@@ -7,24 +7,24 @@ KV ?= f16
 BLOCK ?= 16
 ARCH ?= native
 SANITIZE ?= 0
-include kernels/cuda.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu
+include kernels/cuda.mk kernels/ranks.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu; DIST: none
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
 CHOSEN := attention kernels/flash kvcache
-KERNELS := $(addprefix kernels/,mlp experts logits matmul layers batch team device)
+KERNELS := $(addprefix kernels/,mlp experts logits matmul layers gather batch team device ranks_$(DIST))
 # A unit is several files, compiled as one: most of the compiler's time there goes into the standard library's headers.
-unit_host := $(addprefix host/,error json safetensors config loader machine roofline datasheets \
+unit_host := $(addprefix host/,error json safetensors config loader machine roofline link datasheets \
   engine scheduler blocks thread_count)
 unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
 unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)
 unit_talk := $(addprefix cli/,output signals lines talk chat requests estimate explain heatmap)
-unit_time := $(addprefix cli/,session report measure)
+unit_time := $(addprefix cli/,session ranks report measure)
 HOST := unit/host unit/text unit/chat
 CLI := cli/options cli/editor cli/probe unit/talk unit/time
 LIGHT := unit/host unit/chat unit/talk cli/editor  # no loop that runs per element
 
 # ---- Choices. A wrong value is refused with the list of right ones.
-CHOICES := ATTENTION CACHE KERNEL KV DEVICE BLOCK SANITIZE
+CHOICES := ATTENTION CACHE KERNEL KV DEVICE DIST BLOCK SANITIZE
 values_ATTENTION := mha mqa gqa mla
 values_CACHE := contiguous paged
 values_KERNEL := naive flash
@@ -41,7 +41,7 @@ DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call typ
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
-OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)-$(LEVEL)
+OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)$(filter-out -none,-$(DIST))-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # Not warned of: GCC 12's own headers (bugs 105593, 105651); psabi: no vector is an argument between files; units' linkage.
@@ -65,7 +65,7 @@ $(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(HOST) $(CLI))): $(COMMON)/unit/%.
 STAGES := $(patsubst %,$(OUT)/%.o,$(filter-out $(REPLACED),$(CHOSEN))) \
   $(patsubst %,$(COMMON)/%.o,$(filter-out $(REPLACED),$(KERNELS) $(HOST) $(CLI))) $(CU_OBJECTS)
 $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
-	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
+	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS) $(MPI_LIBS)
 
 # Changes when the compiler's flags do, or the machine behind -march=native: all objects depend on it.
 FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
@@ -96,7 +96,7 @@ run: $(SOURCE_READY) $(COMMON)/variant
 	@weights=$$($(WEIGHTS)) && variant=$$($(COMMON)/variant "$$weights") && \
 	  $(MAKE) ATTENTION="$$variant" all >&2 && ./run "$$weights" $${TEXT:+-i "$$TEXT"} $(ARGS)
 $(COMMON)/variant: $(patsubst %,$(COMMON)/%.o,cli/variant $(HOST) $(KERNELS))
-	@$(COMPILE) -o $@ $^ $(LDLIBS)
+	@$(COMPILE) -o $@ $^ $(LDLIBS) $(MPI_LIBS)
 
 include tests/tests.mk lab/lab.mk docs/docs.mk
 
@@ -108,7 +108,7 @@ help:
 	@echo "     MODEL=$$SOURCE"'    a .safetensors of export.py, a .gguf or a Hugging Face folder'
 	@echo "     PROMPT=$$TEXT"'  ARGS="$(ARGS)"    flags of ./run: ./run --help'
 	@echo 'make hello            docs/hello.cpp, a text in one screen'
-	@$(foreach m,models/models tests/tests lab/lab docs/docs kernels/cuda,sed -n 's/^## //p' $m.mk;)
+	@$(foreach m,models/models tests/tests lab/lab docs/docs kernels/cuda kernels/ranks,sed -n 's/^## //p' $m.mk;)
 	@echo 'make clean            removes build/ and ./run; .venv/ and models/ stay'
 	@echo
 	@echo 'variables, their values and what holds now:'

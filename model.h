@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/matmul.h"
+#include "kernels/ranks.h"
 
 enum class NormKind { rms, layer };
 enum class Activation { silu, gelu, gelu_tanh, swiglu_oai };  // swiglu_oai: gpt-oss's, of gate and up together
@@ -53,6 +54,10 @@ struct Config {
 
   bool is_moe(int layer) const { return n_routed_experts > 0 && moe_layers[static_cast<size_t>(layer)] != 0; }
 };
+
+// The rows of a matrix, or its groups, are dealt to the ranks (kernels/ranks.h) in runs of so many; a run of KEPT is
+// none: all ranks have all.
+constexpr int KEPT = 0;
 
 struct Norm {
   const float* weight = nullptr;  // [n]; null: this norm is absent
@@ -97,7 +102,8 @@ struct Layer {
 
 struct Model {
   std::string path;
-  Config config;
+  Config config;  // of the whole model
+  Part part;      // of its matrices that this process has: their own rows, groups and biases alone
   std::string tokenizer_sha256;
   Matrix embed_tokens;  // [vocab_size, dim]
   Linear lm_head;       // [vocab_size, dim]; the very same matrix as embed_tokens where they are tied

@@ -2,12 +2,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <limits>
 #include <optional>
+#include <thread>
 
 #include "cli/estimate.h"
 #include "cli/explain.h"
@@ -55,6 +57,8 @@ int longest_window(const Config& config) {
 
 // The memory that sequences of this context take. `available` bytes are free for the cache and the activations.
 Setup setup_for(const Session& session, int context, size_t available) {
+  const int ranks = static_cast<int>(session.ranks.size());
+  const Part fullest{ranks - 1, ranks};
   const Options& o = session.options;
   const Config& config = session.model.config;
   Setup s{.cache = BUILD_BLOCK ? "paged" : "contiguous",
@@ -65,7 +69,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
           .threads = o.threads,
           .seed = o.sampler.seed,
           .limits = {},
-          .kv_bytes_per_token = Runtime::kv_bytes_per_token(config)};
+          .kv_bytes_per_token = Runtime::kv_bytes_per_token(session.model, fullest)};
   const int sequences = session.sequences;
   const bool all_logits = !o.logits.empty() || !o.perplexity.empty();
   Limits& l = s.limits;
@@ -76,7 +80,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   l.max_threads = o.threads;
   l.mla_form = o.mla == "absorbed" ? MlaForm::absorbed : o.mla == "expanded" ? MlaForm::expanded : MlaForm::automatic;
   l.n_blocks = 1;
-  const auto [block_bytes, activations] = Runtime::bytes(session.model, l);
+  const auto [block_bytes, activations] = Runtime::bytes(session.model, l, fullest);
   s.activation_bytes = activations + Engine::bytes(l, config.vocab_size);
   const size_t rest = available - std::min(available, s.activation_bytes);
   const size_t each = static_cast<size_t>((context + s.block_size - 1) / s.block_size);  // blocks of a sequence
@@ -85,7 +89,7 @@ Setup setup_for(const Session& session, int context, size_t available) {
   const size_t affordable = std::min((o.kv_memory ? o.kv_memory : rest) / block_bytes, most);
   l.n_blocks =
       static_cast<int>(o.kv_memory ? affordable : std::clamp(affordable, each, each * static_cast<size_t>(sequences)));
-  s.kv_bytes = Runtime::bytes(session.model, l).kv;
+  s.kv_bytes = Runtime::bytes(session.model, l, fullest).kv;
   return s;
 }
 
@@ -94,11 +98,21 @@ bool fits(const Setup& s, size_t available) {
          s.kv_bytes + s.activation_bytes <= available;
 }
 
+// What is free on the rank that has the least beside its weights, and these.
+std::pair<size_t, size_t> least_memory(const Session& session) {
+  const auto rest = [](const RankMemory& r) {
+    return static_cast<int64_t>(r.free_bytes) - static_cast<int64_t>(r.weight_bytes);
+  };
+  const auto least = std::min_element(session.ranks.begin(), session.ranks.end(),
+                                      [&](const auto& a, const auto& b) { return rest(a) < rest(b); });
+  return {least->free_bytes, least->weight_bytes};
+}
+
 // The context is -c, or what the mode wants; no more than the model and the free memory allow.
 Setup plan(const Session& session) {
   const Options& o = session.options;
   const Config& config = session.model.config;
-  const size_t free_bytes = device_memory_available(), weights = session.model.weight_bytes;
+  const auto& [free_bytes, weights] = least_memory(session);
   if (weights > free_bytes)
     fail(
         "%s: its weights take %.1f MB, %.1f MB of memory are free: what fits has at most %.1f bits a parameter, such "
@@ -132,6 +146,11 @@ Setup plan(const Session& session) {
     fail("the prompt has %zu tokens and %d are to be generated: more than the context of %d tokens (%s)",
          session.prompt.size(), wanted.least - static_cast<int>(session.prompt.size()), context, why);
   setup.free_bytes = free_bytes;
+  for (int r = 0, size = static_cast<int>(session.ranks.size()); r < size; r++) {
+    const RankMemory& rank = session.ranks[static_cast<size_t>(r)];
+    const auto [kv, activations] = Runtime::bytes(session.model, setup.limits, {r, size});
+    setup.ranks.push_back({rank.host, rank.threads, rank.weight_bytes, kv, activations, rank.free_bytes});
+  }
   return setup;
 }
 
@@ -180,7 +199,33 @@ void estimate_speed(const Options& o) {
   estimate(o, shapes.model, BUILD_KV::name, activation_bytes, attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
 }
 
-int run(const Options& o) {
+void report(Session& session, OutputFile* stats) {
+  const Options& o = session.options;
+  session.measured.stats = session.engine->stats();
+  if (!o.quiet || stats) session.measured.machine = probed(session);
+  if (!o.quiet) print_measured(session.model, session.setup, session.measured);
+  if (!stats) return;
+  const std::string json = stats_json(session.model, session.setup, session.measured);
+  stats->write(json.data(), json.size());
+  stats->commit();
+}
+
+// A rank that is not the first.
+void run_part(const Options& o, Ranks& ranks) {
+  Threads threads(o.threads);
+  ModelFile file(o.model, ranks.part());
+  file.require_weights();
+  Runtime::check(file.model);
+  compare_models(ranks, o, file.model);
+  const Limits limits = receive_plan(ranks, o.threads);
+  file.pack(threads);
+  Runtime runtime(file.model, limits, &ranks);
+  follow(
+      ranks, [&](const Batch& batch) { runtime.forward(batch, threads, threads.most()); },
+      [&] { return runtime.cache().overflowed(); });
+}
+
+int run(const Options& o, Ranks& ranks) {
   check_outputs(o);
   Threads threads(o.threads);
   std::optional<OutputFile> stats, output;
@@ -189,7 +234,7 @@ int run(const Options& o) {
   std::optional<Editor> editor;
   if (o.chat && isatty(STDIN_FILENO)) editor.emplace();
   blame_for_lost_pages(o.model);
-  ModelFile file(o.model);
+  ModelFile file(o.model, ranks.part());
   file.require_weights();
   const Model& model = file.model;
   Runtime::check(model);
@@ -201,53 +246,79 @@ int run(const Options& o) {
   read_input(session);
   check_layer(session);
   if (!o.heatmap.empty()) check_heatmap(session);
+  session.ranks = compare_models(ranks, o, model);
   session.setup = plan(session);
   if (!o.quiet) print_setup(model, session.setup);
 
   if (o.explain) return explain(session), 0;
+  send_plan(ranks, session.setup.limits);
   file.pack(threads);
   blame_for_lost_pages("");
   if (!o.heatmap.empty()) {
     draw(session, watch<BUILD_ATTENTION, BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>(session));
     return 0;
   }
-  Runtime runtime(model, session.setup.limits);
-  Engine engine([&](const Batch& batch, int n) { return runtime.forward(batch, threads, n); }, threads,
-                session.setup.limits, session.setup.block_size, model.config.vocab_size, longest_window(model.config),
-                block_hash, o.choose_threads && device_takes_team());
+  Runtime runtime(model, session.setup.limits, &ranks);
+  const auto forward = [&](const Batch& batch, int n) {
+    send_batch(ranks, batch);
+    return runtime.forward(batch, threads, n);
+  };
+  Engine engine(forward, threads, session.setup.limits, session.setup.block_size, model.config.vocab_size,
+                longest_window(model.config), block_hash, o.choose_threads && device_takes_team());
   session.engine = &engine;
-  session.kv_overflowed = [&] { return runtime.cache().overflowed(); };
+  session.kv_overflowed = [&] { return any_overflowed(ranks, runtime.cache().overflowed()); };
   catch_interrupt();
+  ranks.forget_traffic();
   mode(o)(session);
-
-  session.measured.stats = engine.stats();
-  if (!o.quiet || stats) session.measured.machine = probed(session);
-  if (!o.quiet) print_measured(model, session.setup, session.measured);
-  if (stats) {
-    const std::string json = stats_json(model, session.setup, session.measured);
-    stats->write(json.data(), json.size());
-    stats->commit();
-  }
+  session.measured.traffic = ranks.traffic();
+  report(session, stats ? &*stats : nullptr);
+  send_end(ranks);
   return interrupted() ? 130 : session.failed;  // 128 + SIGINT
+}
+
+// The exit code; throws what ends the run before its time.
+int run_rank(int argc, char** argv, Ranks& ranks) {
+  prepare_process();
+  const auto [rank, size] = ranks.part();
+  ranks.hurries = killed;
+  if (rank > 0 && !std::freopen("/dev/null", "w", stdout)) fail("cannot open /dev/null");  // rank 0 speaks for all
+  Options options = parse(argc, argv);
+  if (options.gpu == "list") return list_machines(), 0;
+  if (options.model.empty()) return 0;
+  if (options.estimate && rank == 0) estimate_speed(options);
+  if (options.estimate) return 0;
+  if (size == 1) return run(options, ranks);
+  if (options.explain || !options.heatmap.empty())
+    throw Usage("--explain and --heatmap look at a whole model: run it in one process");
+  prepare_rank(rank);
+  introduce(ranks, options);
+  if (rank == 0) return run(options, ranks);
+  return run_part(options, ranks), 0;
+}
+
+// What ended this rank ends all of them. Where it is not the first, which may be about to say the same of itself, that
+// one goes first.
+[[noreturn]] void end_all(Ranks& ranks, const char* why, int exit_code) {
+  const int rank = ranks.part().rank;
+  if (rank > 0) std::this_thread::sleep_for(std::chrono::seconds(3));
+  if (rank > 0)
+    std::fprintf(stderr, "run: rank %d: %s\n", rank, why);
+  else if (*why)
+    std::fprintf(stderr, "run: %s\n", why);
+  ranks.end_all(exit_code);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  Ranks ranks;
   try {
-    prepare_process();
-    const Options options = parse(argc, argv);
-    if (options.gpu == "list") return list_machines(), 0;
-    if (options.model.empty()) return 0;
-    if (options.estimate) return estimate_speed(options), 0;
-    return run(options);
+    return run_rank(argc, argv, ranks);
   } catch (const Usage& e) {
-    std::fprintf(stderr, "run: %s\n", e.what());
-    return 2;
+    end_all(ranks, e.what(), 2);
   } catch (const ClosedPipe&) {
-    return 141;  // 128 + SIGPIPE
+    end_all(ranks, "", 141);  // 128 + SIGPIPE
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "run: %s\n", reason(e));
+    end_all(ranks, reason(e), 1);
   }
-  return 1;
 }

@@ -16,15 +16,16 @@ class Transformer {
   struct Bytes {
     size_t kv, activations;
   };
-  // Throws Error as check does.
-  static Bytes bytes(const Model& model, const Limits& limits) {
+  // Of a rank with this part of the model. Throws Error as check does.
+  static Bytes bytes(const Model& model, const Limits& limits, const Part& part) {
     check(model);
     Arena kv, activations;
-    Parts(model, limits, kv, activations);
+    Parts(model, own_config(model, part), limits, kv, activations, nullptr);
     return {kv.bytes(), activations.bytes()};
   }
-  static size_t kv_bytes_per_token(const Config& config) {
-    return KVCache<Kv, Block>::bytes_per_token(Attention::cache_shape(config, 1, 1));
+  static Bytes bytes(const Model& model, const Limits& limits) { return bytes(model, limits, model.part); }
+  static size_t kv_bytes_per_token(const Model& model, const Part& part) {
+    return KVCache<Kv, Block>::bytes_per_token(Attention::cache_shape(own_config(model, part), 1, 1));
   }
 
   // Throws Error where the model's variant is not Attention.
@@ -34,8 +35,10 @@ class Transformer {
            model.config.attention.c_str(), Attention::name, model.config.attention.c_str());
   }
 
-  // The model must outlive it. Throws Error as check does, or where memory cannot be had.
-  Transformer(const Model& model, const Limits& limits) : Transformer(model, limits, bytes(model, limits)) {}
+  // The model must outlive it, and so must the ranks, which a part of a model needs. Throws Error as check does, or
+  // where memory cannot be had.
+  Transformer(const Model& model, const Limits& limits, Ranks* ranks = nullptr)
+      : Transformer(model, limits, bytes(model, limits), ranks) {}
 
   // One step: appends the batch's tokens to the cache and returns the logits of its logit_rows, [n_logits,
   // vocab_size], which stay until the next call. A row's logits depend on its own sequence alone, bit for bit. n_logits
@@ -53,19 +56,27 @@ class Transformer {
   Bytes taken() const { return {kv_.bytes(), activations_.bytes()}; }
 
  private:
-  Transformer(const Model& model, const Limits& limits, const Bytes& planned)
+  Transformer(const Model& model, const Limits& limits, const Bytes& planned, Ranks* ranks)
       : model_(model),
+        own_(own_config(model, model.part)),
         limits_(limits),
         kv_(planned.kv),
         activations_(planned.activations),
-        parts_(model, limits, kv_, activations_) {}
+        parts_(model, own_, limits, kv_, activations_, ranks) {}
+
+  // The config with the heads of this part alone.
+  static Config own_config(const Model& model, const Part& part) {
+    Config own = model.config;
+    Attention::take_heads(own, part);
+    return own;
+  }
 
   void step(const Team& team, const Batch& batch, const Batch& host) {
     Parts& p = parts_;
-    const Config& c = model_.config;
-    const Step step{team, c, batch, host, p.angles, p.x, p.h, p.y, p.matmul_workspace};
+    const Config& c = own_;
+    const Step step{team, c, batch, host, p.angles, p.x, p.h, p.y, p.matmul_workspace, p.gather};
     p.cache.copy_blocks(team, batch);
-    embed(team, model_.embed_tokens, model_.position_embedding, batch, c.embedding_scale, p.x);
+    p.gather.embed(team, model_, batch, p.x);
     // The longest that a sequence may become chooses, so that no key has to rotate anew as a text grows.
     const bool long_context = c.original_seq_len > 0 && limits_.context > c.original_seq_len;
     for (size_t i = 0; i < p.angles.size(); i++)
@@ -89,15 +100,17 @@ class Transformer {
     Attention attention;
     MlpStage mlp;
     LogitsStage logits;
+    Gather gather;
     float *x, *h, *y;            // [max_tokens, dim]
     std::vector<Angles> angles;  // one for each RoPE table
 
-    Parts(const Model& m, const Limits& limits, Arena& kv, Arena& arena)
+    Parts(const Model& m, const Config& own, const Limits& limits, Arena& kv, Arena& arena, Ranks* ranks)
         : batch(limits),
-          cache(kv, Attention::cache_shape(m.config, limits.n_blocks, Block ? Block : limits.context)),
-          attention(arena, matmul_workspace, m.config, limits),
+          cache(kv, Attention::cache_shape(own, limits.n_blocks, Block ? Block : limits.context)),
+          attention(arena, matmul_workspace, own, limits),
           mlp(arena, matmul_workspace, m.config, limits),
           logits(arena, matmul_workspace, m.config, limits),
+          gather(arena, matmul_workspace, m, Attention::head_runs(m.config), limits, ranks),
           x(arena.take<float>(area(limits.max_tokens, m.config.dim))),
           h(arena.take<float>(area(limits.max_tokens, m.config.dim))),
           y(arena.take<float>(area(limits.max_tokens, m.config.dim))) {
@@ -105,13 +118,14 @@ class Transformer {
         const size_t n = area(limits.max_tokens, table.n);
         angles.push_back({table.n, arena.take<float>(n), arena.take<float>(n)});
       }
-      attention_workspace.plan(Attention::template workspace_bytes<Kernel>(m.config, limits));
+      attention_workspace.plan(Attention::template workspace_bytes<Kernel>(own, limits));
       matmul_workspace.allocate(arena);
       attention_workspace.allocate(arena);
     }
   };
 
   const Model& model_;
+  Config own_;
   Limits limits_;
   Arena kv_, activations_;
   Parts parts_;

@@ -29,14 +29,23 @@ class Gqa {
   // The tensors of layer l, at "layers.N." (Tensors: host/loader.cpp).
   template <class Tensors>
   static void collect(Tensors& t, const std::string& at, const Config& c, Layer& l) {
-    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj);
-    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj);
-    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj);
+    const int group = c.n_heads / c.n_kv_heads;
+    t.linear(at + "q_proj", c.n_heads * c.head_dim, c.dim, l.q_proj, group * c.head_dim);
+    t.linear(at + "k_proj", c.n_kv_heads * c.head_dim, c.dim, l.k_proj, c.head_dim);
+    t.linear(at + "v_proj", c.n_kv_heads * c.head_dim, c.dim, l.v_proj, c.head_dim);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.head_dim, l.o_proj);
     t.norm_of_heads(at + "q_norm", c.n_heads, c.head_dim, l.q_norm);
     t.norm_of_heads(at + "k_norm", c.n_kv_heads, c.head_dim, l.k_norm);
-    t.optional_vector(at + "sinks", {c.n_heads}, l.sinks);
+    t.optional_vector(at + "sinks", {c.n_heads}, l.sinks, group);
   }
+
+  // Leaves in c the heads of this part of the model: whole groups that share a KV head.
+  static void take_heads(Config& c, const Part& part) {
+    const int group = c.n_heads / c.n_kv_heads;
+    c.n_kv_heads = part.count(c.n_kv_heads);
+    c.n_heads = c.n_kv_heads * group;
+  }
+  static HeadRuns head_runs(const Config& c) { return {c.n_kv_heads, c.n_heads / c.n_kv_heads * c.head_dim}; }
 
   // Elements of a head that RoPE may rotate.
   static int rotated(const Config& c) { return c.head_dim; }
@@ -53,7 +62,7 @@ class Gqa {
 
   template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
-    return Kernel::workspace_bytes(shape(c, 0, nullptr), limits);
+    return c.n_heads > 0 ? Kernel::workspace_bytes(shape(c, 0, nullptr), limits) : 0;
   }
 
   Gqa(Arena& arena, Workspace& workspace, const Config& c, const Limits& limits)
@@ -68,10 +77,13 @@ class Gqa {
   // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
-    project(layer, w, step);
-    cache.append(step.team, layer, step.batch, k_, v_);
-    Kernel::attend(step.team, q_, cache, layer, step.batch, shape(step.config, layer, w.sinks), out_, workspace);
-    step.add_product(w.o_proj, out_, w.attention_post_norm);
+    const Config& c = step.config;
+    if (c.n_heads > 0) {  // of more ranks than KV heads some have none
+      project(layer, w, step);
+      cache.append(step.team, layer, step.batch, k_, v_);
+      Kernel::attend(step.team, q_, cache, layer, step.batch, shape(c, layer, w.sinks), out_, workspace);
+    }
+    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens), w.attention_post_norm);
   }
 
  private:
@@ -169,19 +181,23 @@ class Mla {
   static void collect(Tensors& t, const std::string& at, const Config& c, Layer& l) {
     const int q_width = c.n_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim);
     if (c.q_lora_rank) {
-      t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj);
+      t.linear(at + "q_a_proj", c.q_lora_rank, c.dim, l.q_a_proj, KEPT);
       t.norm(at + "q_a_norm", c.q_lora_rank, l.q_a_norm);
-      t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj);
+      t.linear(at + "q_b_proj", q_width, c.q_lora_rank, l.q_b_proj, q_width / c.n_heads);
     } else {
-      t.linear(at + "q_proj", q_width, c.dim, l.q_proj);
+      t.linear(at + "q_proj", q_width, c.dim, l.q_proj, q_width / c.n_heads);
     }
-    t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj);
+    t.linear(at + "kv_a_proj", c.kv_lora_rank + c.qk_rope_head_dim, c.dim, l.kv_a_proj, KEPT);
     t.norm(at + "kv_a_norm", c.kv_lora_rank, l.kv_a_norm);
     t.linear(at + "o_proj", c.dim, c.n_heads * c.v_head_dim, l.o_proj);
     t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, false, l.w_uk);
     t.heads(at + "w_uk", c.n_heads, c.qk_nope_head_dim, c.kv_lora_rank, true, l.w_uk_t);
     t.heads(at + "w_uv", c.n_heads, c.v_head_dim, c.kv_lora_rank, false, l.w_uv);
   }
+
+  // The latent rows are small: all keep them.
+  static void take_heads(Config& c, const Part& part) { c.n_heads = part.count(c.n_heads); }
+  static HeadRuns head_runs(const Config& c) { return {c.n_heads, c.v_head_dim}; }
 
   static int rotated(const Config& c) { return c.qk_rope_head_dim; }
 
@@ -195,6 +211,7 @@ class Mla {
 
   template <class Kernel>
   static size_t workspace_bytes(const Config& c, const Limits& limits) {
+    if (c.n_heads == 0) return 0;
     const size_t bytes = Kernel::workspace_bytes(absorbed(c, 0), limits);
     return Kernel::takes_rows ? std::max(bytes, Kernel::workspace_bytes(expanded(c, 0), limits)) : bytes;
   }
@@ -218,6 +235,13 @@ class Mla {
 
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
+    if (step.config.n_heads > 0) attend_all<Kernel>(layer, w, step, cache, workspace);
+    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens), w.attention_post_norm);
+  }
+
+ private:
+  template <class Kernel, class Kv, int Block>
+  void attend_all(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     project(layer, w, step);
     cache.append(step.team, layer, step.batch, kv_, nullptr);
     for (int s = 0, end = 0; s < step.host.n_sequences; s = end) {
@@ -231,10 +255,8 @@ class Mla {
       while (end < step.host.n_sequences && !(Kernel::takes_rows && expands(step, end))) end++;
       attend_absorbed<Kernel>(layer, w, step, s, end, cache, workspace);
     }
-    step.add_product(w.o_proj, out_, w.attention_post_norm);
   }
 
- private:
   static AttentionShape absorbed(const Config& c, int layer) {
     AttentionShape s = expanded(c, layer);
     s.n_kv_heads = 1;

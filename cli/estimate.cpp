@@ -7,6 +7,7 @@
 
 #include "cli/output.h"
 #include "host/error.h"
+#include "host/link.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ struct Column {
   Work decode;
   StepTime time;
   int ridge = 0, largest_batch = 0, longest_context = 0;
+  Machine machine;
 };
 
 class Estimate {
@@ -47,13 +49,19 @@ class Estimate {
     source_ = model.path;
   }
 
-  std::string table() const { return head() + rows() + notes(); }
+  std::string table() const { return head() + rows() + notes() + ranks(); }
   Json json() const;
 
  private:
   std::string head() const;
   std::string rows() const;  // a column for each variant
   std::string notes() const;
+  std::string ranks() const;  // the model's own column, cut
+  std::vector<RanksTime> ranks_times() const;
+  Link link() const { return {o_.link_bandwidth * 1e9, o_.link_latency * 1e-6}; }
+  StepShape decode_step() const {
+    return {.sequences = double(o_.parallel), .tokens = 1, .context = double(context_), .logits = double(o_.parallel)};
+  }
 
   Machine machine(const Model& model) {
     if (!o_.gpu.empty()) try {
@@ -78,9 +86,7 @@ class Estimate {
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);
     c.parameters = parameters(model);
-    const double sequences = o_.parallel;
-    c.decode = work_of(model, {.sequences = sequences, .tokens = 1, .context = double(context_), .logits = sequences},
-                       c.kv_bytes_per_token);
+    c.decode = work_of(model, decode_step(), c.kv_bytes_per_token);
     c.time = time_of(c.decode, m);
     c.prompt_seconds = prompt_seconds(model, context_, o_.batch, c.kv_bytes_per_token, m);
     c.ridge = ridge_batch(model, machine_);
@@ -88,6 +94,7 @@ class Estimate {
     c.largest_batch = largest(MOST_SEQUENCES, [&](int n) { return fits(n, context_); });
     c.longest_context = largest(model.config.seq_len, [&](int n) { return fits(o_.parallel, n); });
     c.model = std::move(model);
+    c.machine = m;
     return c;
   }
 
@@ -197,6 +204,34 @@ std::string Estimate::notes() const {
   return out;
 }
 
+std::vector<RanksTime> Estimate::ranks_times() const {
+  const Model& model = columns_[own_].model;
+  std::vector<RanksTime> times;
+  for (int n = 1; n <= std::min(o_.ranks, model.config.n_heads); n++)
+    times.push_back(ranks_time(model, decode_step(), kv_, n, columns_[own_].machine, link()));
+  return times;
+}
+
+std::string Estimate::ranks() const {
+  if (o_.ranks == 1) return "";
+  std::string out = format("\ncut over ranks, %g GB/s and %g us between each two; gathered in a step, once over %d:\n",
+                           o_.link_bandwidth, o_.link_latency, o_.ranks);
+  for (const Gathered& g : gathered_in(columns_[own_].model, decode_step()))
+    out += format("  %-14s%6d x %10.0f bytes%10.1f us each\n", g.what, g.times, 4 * g.floats,
+                  1e6 * gather_seconds(g, o_.ranks, link()));
+  out += format("%-7s%18s%18s%14s%18s%14s\n", "ranks", "weights, GB", "KV a token", "step, ms", "of it gathering",
+                "tokens/s");
+  const std::vector<RanksTime> times = ranks_times();
+  const RanksTime* best = &times[0];
+  for (const RanksTime& t : times) {
+    out += format("%-7d%18.3f%18.0f%14.3f%18.3f%14.1f\n", t.ranks, t.weight_bytes / 1e9, t.kv_bytes_per_token,
+                  t.step * 1e3, t.gathering * 1e3, 1 / t.step);
+    if (t.step < best->step) best = &t;
+  }
+  return out + (best->ranks == 1 ? std::string("a second rank does not pay\n")
+                                 : format("%d ranks are the fastest of these\n", best->ranks));
+}
+
 Json Estimate::json() const {
   Json::Array variants;
   for (const Column& c : columns_)
@@ -220,6 +255,13 @@ Json Estimate::json() const {
                                     {"largest_batch", c.largest_batch},
                                     {"longest_context", c.longest_context},
                                     {"fits", fits(c)}});
+  Json::Array ranks;
+  for (const RanksTime& t : ranks_times())
+    ranks.push_back(Json::Object{{"ranks", t.ranks},
+                                 {"weight_bytes", t.weight_bytes},
+                                 {"kv_bytes_per_token", t.kv_bytes_per_token},
+                                 {"seconds_per_step", t.step},
+                                 {"seconds_of_gathering", t.gathering}});
   return Json::Object{{"model", source_},
                       {"machine", machine_.name},
                       {"machine_source", machine_.source},
@@ -229,6 +271,7 @@ Json Estimate::json() const {
                       {"context", context_},
                       {"sequences", o_.parallel},
                       {"kv", kv_},
+                      {"ranks", ranks},
                       {"variants", variants}};
 }
 

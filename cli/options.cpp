@@ -61,6 +61,15 @@ std::string unescape(const char* flag, const std::string& text) {
   return out;
 }
 
+// "1.2,20": GB/s and us.
+void parse_link(Options& o) {
+  int end = 0;
+  const int numbers = std::sscanf(o.link.c_str(), "%lf,%lf%n", &o.link_bandwidth, &o.link_latency, &end);
+  if (numbers != 2 || static_cast<size_t>(end) != o.link.size() || !(o.link_bandwidth > 0 && o.link_bandwidth < 1e9) ||
+      !(o.link_latency >= 0 && o.link_latency < 1e9))
+    throw Usage(complaint("--link", o.link, "must be GB/s,us such as 1.2,20"));
+}
+
 void unescape_texts(Options& o) {
   o.prompt = unescape("--prompt", o.prompt);
   if (o.system) o.system = unescape("--system", *o.system);
@@ -80,6 +89,7 @@ void check(const Options& o) {
   require(o.chunks >= 0, "--chunks", o.chunks, "must be >= 0 (0: all)");
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
+  require(o.ranks >= 1 && o.ranks <= 1024, "--ranks", o.ranks, "must be 1 .. 1024");
   require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
 }
 
@@ -170,6 +180,8 @@ void add_estimate_flags(CLI::App& app, Options& o) {
   app.add_option("--bandwidth", o.bandwidth, "... on one that reads this many GB/s,");
   app.add_option("--flops", o.flops, "... does this many TFLOP/s (dense)");
   app.add_option("--memory", o.memory, "... and has this many GB (10^9 bytes)");
+  app.add_option("--ranks", o.ranks, "... cut over up to so many of them (docs/ranks.md),");
+  app.add_option("--link", o.link, "... each two joined by so many GB/s with a latency of so many us: 1.2,20");
   app.add_option("--type", o.weight_type, "... with weights of this type instead of the file's");
   app.add_option("--kv-type", o.kv_type, "... with this KV type instead of the build's")
       ->check(CLI::IsMember({"f32", "f16", "bf16", "q8", "q4"}));
@@ -224,6 +236,9 @@ void check_together(const CLI::App& app) {
                                                                                    {"--chunks", "--perplexity"},
                                                                                    {"--head", "--heatmap"},
                                                                                    {"--gpu", "--estimate"},
+                                                                                   {"--ranks", "--estimate"},
+                                                                                   {"--ranks", "--link"},
+                                                                                   {"--link", "--ranks"},
                                                                                    {"--type", "--estimate"},
                                                                                    {"--kv-type", "--estimate"}})
     if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
@@ -309,6 +324,7 @@ Options parse(int argc, char** argv) {
   if (app.count("--kv-memory") > 0) o.kv_memory = parse_size("--kv-memory", kv_memory);
   if (app.count("--max-line") > 0) o.max_line = parse_size("--max-line", max_line);
   o.model_context = app.count("--context") > 0 && o.context == 0;
+  if (app.count("--link") > 0) parse_link(o);
   if (o.sampler.temperature < 0) o.sampler.temperature = 0;
   check(o);
   if (o.escape) unescape_texts(o);

@@ -42,6 +42,9 @@ struct Options {
   // of --estimate: the machine, by name or as figures (GB/s, TFLOP/s, GB), and the types; empty: what is here
   std::string gpu, weight_type, kv_type;
   double bandwidth = 0, flops = 0, memory = 0;
+  int ranks = 1;  // of --estimate: at most so many
+  std::string link;
+  double link_bandwidth = 0, link_latency = 0;  // GB/s, us
   std::string stats;
   bool quiet = false;
 };

@@ -110,6 +110,15 @@ void print_setup(const Model& model, const Setup& s) {
                s.kernel, s.kv, s.device, kernel_level(), s.threads, s.seed);
   std::fprintf(stderr, "KV       %zu bytes a token; %d x %d tokens: %.1f MB\n", s.kv_bytes_per_token, l.n_blocks,
                s.block_size, mb(s.kv_bytes));
+  for (size_t r = 0; r < s.ranks.size() && s.ranks.size() > 1; r++) {
+    const RankSetup& rank = s.ranks[r];
+    std::fprintf(stderr,
+                 "rank %-3zu %s, %" PRId64
+                 " threads: %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
+                 r, rank.host.c_str(), rank.threads, mb(rank.weight_bytes + rank.kv_bytes + rank.activation_bytes),
+                 mb(rank.weight_bytes), mb(rank.kv_bytes), mb(rank.activation_bytes), mb(rank.free_bytes));
+  }
+  if (s.ranks.size() > 1) return;
   std::fprintf(stderr, "memory   %.1f MB needed: weights %.1f, KV %.1f, activations %.1f; free %.1f\n",
                mb(model.weight_bytes + s.kv_bytes + s.activation_bytes), mb(model.weight_bytes), mb(s.kv_bytes),
                mb(s.activation_bytes), mb(s.free_bytes));
@@ -125,6 +134,11 @@ void print_measured(const Model& model, const Setup& setup, const Measured& m) {
                s.decode_steps, step, s.decode_seconds, decode_steps_per_second(s), step,
                decode_bytes_per_second(model, setup, m) / 1e9, m.first_token * 1e3);
   print_predicted(model, setup, m, step);
+  if (setup.ranks.size() > 1)
+    std::fprintf(stderr,
+                 "gather   %.2f MB came to rank 0, in %" PRId64 " gathers: %.3f s, %.1f %% of the steps' time\n",
+                 static_cast<double>(m.traffic.bytes) / 1e6, m.traffic.gathers, m.traffic.seconds,
+                 100 * ratio(m.traffic.seconds, s.prompt_seconds + s.decode_seconds));
   std::fprintf(stderr, "threads  %.2f for prompts, %.2f for decode: the mean of the steps, of %d\n", prompt_threads(s),
                decode_threads(s), setup.threads);
   std::fprintf(stderr, "logits   hash %016" PRIx64 " of %" PRId64 " rows\n", logits_hash(m), m.logit_rows);
@@ -163,6 +177,18 @@ Json::Object setup_json(const Model& model, const Setup& setup) {
           {"kv_bytes", setup.kv_bytes},
           {"activation_bytes", setup.activation_bytes},
           {"free_bytes", setup.free_bytes}};
+}
+
+Json::Array ranks_json(const Setup& setup) {
+  Json::Array ranks;
+  for (const RankSetup& r : setup.ranks)
+    ranks.push_back(Json::Object{{"host", r.host},
+                                 {"threads", r.threads},
+                                 {"weight_bytes", r.weight_bytes},
+                                 {"kv_bytes", r.kv_bytes},
+                                 {"activation_bytes", r.activation_bytes},
+                                 {"free_bytes", r.free_bytes}});
+  return ranks;
 }
 
 }  // namespace
@@ -205,6 +231,12 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
   if (m.machine && s.decode_steps > 0) {
     j.emplace_back("probed_bytes_per_second", m.machine->bandwidth);
     j.emplace_back("predicted_decode_steps_per_second", 1 / time_of(decode_work(model, setup, m), *m.machine).total());
+  }
+  if (setup.ranks.size() > 1) {
+    j.emplace_back("ranks", ranks_json(setup));
+    j.emplace_back("gathers", m.traffic.gathers);
+    j.emplace_back("gathered_bytes", m.traffic.bytes);
+    j.emplace_back("gather_seconds", m.traffic.seconds);
   }
   if (m.perplexity) j.emplace_back("perplexity", *m.perplexity);
   return Json(j).text(true) + "\n";

@@ -9,7 +9,15 @@
 
 #include "host/engine.h"
 #include "host/roofline.h"
+#include "kernels/ranks.h"
 #include "model.h"
+
+// What a rank of several takes.
+struct RankSetup {
+  std::string host;
+  int64_t threads = 0;
+  size_t weight_bytes = 0, kv_bytes = 0, activation_bytes = 0, free_bytes = 0;
+};
 
 // What the run is made of: known before the weights, the cache and the activations are allocated.
 struct Setup {
@@ -19,7 +27,8 @@ struct Setup {
   uint64_t seed = 0;
   Limits limits;
   size_t kv_bytes_per_token = 0, kv_bytes = 0, activation_bytes = 0;
-  size_t free_bytes = 0;  // before anything of it is allocated
+  size_t free_bytes = 0;              // before anything of it is allocated
+  std::vector<RankSetup> ranks = {};  // what is above is of one with the most
 };
 
 // 64-bit FNV-1a, a float's bits at a time, over eight interleaved streams (one would be bound by the latency of a
@@ -54,6 +63,7 @@ struct Measured {
   int64_t logit_rows = 0;
   double first_token = 0;  // seconds from the start of the process
   std::optional<double> perplexity;
+  Ranks::Traffic traffic;
   std::optional<Machine> machine;  // probed after the run, for the prediction beside what was measured
 
   // The logits [n] of a sequence were used.

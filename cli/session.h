@@ -10,6 +10,7 @@
 #include "cli/lines.h"
 #include "cli/options.h"
 #include "cli/output.h"
+#include "cli/ranks.h"
 #include "cli/report.h"
 #include "cli/signals.h"
 #include "host/engine.h"
@@ -21,13 +22,14 @@ struct Session {
   const Model& model;
   const Tokenizer& tokenizer;
   Threads& threads;
-  Editor* editor = nullptr;        // of a chat at a terminal
-  LineReader lines = {};           // the requests, or the turns of another chat
-  OutputFile* output = nullptr;    // of --logits or --heatmap
-  std::string text = "";           // the prompt, or the text to score
-  std::vector<int> prompt = {};    // its ids
-  std::vector<int> stop_ids = {};  // tokens that end a text
-  int sequences = 1;               // at once, at most
+  std::vector<RankMemory> ranks = {};  // of this run; at least one
+  Editor* editor = nullptr;            // of a chat at a terminal
+  LineReader lines = {};               // the requests, or the turns of another chat
+  OutputFile* output = nullptr;        // of --logits or --heatmap
+  std::string text = "";               // the prompt, or the text to score
+  std::vector<int> prompt = {};        // its ids
+  std::vector<int> stop_ids = {};      // tokens that end a text
+  int sequences = 1;                   // at once, at most
   Setup setup = {};
   Engine* engine = nullptr;                       // once the memory is planned
   std::function<bool()> kv_overflowed = nullptr;  // whether the cache met what its type cannot hold

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int MAX_FILES = 4, MAX_PATH = 4096;
 
-volatile sig_atomic_t interrupt_came = 0, interrupt_caught = 0;
+volatile sig_atomic_t interrupt_came = 0, interrupt_caught = 0, kill_came = 0;
 char unfinished[MAX_FILES][MAX_PATH];  // paths; empty: free
 char lost_pages[MAX_PATH + 256];       // the line to print
 termios terminal;
@@ -45,6 +45,7 @@ void interrupt(int number) {
     return die(number);
   }
   interrupt_came = 1;
+  kill_came = number == SIGTERM;
 }
 
 // Several threads may come to the lost pages at once: the first one speaks and ends them all.
@@ -77,6 +78,18 @@ void prepare_process() {
     handle(
         number, [](int) { redraw_came = 1; }, static_cast<int>(SA_RESTART));
   for (const int number : {SIGTERM, SIGHUP, SIGQUIT}) handle(number, die, static_cast<int>(SA_RESETHAND));
+}
+
+void prepare_rank(int rank) {
+  for (const int number : {SIGINT, SIGTERM})
+    if (rank > 0)
+      signal(number, SIG_IGN);
+    else
+      handle(number, interrupt, static_cast<int>(SA_RESTART));
+}
+
+bool killed() {
+  return kill_came != 0;
 }
 
 void catch_interrupt() {

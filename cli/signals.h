@@ -12,6 +12,12 @@ struct termios;
 // removes what it must.
 void prepare_process();
 
+// Called after it by a rank of several. The first one takes a kill for a Ctrl-C: a launcher makes one of it, and sends
+// it too where another rank died. The others heed neither: they end when the first one says so.
+void prepare_rank(int rank);
+// Whether such a kill came: the launcher will not wait long.
+bool killed();
+
 // From here on the first Ctrl-C makes interrupted() true, and what runs ends cleanly; the second one kills. Called
 // again, it forgets the Ctrl-C that came.
 void catch_interrupt();

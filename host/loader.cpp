@@ -41,13 +41,21 @@ std::optional<WeightType> float_type(const std::string& dtype) {
   return {};
 }
 
-// A matrix [groups, n, k] to pack and where its description goes.
+// A vector to copy: this process's elements of it.
+struct CopyJob {
+  const std::byte* source;
+  size_t n;
+  const float** out;
+};
+
+// A matrix [groups, n, k] to pack, this process's rows of it, and where its description goes.
 struct PackJob {
   std::string tensor;
   TensorView source;  // of the first group
   size_t bytes;       // of a group, as stored
   int groups;
   bool transposed;
+  double parameters;  // of the whole matrix
   Matrix* out;
 
   size_t group_bytes() const { return ::packed_bytes(source.type, source.n, source.k); }
@@ -57,11 +65,12 @@ struct PackJob {
 // Takes tensors by name with their expected shape. Matrices are packed, and vectors copied, once all are known.
 class Collector {
  public:
-  Collector(const std::string& path, Header& header) : path_(path), header_(header) {}
+  Collector(const std::string& path, Header& header, const Part& part) : path_(path), header_(header), part_(part) {}
 
   NamedTypes types;
   std::vector<PackJob> jobs;
-  std::vector<std::pair<const Entry*, const float**>> vectors;
+  std::vector<CopyJob> vectors;
+  double vector_parameters = 0;  // of the whole model
 
   bool has(const std::string& name) const { return header_.has(name); }
 
@@ -73,21 +82,21 @@ class Collector {
     header_.refuse_unused();
   }
 
-  // [groups, n, k], and a bias [groups, n] where there is one.
-  void linear(const std::string& name, int n, int k, Linear& out, int groups = 1) {
-    matrix(name, n, k, out.weight, groups);
-    optional_vector(name + ".bias", {groups, n}, out.bias);
+  // [groups, n, k], and a bias [groups, n] where there is one. Ranks are dealt runs of `run` rows; n: whole groups.
+  void linear(const std::string& name, int n, int k, Linear& out, int run = 1, int groups = 1) {
+    matrix(name, n, k, out.weight, run, groups);
+    optional_vector(name + ".bias", {groups, n}, out.bias, run);
   }
 
-  void matrix(const std::string& name, int n, int k, Matrix& out, int groups = 1) {
-    add(pack_job(name, groups, n, k, out));
+  void matrix(const std::string& name, int n, int k, Matrix& out, int run = 1, int groups = 1) {
+    add(pack_job(name, groups, n, k, run, out));
   }
 
   // A group for each head of MLA; transposed: [groups, k, n] of it.
   void heads(const std::string& name, int groups, int n, int k, bool transposed, Linear& out) {
-    PackJob job = pack_job(name, groups, n, k, out.weight);
+    PackJob job = pack_job(name, groups, n, k, n, out.weight);
     if (weight_format(job.source.type).block != 1) header_.refuse(name + ".weight", "F32, BF16 or F16", {groups, n, k});
-    if (transposed) std::swap(job.source.n, job.source.k);
+    if (transposed) std::swap(job.source.n, job.source.k), job.parameters = 0;  // those of the other copy
     job.transposed = transposed;
     add(job);
   }
@@ -101,17 +110,23 @@ class Collector {
   // The norm of `heads` heads of n elements: of each, or of all together, as long as its weight is.
   void norm_of_heads(const std::string& name, int heads, int n, Norm& out) {
     const bool row = has(name + ".weight") && length(name + ".weight") == int64_t{heads} * n;
+    if (row && heads > 1 && part_.size > 1)
+      fail("%s: tensor %s.weight norms the row of all heads together, which no rank has: run it in one process",
+           path_.c_str(), name.c_str());
     norm(name, row ? heads * n : n, out);
   }
 
-  void vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
+  void vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out, int run = KEPT) {
     const Entry& e = header_.take(name, "F32", shape);
-    vectors.emplace_back(&e, &out);
-    out = reinterpret_cast<const float*>(e.data);  // until pack() copies it
+    const int all = static_cast<int>(e.bytes / sizeof(float));
+    const std::byte* source = e.data + static_cast<size_t>(first_own(all, run)) * sizeof(float);
+    vectors.push_back({source, static_cast<size_t>(own(all, run)), &out});
+    vector_parameters += all;
+    out = reinterpret_cast<const float*>(source);  // until pack() copies it
   }
 
-  void optional_vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out) {
-    if (has(name)) vector(name, shape, out);
+  void optional_vector(const std::string& name, const std::vector<int64_t>& shape, const float*& out, int run = KEPT) {
+    if (has(name)) vector(name, shape, out, run);
   }
 
   int64_t length(const std::string& name) {
@@ -121,17 +136,26 @@ class Collector {
   }
 
  private:
+  // Of n rows that are dealt in runs, this process's.
+  int first_own(int n, int run) const { return run == KEPT ? 0 : part_.first(n / run) * run; }
+  int own(int n, int run) const { return run == KEPT ? n : part_.count(n / run) * run; }
+
   void add(const PackJob& job) {
     *job.out = {job.source.type, job.source.n, job.source.k, job.groups, nullptr};  // its data: pack()
     jobs.push_back(job);
   }
 
-  PackJob pack_job(const std::string& name, int groups, int n, int k, Matrix& out) {
+  PackJob pack_job(const std::string& name, int groups, int n, int k, int run, Matrix& out) {
     const WeightType type = type_of(name, groups, n, k);
     const WeightFormat& format = weight_format(type);
     const std::string tensor = name + ".weight";
     const Entry& e = header_.take(tensor, format.dtype, {groups, n, k / format.block * format.block_elements});
-    return {tensor, {type, n, k, e.data}, e.bytes / static_cast<size_t>(groups), groups, false, &out};
+    const size_t row_bytes = e.bytes / area(groups, n);
+    const int rows = own(groups * n, run), own_groups = groups == 1 ? 1 : rows / n, own_n = groups == 1 ? rows : n;
+    const std::byte* source = e.data + static_cast<size_t>(first_own(groups * n, run)) * row_bytes;
+    const TensorView view{type, own_n, k, source};
+    const double parameters = static_cast<double>(groups) * n * k;
+    return {tensor, view, static_cast<size_t>(own_n) * row_bytes, own_groups, false, parameters, &out};
   }
 
   WeightType type_of(const std::string& name, int groups, int n, int k) {
@@ -150,6 +174,7 @@ class Collector {
 
   std::string path_;
   Header& header_;
+  Part part_;
   std::set<std::string> matrices_;  // taken so far
 };
 
@@ -163,12 +188,12 @@ void collect_mlp(Collector& t, const std::string& at, const Config& c, int hidde
 
 void collect_experts(Collector& t, const std::string& at, const Config& c, Layer& l) {
   const int E = c.n_routed_experts, hidden = c.moe_intermediate_size;
-  t.matrix(at + "router", E, c.dim, l.router.weight);
+  t.matrix(at + "router", E, c.dim, l.router.weight, KEPT);
   t.optional_vector(at + "router.logit_bias", {E}, l.router.bias);
   t.optional_vector(at + "router.bias", {E}, l.router_bias);
-  t.linear(at + "experts.gate_proj", hidden, c.dim, l.experts.gate, E);
-  t.linear(at + "experts.up_proj", hidden, c.dim, l.experts.up, E);
-  t.linear(at + "experts.down_proj", c.dim, hidden, l.experts.down, E);
+  t.linear(at + "experts.gate_proj", hidden, c.dim, l.experts.gate, hidden, E);
+  t.linear(at + "experts.up_proj", hidden, c.dim, l.experts.up, hidden, E);
+  t.linear(at + "experts.down_proj", c.dim, hidden, l.experts.down, c.dim, E);
   if (c.n_shared_experts) collect_mlp(t, at + "shared_experts.", c, c.n_shared_experts * hidden, l.shared);
 }
 
@@ -192,7 +217,7 @@ void collect(Collector& t, Model& m) {
   const Config& c = m.config;
   t.matrix("embed_tokens", c.vocab_size, c.dim, m.embed_tokens);
   if (t.has("lm_head.weight")) t.matrix("lm_head", c.vocab_size, c.dim, m.lm_head.weight);
-  t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head.bias);
+  t.optional_vector("lm_head.bias", {c.vocab_size}, m.lm_head.bias, 1);
   t.optional_vector("position_embedding.weight", {c.seq_len, c.dim}, m.position_embedding);
   t.norm("norm", c.dim, m.final_norm);
   collect_rope(t, Variant::rotated(c), m);
@@ -212,18 +237,15 @@ void collect(Collector& t, Model& m) {
   }
 }
 
-// What the report says of the weights. A transposed matrix is a second copy of parameters that are counted already.
+// What the report says of the weights: the parameters of the whole model, and this process's bytes.
 void count(const Collector& tensors, Model& m) {
   std::map<std::string, double> by_type;
   for (const PackJob& j : tensors.jobs) {
     m.weight_bytes += j.packed_bytes();
-    if (!j.transposed)
-      by_type[std::string(weight_format(j.source.type).name)] += double(j.groups) * j.source.n * j.source.k;
+    if (j.parameters > 0) by_type[std::string(weight_format(j.source.type).name)] += j.parameters;
   }
-  for (const auto& [entry, out] : tensors.vectors) {
-    m.vector_bytes += entry->bytes;
-    by_type["f32"] += static_cast<double>(entry->bytes / sizeof(float));
-  }
+  for (const CopyJob& j : tensors.vectors) m.vector_bytes += j.n * sizeof(float);
+  if (!tensors.vectors.empty()) by_type["f32"] += tensors.vector_parameters;
   m.weight_bytes += m.vector_bytes;
   for (const auto& [type, parameters] : by_type) {
     char text[64];
@@ -268,20 +290,20 @@ void pack_matrices(const MappedFile& file, const std::vector<PackJob>& jobs, Mod
   std::byte* at = m.packed.data();
   for (const PackJob& j : jobs) {
     j.out->data = at;
-    for (size_t group = 0; group < static_cast<size_t>(j.groups); group++, at += j.group_bytes())
+    for (size_t group = 0; j.source.n > 0 && group < static_cast<size_t>(j.groups); group++, at += j.group_bytes())
       stage(at, j.group_bytes(), [&](std::byte* out) { pack_group(file, j, group, m.path, out, threads); });
   }
 }
 
-void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vectors, Model& m) {
+void copy_vectors(const std::vector<CopyJob>& vectors, Model& m) {
   size_t total = 0;
-  for (const auto& v : vectors) total += v.first->bytes / sizeof(float);
+  for (const CopyJob& v : vectors) total += v.n;
   m.vectors = Buffer<float>(total);
   float* at = m.vectors.data();
-  for (const auto& [entry, out] : vectors) {
-    upload(at, entry->data, entry->bytes);
-    *out = at;
-    at += entry->bytes / sizeof(float);
+  for (const CopyJob& v : vectors) {
+    upload(at, v.source, v.n * sizeof(float));
+    *v.out = at;
+    at += v.n;
   }
   synchronize();  // the file is closed next
 }
@@ -289,16 +311,17 @@ void copy_vectors(const std::vector<std::pair<const Entry*, const float**>>& vec
 }  // namespace
 
 struct ModelFile::Contents {
-  explicit Contents(const std::string& path) : file(path), header(path, file), tensors(path, header) {}
+  Contents(const std::string& path, const Part& part) : file(path), header(path, file), tensors(path, header, part) {}
   MappedFile file;
   Header header;
   Collector tensors;
 };
 
-ModelFile::ModelFile(const std::string& path) : contents_(new Contents(path)) {
+ModelFile::ModelFile(const std::string& path, Part part) : contents_(new Contents(path, part)) {
   const std::map<std::string, std::string>& metadata = contents_->header.metadata();
   Collector& tensors = contents_->tensors;
   model.path = path;
+  model.part = part;
   model.config = read_config(path, metadata);
   model.tokenizer_sha256 = metadata.at("tokenizer_sha256");
   tensors.types = read_types(path, metadata.at("types"));

@@ -13,8 +13,9 @@ class Threads;
 class ModelFile {
  public:
   // Checks every tensor (name, dtype, shape, offsets, overlap, file size) and every hyper-parameter. Throws Error with
-  // one line naming the file, the field, the value and the fix.
-  explicit ModelFile(const std::string& path);
+  // one line naming the file, the field, the value and the fix. part: the matrices' rows that this process has; of the
+  // file no other pages are read.
+  explicit ModelFile(const std::string& path, Part part = {});
   ~ModelFile();
   // Throws Error where the file holds shapes alone: pack would.
   void require_weights() const;

@@ -55,13 +55,13 @@ class Shapes {
   explicit Shapes(WeightType type) : type_(type), heads_(type) {
     if (weight_format(type).block > 1) heads_ = *find_weight_type("f16");
   }
-  void linear(const std::string&, int n, int k, Linear& out) { out.weight = {type_, n, k, 1, nullptr}; }
+  void linear(const std::string&, int n, int k, Linear& out, int = 1) { out.weight = {type_, n, k, 1, nullptr}; }
   void heads(const std::string&, int groups, int n, int k, bool transposed, Linear& out) {
     out.weight = {heads_, transposed ? k : n, transposed ? n : k, groups, nullptr};
   }
   void norm(const std::string&, int, Norm&) {}
   void norm_of_heads(const std::string&, int, int, Norm&) {}
-  void optional_vector(const std::string&, const std::vector<int64_t>&, const float*&) {}
+  void optional_vector(const std::string&, const std::vector<int64_t>&, const float*&, int = 1) {}
 
  private:
   WeightType type_, heads_;

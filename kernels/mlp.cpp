@@ -31,17 +31,17 @@ void MlpStage::forward(int layer, const Layer& w, const Step& step) const {
     run_experts(w, step);
     return step.add_y(w.mlp_post_norm);
   }
-  expand(w.mlp, step.h, step);
-  step.add_product(w.mlp.down, up_, w.mlp_post_norm);
+  step.add_product(w.mlp.down, expand(w.mlp, step.h, step), w.mlp_post_norm);
 }
 
-void MlpStage::expand(const Mlp& mlp, const float* in, const Step& step) const {
+const float* MlpStage::expand(const Mlp& mlp, const float* in, const Step& step) const {
   const int T = step.batch.n_tokens;
   const bool gated = static_cast<bool>(mlp.gate);
   const Product both[] = {product(mlp.up, in, T, up_), gated ? product(mlp.gate, in, T, gate_) : Product{}};
   matmul(step.team, both, gated ? 2 : 1, step.workspace);
   activate(step.team, step.config.activation, step.config.swiglu_limit, gated ? gate_ : nullptr, up_, T,
            mlp.up.weight.n, up_);
+  return step.gather.whole(step.team, up_, T, mlp.down.weight.k);
 }
 
 void MlpStage::run_experts(const Layer& w, const Step& step) const {
@@ -54,17 +54,15 @@ void MlpStage::run_experts(const Layer& w, const Step& step) const {
   sort_by_expert(team, chosen_, T, k, c.n_routed_experts, row_start_, token_of_row_, row_of_choice_);
 
   Product both[] = {product(w.experts.gate, step.h, T * k, gate_), product(w.experts.up, step.h, T * k, up_)};
-  for (Product& p : both) p.x_rows = T, p.gather = token_of_row_, p.row_start = row_start_;
+  const int* row_start = row_start_ + step.gather.part().first(c.n_routed_experts);  // of this rank's experts
+  for (Product& p : both) p.x_rows = T, p.gather = token_of_row_, p.row_start = row_start;
   matmul(team, both, 2, step.workspace);
   activate(team, c.activation, c.swiglu_limit, gate_, up_, T * k, hidden, up_);
   Product down = product(w.experts.down, up_, T * k, expert_out_);
-  down.row_start = row_start_;
+  down.row_start = row_start;
   matmul(team, &down, 1, step.workspace);
+  step.gather.rows(team, expert_out_, row_start_, c.n_routed_experts, c.dim);
   add_experts(team, expert_out_, row_of_choice_, weights_, T, k, c.dim, step.y);
 
-  if (!w.shared.up) return;
-  expand(w.shared, step.h, step);
-  Product shared = product(w.shared.down, up_, T, step.y);
-  shared.add = true;
-  matmul(team, &shared, 1, step.workspace);
+  if (w.shared.up) step.compute(w.shared.down, expand(w.shared, step.h, step), true, step.y);
 }

@@ -15,8 +15,8 @@ class MlpStage {
   void forward(int layer, const Layer& weights, const Step& step) const;
 
  private:
-  // up = act(gate(in)) * up(in) of the T tokens.
-  void expand(const Mlp& mlp, const float* in, const Step& step) const;
+  // act(gate(in)) * up(in) of the T tokens: [T, hidden], valid until the next call.
+  const float* expand(const Mlp& mlp, const float* in, const Step& step) const;
   // y = the weighted sum of the chosen experts, and the shared experts.
   void run_experts(const Layer& weights, const Step& step) const;
 

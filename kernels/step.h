@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/batch.h"
+#include "kernels/gather.h"
 #include "kernels/layers.h"
 #include "kernels/matmul.h"
 #include "model.h"
@@ -29,7 +30,7 @@ inline Product product(const Linear& linear, const float* x, int rows, float* y)
 
 struct Step {
   const Team& team;
-  const Config& config;
+  const Config& config;               // with the heads of this rank alone
   const Batch& batch;                 // in device memory
   const Batch& host;                  // the same on the host
   const std::vector<Angles>& angles;  // one for each RoPE table
@@ -37,6 +38,7 @@ struct Step {
   float* h;                           // [T, dim] its norm: the stage's input
   float* y;                           // [T, dim] what a stage adds, where it is not added at once
   const Workspace& workspace;         // of matmul
+  const Gather& gather;               // makes whole what the ranks have in parts
 
   // out [T, dim] = norm(x); x itself where the model has no such norm
   void norm_x(const Norm& weights, float* out) const {
@@ -55,9 +57,22 @@ struct Step {
   // x += residual_scale * post_norm(linear(in)), in [T, linear.k]
   void add_product(const Linear& linear, const float* in, const Norm& post_norm) const {
     const bool direct = !post_norm && config.residual_scale == 1.0f;
-    Product p = product(linear, in, batch.n_tokens, direct ? x : y);
-    p.add = direct;
-    matmul(team, &p, 1, workspace);
+    compute(linear, in, direct, direct ? x : y);
     if (!direct) add_y(post_norm);
+  }
+
+  // out [T, dim] = linear(in), in [T, linear.k], added to it where `add`: each rank its columns, then all of all.
+  void compute(const Linear& linear, const float* in, bool add, float* out) const {
+    Product p = columns(linear, in, batch.n_tokens, out, config.dim);
+    p.add = add;
+    matmul(team, &p, 1, workspace);
+    gather.columns(team, out, batch.n_tokens, config.dim);
+  }
+
+  // This rank's columns of y [rows, width] = linear(in).
+  Product columns(const Linear& linear, const float* in, int rows, float* out, int width) const {
+    Product p = product(linear, in, rows, out + gather.part().first(width));
+    p.y_stride = width;
+    return p;
   }
 };

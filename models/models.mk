@@ -9,7 +9,7 @@ MODEL ?= models/tiny-gqa.safetensors
 PROMPT ?= Once upon a time
 ARGS ?= --temperature 0.5
 
-PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev libstb-dev \
+PACKAGES = g++ libcli11-dev libjansson-dev libpcre2-dev libutf8proc-dev nettle-dev libedit-dev libstb-dev $(MPI_PACKAGES) \
   $(if $(filter test lint lab measure docs pictures models/% .venv/%,$(MAKECMDGOALS))$(SOURCE_READY),python3-venv)
 MISSING = $(filter-out $(shell dpkg-query -W -f '$${Package}:$${db:Status-Status}\n' $(PACKAGES) 2>/dev/null |\
   sed -n 's/:installed$$//p'),$(PACKAGES))

@@ -35,9 +35,10 @@ def make(*arguments: str) -> str:
 
 
 @functools.cache
-def run_binary(attention="gqa", cache="contiguous", kernel="flash", kv="f16", block=16) -> Path:
+def run_binary(attention="gqa", cache="contiguous", kernel="flash", kv="f16", block=16, dist="none") -> Path:
     """The path of `run` for this combination."""
-    choices = {"ATTENTION": attention, "CACHE": cache, "KERNEL": kernel, "KV": kv, "BLOCK": block, "DEVICE": "cpu"}
+    choices = {"ATTENTION": attention, "CACHE": cache, "KERNEL": kernel, "KV": kv, "BLOCK": block, "DIST": dist}
+    choices["DEVICE"] = "cpu"
     return ROOT / make("binary", *(f"{k}={v}" for k, v in choices.items())).strip()
 
 

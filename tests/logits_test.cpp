@@ -42,7 +42,7 @@ TEST(Logits, AreThoseOfTheRowsAskedFor) {
   const Batch& uploaded = on_device.upload(batch);
   Buffer<float> device_x = device_copy(x), h(T * dim), y(T * dim);
   Threads(2).run(2, [&](const Team& team) {
-    stage.forward(model, {team, model.config, uploaded, batch, {}, device_x.data(), h.data(), y.data(), workspace});
+    stage.forward(model, {team, model.config, uploaded, batch, {}, device_x.data(), h.data(), y.data(), workspace, {}});
   });
   for (size_t r = 0; r < 2; r++) {
     const float* row = x.data() + static_cast<size_t>(rows[r]) * dim;

@@ -130,7 +130,7 @@ void check_experts(const Experts& shape) {
   batch.n_tokens = T;
   Threads threads(2);
   threads.run(2, [&](const Team& team) {
-    stage.forward(0, layer, {team, c, batch, batch, {}, x.data(), h.data(), y.data(), workspace});
+    stage.forward(0, layer, {team, c, batch, batch, {}, x.data(), h.data(), y.data(), workspace, {}});
   });
   for (int t = 0; t < T; t++)
     for (size_t i = 0; i < dim; i++)  // sums of 32 products, twice: far fewer roundings than 128, of values to 8

@@ -161,6 +161,30 @@ def test_the_table_says_what_the_json_says(plan):
     assert own["kv_bytes_per_token"] == 327680
 
 
+def test_a_model_cut_over_ranks(plan):
+    """Llama 3 8B, in closed formulas: a layer gathers 3 x 4096 and 14336 floats, a step 4096 and 128256 more."""
+    machine = ("--bandwidth", 50, "--flops", 1e6, "--memory", 64, "-c", 1000, "--kv-type", "f16", "--type", "q8_0")
+    report, own = estimate(plan("llama-3-8b"), *machine, "--ranks", 5, "--link", "2,30")
+    times = {r["ranks"]: r for r in report["ranks"]}
+    assert list(times) == [1, 2, 3, 4, 5] and times[1]["seconds_of_gathering"] == 0
+    assert times[1]["seconds_per_step"] == pytest.approx(own["seconds_per_step"])
+    for n, heads in ((2, 4), (3, 3), (5, 2)):  # of 8 KV heads, where most are
+        floats = 32 * (3 * 4096 + 14336) + 4096 + 128256
+        gathering = (32 * 4 + 2) * 30e-6 + 4 * floats * (n - 1) / n / 2e9
+        assert times[n]["seconds_of_gathering"] == pytest.approx(gathering, rel=1e-9)
+        assert times[n]["kv_bytes_per_token"] == 131072 * heads / 8
+        weights = own["weight_bytes_per_step"] / n  # norms are kept by all
+        step = weights / 50e9 + 1000 * times[n]["kv_bytes_per_token"] / 50e9 + gathering
+        assert times[n]["seconds_per_step"] == pytest.approx(step + own["seconds_of_launches"], rel=2e-3)
+
+
+def test_what_a_second_rank_pays(plan):
+    ranks = ("--estimate", "--gpu", "h100-sxm", "--ranks", 4, "--link")
+    table = [run(plan("llama-3-8b"), *ranks, link).stdout for link in ("400,2", "0.1,500")]
+    assert "4 ranks are the fastest of these" in table[0] and "hidden            32 x      57344 bytes" in table[0]
+    assert "a second rank does not pay" in table[1]
+
+
 @pytest.mark.parametrize("build", [{}, {"cache": "paged"}, {"kernel": "naive"}], ids=str)
 def test_this_machine_is_probed(plan, build):
     """The attention of this build for each variant: of 32 heads, a layer's pairs of 128 + 128, or 576 + 512."""
@@ -209,6 +233,13 @@ def test_make_estimate():
         (["--gpu", "l4", "-i", "text"], 2, "makes no sense"),
         (["--gpu", "l4", "--temperature", "0"], 2, "--temperature makes no sense"),
         (["--gpu", "l4", "-q"], 2, "--stats"),
+        (["--gpu", "l4", "--ranks", "2"], 2, "--ranks needs --link"),
+        (["--gpu", "l4", "--link", "1,1"], 2, "--link needs --ranks"),
+        (["--gpu", "l4", "--ranks", "0", "--link", "1,1"], 2, "--ranks 0"),
+        *[
+            (["--gpu", "l4", "--ranks", "2", "--link", bad], 2, "--link")
+            for bad in ("1", "0,1", "1,-1", "nan,1", "1,1x")
+        ],
         (["--gpu", "l4", "--stats", "/nowhere/at/all.json"], 1, "/nowhere/at/all.json"),
     ],
 )
