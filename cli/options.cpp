@@ -6,6 +6,7 @@
 #include <CLI/CLI.hpp>
 #include <charconv>
 #include <cmath>
+#include <optional>
 #include <random>
 
 #include "cli/output.h"
@@ -70,6 +71,15 @@ void parse_link(Options& o) {
     throw Usage(complaint("--link", o.link, "must be GB/s,us such as 1.2,20"));
 }
 
+// CLI11 takes what is too large for the largest, and 010 for 8.
+template <class T>
+std::optional<T> whole_number(const std::string& text) {
+  T number = 0;
+  const char* end = text.data() + text.size();
+  const auto [last, error] = std::from_chars(text.data(), end, number);
+  return last == end && error == std::errc() ? std::optional(number) : std::nullopt;
+}
+
 void unescape_texts(Options& o) {
   o.prompt = unescape("--prompt", o.prompt);
   if (o.system) o.system = unescape("--system", *o.system);
@@ -90,7 +100,7 @@ void check(const Options& o) {
   require(o.context >= 0, "--context", o.context, "must be > 0 (0: the model's longest)");
   require(o.batch >= 1 && o.batch <= 65536, "--batch", o.batch, "must be 1 .. 65536");
   require(o.ranks >= 1 && o.ranks <= 1024, "--ranks", o.ranks, "must be 1 .. 1024");
-  require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024");
+  require(o.threads >= 1 && o.threads <= 1024, "--threads", o.threads, "must be 1 .. 1024 (-1: as without it)");
 }
 
 void add_text_flags(CLI::App& app, Options& o) {
@@ -118,13 +128,10 @@ void add_sampler_flags(CLI::App& app, SamplerOptions& s) {
   app.add_option("--min-p", s.min_p, "... those of at least P times the largest probability")->capture_default_str();
   app.add_option("--repeat-penalty", s.repeat_penalty, "on the last 64 tokens; 1: none")->capture_default_str();
   app.add_option("-s,--seed", s.seed, "of the draws; -1, as without it: another one each time (the report names it)")
-      ->transform([](const std::string& text) { return text == "-1" ? std::to_string(random_seed()) : text; })
-      ->check([](const std::string& text) {  // CLI11 takes what is too large for the largest
-        int64_t seed = 0;
-        const char* end = text.data() + text.size();
-        const auto [last, error] = std::from_chars(text.data(), end, seed);
-        const bool right = last == end && error == std::errc() && seed >= 0;
-        return right ? "" : throw Usage(complaint("--seed", text, "must be a whole number from -1 to 2^63 - 1"));
+      ->transform([](const std::string& text) {
+        const auto seed = whole_number<int64_t>(text);
+        if (!seed || *seed < -1) throw Usage(complaint("--seed", text, "must be a whole number from -1 to 2^63 - 1"));
+        return std::to_string(*seed == -1 ? random_seed() : static_cast<uint64_t>(*seed));
       });
 }
 
@@ -169,7 +176,7 @@ void add_machine_flags(CLI::App& app, Options& o, std::string& kv_memory) {
   app.add_option("--kv-memory", kv_memory, "size of the KV cache: 512M, 1.5G (what the context needs)");
   app.add_option("--mla", o.mla, "absorbed or expanded: MLA in this form alone")
       ->check(CLI::IsMember({"absorbed", "expanded"}));
-  app.add_option("-t,--threads", o.threads, "of each step (the number that is fastest now, at most one a core)");
+  app.add_option("-t,--threads", o.threads, "of each step (as -1: the number that is fastest now, at most one a core)");
   app.add_option("--stats", o.stats, "write the report to this JSON file; -: standard output");
   app.add_flag("-q,--quiet", o.quiet, "no report");
 }
@@ -190,15 +197,19 @@ void add_estimate_flags(CLI::App& app, Options& o) {
 // CLI11 says of what is no number neither what it should be nor how to mend it.
 void require_numbers(CLI::App& app) {
   for (CLI::Option* option : app.get_options()) {
-    const std::string type = option->get_type_name();
-    if (type != "INT" && type != "FLOAT") continue;
-    option->check([name = option->get_name(), whole = type == "INT"](const std::string& text) -> std::string {
-      int integer = 0;
-      double number = 0;
-      if (whole ? !CLI::detail::lexical_cast(text, integer) : !CLI::detail::lexical_cast(text, number))
-        throw Usage(complaint(name.c_str(), text, whole ? "must be a whole number below 2^31" : "must be a number"));
-      return "";
-    });
+    const std::string name = option->get_name(), type = option->get_type_name();
+    if (type == "INT")
+      option->transform([name](const std::string& text) {
+        const auto number = whole_number<int>(text);
+        if (!number) throw Usage(complaint(name.c_str(), text, "must be a whole number below 2^31"));
+        return std::to_string(*number);
+      });
+    if (type == "FLOAT")
+      option->check([name](const std::string& text) -> std::string {
+        double number = 0;
+        return CLI::detail::lexical_cast(text, number) ? ""
+                                                       : throw Usage(complaint(name.c_str(), text, "must be a number"));
+      });
   }
 }
 
@@ -289,7 +300,6 @@ Options parse(int argc, char** argv) {
   Options o;
   o.sampler = {.temperature = 0.8f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f, .repeat_penalty = 1, .seed = 0};
   o.sampler.seed = random_seed();
-  o.threads = physical_cores();
   std::string kv_memory, max_line;
 
   CLI::App app("Text from a language model.", "run");
@@ -319,7 +329,8 @@ Options parse(int argc, char** argv) {
   check_together(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
-  o.choose_threads = app.count("--threads") == 0;
+  o.choose_threads = app.count("--threads") == 0 || o.threads == -1;
+  if (o.choose_threads) o.threads = physical_cores();
   if (app.count("--chat-template-kwargs") > 0) o.chat_arguments = parse_template_arguments(template_arguments);
   if (app.count("--kv-memory") > 0) o.kv_memory = parse_size("--kv-memory", kv_memory);
   if (app.count("--max-line") > 0) o.max_line = parse_size("--max-line", max_line);

@@ -226,6 +226,6 @@ def moe_layers(keys: Keys, n_layers: int) -> list[int]:
     """1 where a layer's MLP is experts: DeepSeek's first layers are dense, Qwen's where the file says so."""
     first, step = keys.count("first_k_dense_replace"), keys.positive("decoder_sparse_step", 1)
     dense = keys.get("mlp_only_layers", [])
-    if not isinstance(dense, list):
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         keys.refuse("mlp_only_layers", "must be a list of layers: fetch the file again")
     return [int(layer >= first and layer not in dense and (layer + 1) % step == 0) for layer in range(n_layers)]

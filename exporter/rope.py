@@ -46,6 +46,8 @@ def parameters(keys: Keys, layer_type: str, theta_key: str) -> dict:
     for key in {"factor", "low_freq_factor", "high_freq_factor", *LISTS} & KINDS[kind]:
         if not chosen.get(key) and (kind, key) != ("longrope", "factor"):
             keys.refuse(name, f"{key} is missing for rope_type {kind!r}: fetch the file again")
+    if not isinstance(chosen.get("truncate", True), bool):
+        keys.refuse(name, "truncate must be true or false: fetch the file again")
     for key in LISTS:
         factors = chosen.get(key, [1])
         if not isinstance(factors, list) or not all(is_number(x) and 0 < x < 1e9 for x in factors):
@@ -97,9 +99,10 @@ def settings(keys: Keys, layer_type: str) -> tuple[str, dict | None]:
                 keys.notes.append(f"rope_parameters of {keys.where.name}: not read, rope_scaling comes first")
             return "rope_scaling", scaling
         return "rope_parameters", given
+    for kind, own in given.items():
+        if kind not in LAYER_TYPES or not isinstance(own, dict | None):
+            keys.refuse("rope_parameters", f"{kind} must be an object of {' or '.join(LAYER_TYPES)}: fetch it again")
     own = given.get(layer_type) or {}
-    if not isinstance(own, dict):
-        keys.refuse("rope_parameters", f"{layer_type} must be an object: fetch the file again")
     if scaling and layer_type == "full_attention":
         return "rope_scaling", own | scaling
     return "rope_parameters", own

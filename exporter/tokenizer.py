@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from exporter.errors import ExportError
+from exporter.errors import ExportError, shown
 from exporter.vocabularies import MAX_VOCAB, UNUSED, Tokenizer, is_id, read_tokenizer, text_config
 
 MAGIC, VERSION, NONE = b"attn.tok", 2, 0xFFFFFFFF
@@ -50,7 +50,11 @@ def write_tokenizer(source, path: Path) -> tuple[str, list[str]]:
                 f"{source.path}: token id {id!r} of BOS, EOS, unknown or the end of a text is no index: fetch the "
                 "tokenizer again"
             )
-    fit_vocabulary(tokenizer, text_config(source).get("vocab_size") or len(tokenizer.tokens))
+    size = text_config(source).get("vocab_size") or len(tokenizer.tokens)
+    beyond = sorted({id for id in tokenizer.end_of_generation if id >= size})
+    if beyond:
+        source.notes.append(f"end of a text {shown(beyond)}: not used, the model has {size} tokens")
+    fit_vocabulary(tokenizer, size)
     try:
         path.write_bytes(serialize(tokenizer))
     except UnicodeEncodeError as error:

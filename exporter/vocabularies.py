@@ -299,12 +299,15 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         t, added = Tokenizer(), data.get("added_tokens") or []
         read_normalizer(t, data.get("normalizer"), path)
         read_pre_tokenizer(t, data.get("pre_tokenizer"), path)
+        read_decoder(data.get("decoder"), path)
         for key, flag in ("ignore_merges", IGNORE_MERGES), ("byte_fallback", BYTE_FALLBACK), ("fuse_unk", FUSE_UNK):
-            t.flags |= flag * bool(model.get(key))
+            t.flags |= flag * switch(model, key, False)
         ids = vocab | {token["content"]: token["id"] for token in added}
         if not all(isinstance(text, str) for text in ids):
             raise ValueError("a token that is no text")
         texts, used = [], set(ids.values())
+        if len(used) < len(ids):
+            raise ValueError("two tokens of one id")
         place_tokens(texts, {id: (0, text) for text, id in ids.items()}, path)
         t.specials = {token["id"]: (added_flags(token, path), token["content"]) for token in added}
         beside = {  # what tokenizer.json says of an id or a text holds
@@ -320,6 +323,8 @@ def from_tokenizer_json(path: Path, source) -> Tokenizer:
         mark_added(t, t.specials.keys() - set(vocab.values()))
         t.merges = merges_from_pairs(model["merges"], vocab, path)
         t.unk = ids.get(model.get("unk_token"))
+        if t.unk is None and model.get("unk_token") is not None and not t.flags & BYTE_LEVEL:
+            raise ValueError(f"unk_token {shown(model['unk_token'])} is no token")
         read_post_processor(t, data.get("post_processor"), path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         raise ExportError(
@@ -364,16 +369,16 @@ def read_pre_tokenizer(t: Tokenizer, node: dict | None, where) -> None:
         case "Sequence":
             for part in node["pretokenizers"]:
                 read_pre_tokenizer(t, part, where)
-        case "ByteLevel" if not (node["add_prefix_space"] and t.patterns):
+        case "ByteLevel" if not (switch(node, "add_prefix_space", True) and t.patterns):
             t.flags |= BYTE_LEVEL
-            t.prefix = PREFIX_MISSING if node["add_prefix_space"] else PREFIX_NONE
-            t.patterns += [pcre(GPT2, where)] if node.get("use_regex", True) else []
+            t.prefix = PREFIX_MISSING if switch(node, "add_prefix_space", True) else PREFIX_NONE
+            t.patterns += [pcre(GPT2, where)] if switch(node, "use_regex", True) else []
         case "Digits":
-            t.patterns.append(pcre(DIGIT if node["individual_digits"] else DIGIT + "+", where))
+            t.patterns.append(pcre(DIGIT if switch(node, "individual_digits", False) else DIGIT + "+", where))
         case "Metaspace" if node["replacement"] == "▁":
             always = node.get("prepend_scheme", "always" if node.get("add_prefix_space", True) else "never")
             t.prefix = {"always": PREFIX_MISSING, "first": PREFIX_FIRST, "never": PREFIX_NONE}[always]
-            t.patterns += [" [^ ]*"] if node.get("split", True) else []
+            t.patterns += [" [^ ]*"] if switch(node, "split", True) else []
         case "Split" if node["pattern"] == {"String": " "} and node["behavior"] == "MergedWithPrevious":
             pass  # Gemma's: after its normalizer no space is left to split at
         case "Split" if (node["behavior"], node["invert"]) == ("Isolated", False) or (
@@ -407,12 +412,43 @@ def read_post_processor(t: Tokenizer, node: dict | None, where) -> None:
             raise ExportError(f"{where}: post_processor {kind} is not known: use another model")
 
 
+DECODERS = {None, "Sequence", "ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip"}
+
+
+def read_decoder(node: dict | None, where) -> None:
+    """A token's bytes follow from its text; a decoder that makes something else of them is refused."""
+    kind = kind_of(node)
+    spaces = kind == "Replace" and (node["pattern"], node["content"]) == ({"String": "▁"}, " ")
+    if kind not in DECODERS and not spaces:
+        raise ExportError(f"{where}: decoder {kind} ({json.dumps(node)[:80]}) is not known: use another model")
+    for part in node["decoders"] if kind == "Sequence" else []:
+        read_decoder(part, where)
+
+
 NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+
+
+def switch(node: dict, key: str, default: bool) -> bool:
+    value = node.get(key)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{key} is {shown(value)}, neither true nor false")
+    return default if value is None else value
 
 
 def special_text(value) -> str | None:
     """Of a token in the settings: its text, or a dictionary that holds it."""
-    return value["content"] if isinstance(value, dict) else value
+    text = value["content"] if isinstance(value, dict) else value
+    if not isinstance(text, str | None):
+        raise ValueError(f"a special token is {shown(text)}, no text")
+    return text
+
+
+def listed(tokens) -> list:
+    """Of special tokens in the settings: a list, or a dictionary that gives each a name."""
+    tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+    if not isinstance(tokens, list | None):
+        raise ValueError(f"special tokens are {shown(tokens)}, no list")
+    return tokens or []
 
 
 def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
@@ -429,7 +465,7 @@ def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
                 int(id): (added_flags(token, where), str(token["content"])) for id, token in decoder
             }
         settings = config | names
-        lists = (settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens"))
+        lists = (listed(settings.get(key)) for key in ("additional_special_tokens", "extra_special_tokens"))
         special = {special_text(settings.get(key)) for key in NAMED_TOKENS} | {
             special_text(v) for one in lists for v in one
         }
@@ -445,13 +481,13 @@ def read_side_files(folder: Path) -> tuple[dict, dict[int, tuple[int, str]]]:
 
 def added_flags(token: dict, where) -> int:
     """Of a token as the tokenizers library writes it."""
-    if token.get("single_word"):
+    if switch(token, "single_word", False):
         raise ExportError(
             f"{where}: added token {shown(token['content'])} is single_word, not supported here: set it to false"
         )
-    special = bool(token.get("special"))
-    flags = special | STRIP_LEFT * bool(token.get("lstrip")) | STRIP_RIGHT * bool(token.get("rstrip"))
-    return int(flags) | NORMALIZED * bool(token.get("normalized", not special))
+    special = switch(token, "special", False)
+    flags = special | STRIP_LEFT * switch(token, "lstrip", False) | STRIP_RIGHT * switch(token, "rstrip", False)
+    return int(flags) | NORMALIZED * switch(token, "normalized", not special)
 
 
 def place_tokens(texts: list[str], tokens: dict[int, tuple[int, str]], where) -> None:
@@ -487,15 +523,18 @@ def apply_settings(t: Tokenizer, texts: list[str], folder: Path, source) -> None
     ids = {text: id for id, text in enumerate(texts)}
 
     def special(key: str) -> int | None:
-        return ids.get(special_text(settings.get(key)))
+        text = special_text(settings.get(key))
+        if text is not None and text not in ids:
+            source.notes.append(f"{key} {shown(text)}: not used, the vocabulary has no such token")
+        return ids.get(text)
 
     t.bos, t.eos = special("bos_token"), special("eos_token")
     if t.bos is not None and settings.get("add_bos_token") is not None:
-        t.before = [t.bos] * bool(settings["add_bos_token"]) + [id for id in t.before if id != t.bos]
+        t.before = [t.bos] * switch(settings, "add_bos_token", False) + [id for id in t.before if id != t.bos]
     if t.eos is not None and settings.get("add_eos_token") is not None:
-        t.after = [id for id in t.after if id != t.eos] + [t.eos] * bool(settings["add_eos_token"])
+        t.after = [id for id in t.after if id != t.eos] + [t.eos] * switch(settings, "add_eos_token", False)
     if settings.get("tokenizer_class") in ("GPT2Tokenizer", "GPT2TokenizerFast") and "add_prefix_space" in settings:
-        t.prefix = PREFIX_MISSING if settings["add_prefix_space"] else PREFIX_NONE
+        t.prefix = PREFIX_MISSING if switch(settings, "add_prefix_space", False) else PREFIX_NONE
     generation = read_json(folder / "generation_config.json") if is_listed(folder / "generation_config.json") else {}
     for ends in generation.get("eos_token_id"), text_config(source).get("eos_token_id"):
         t.end_of_generation += ends if isinstance(ends, list) else [] if ends is None else [ends]

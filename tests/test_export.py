@@ -540,6 +540,9 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
 # ---- Refusals
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
@@ -559,6 +562,10 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
             {"rope_scaling": {"type": "su", "long_factor": [0] * 6, "short_factor": [1]}},
             "long_factor must",
         ),
+        ("llama_yarn", {"rope_scaling": YARN | {"truncate": "no"}}, "truncate must be true or false"),
+        ("gemma3", {"rope_parameters": {"full_attention": 0}}, "full_attention must be an object"),
+        ("gemma3", {"rope_parameters": {"full_attention": {}, "rope_theta": 1e4}}, "rope_theta must be an object"),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers is ['1']"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias is True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
         ("smollm3", {"no_rope_layers": [[]] * 9}, "no_rope_layers is [["),

@@ -215,10 +215,12 @@ def test_flags_as_people_type_them(model, tmp_path):
     assert text("-m", model, *flags, "-n", 5) == expected
     assert text(*flags, "--model", model, "--predict", 5, "--batch-size", 7, "--ctx-size", 100) == expected
     assert text(model, "-i", PROMPT, "-n", 5, "--temp", "-1", "--ignore-eos") == expected
+    assert text(model, *flags, "-n", "005", "--threads", -1) == expected
     assert len(generated_ids(model, *flags, "-n", -2)) == CONTEXT - len(PROMPT)
     assert stats(tmp_path, model, *flags, "-n", 5, "-c", 0)["context"] == CONTEXT
     seeds = {stats(tmp_path, model, *flags, "-n", 1, "-s", -1)["seed"] for _ in range(3)}
     assert len(seeds) == 3
+    assert stats(tmp_path, model, *flags, "-n", "010", "-s", "010")["seed"] == 10
     (tmp_path / "prompt").write_text(PROMPT)
     assert text(model, "--file", tmp_path / "prompt", *flags[2:], "-n", 5) == expected
 
@@ -822,7 +824,7 @@ SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty"
         (["MODEL", "-n", "99999999999999"], 2, "99999999999999"),
         (["MODEL", "-n"], 2, "-n"),
         (["MODEL", "--threads", "0"], 2, "--threads 0"),
-        (["MODEL", "--threads", "-1"], 2, "--threads -1"),
+        (["MODEL", "--threads", "-2"], 2, "--threads -2"),
         (["MODEL", "--temperature", "nan"], 2, "temperature nan"),
         (["MODEL", "--temperature", "inf"], 2, "temperature inf"),
         (["MODEL", "--top-p", "0"], 2, "top-p 0"),
@@ -837,7 +839,7 @@ SAMPLING = ("--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty"
         (["MODEL", "--seed", "-2"], 2, "-2"),
         (["MODEL", "--seed", "18446744073709551616"], 2, "18446744073709551616"),
         (["MODEL", "--seed", "1.5"], 2, "--seed 1.5: must be a whole number"),
-        *((["MODEL", flag, word], 2, f" {word}: must be a whole") for flag in WHOLE for word in ("nan", "1e3")),
+        *((["MODEL", flag, word], 2, f" {word}: must be a whole") for flag in WHOLE for word in ("nan", "1e3", "0x10")),
         *((["MODEL", flag, "many"], 2, " many: must be a number") for flag in NUMBERS),
         *((["MODEL", "-i", "x", "--explain", flag, "1"], 2, f"{flag} makes no sense") for flag in SAMPLING),
         (["MODEL", "--perplexity", "SHORT", "--ignore-eos"], 2, "--ignore-eos makes no sense"),

@@ -142,6 +142,7 @@ def export(tmp_path: Path, **source) -> Ours:
         "pre": None,
         "config": {},
         "metadata": {},
+        "notes": [],
     } | source
     path = tmp_path / "model.tokenizer.bin"
     write_tokenizer(SimpleNamespace(**fields), path)
@@ -943,6 +944,12 @@ def sequence(*parts) -> dict:
     return json.loads(data.to_str())["pre_tokenizer"]
 
 
+def replace_decoder(pattern: str, content: str) -> dict:
+    """The second of two."""
+    replace = {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+    return {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, replace]}
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 
@@ -964,6 +971,12 @@ def sequence(*parts) -> dict:
         (lambda data: data["model"]["merges"].append(["x1", "y2"]), "merge 'x1' 'y2'"),
         (lambda data: data.pop("model"), "not a tokenizer.json"),
         (lambda data: data.update(post_processor={"type": "BertProcessing"}), "post_processor BertProcessing"),
+        (lambda data: data.update(decoder={"type": "WordPiece"}), "decoder WordPiece"),
+        (lambda data: data.update(decoder=replace_decoder("▁", "_")), "decoder Replace"),
+        (lambda data: data["added_tokens"][0].update(lstrip="false"), "lstrip is 'false'"),
+        (lambda data: data["model"].update(byte_fallback="no"), "byte_fallback is 'no'"),
+        (lambda data: data["model"]["vocab"].update(again=0), "two tokens of one id"),
+        (lambda data: data.update(pre_tokenizer=None, model=data["model"] | {"unk_token": "?!"}), "unk_token '?!'"),
     ],
 )
 def test_unknown_parts_are_refused_by_name(change, line, tmp_path):
@@ -978,6 +991,10 @@ def test_unknown_parts_are_refused_by_name(change, line, tmp_path):
     "file, values",
     [
         ("tokenizer_config.json", {"bos_token": []}),
+        ("tokenizer_config.json", {"bos_token": True}),
+        ("tokenizer_config.json", {"add_bos_token": "false", "bos_token": SPECIAL[0]}),
+        ("special_tokens_map.json", {"additional_special_tokens": [5]}),
+        ("special_tokens_map.json", {"extra_special_tokens": "<s>"}),
         ("tokenizer_config.json", {"eos_token": {}}),
         ("tokenizer_config.json", {"chat_template": [1]}),
         ("generation_config.json", {"eos_token_id": "x"}),
@@ -992,6 +1009,15 @@ def test_settings_of_the_wrong_kind_are_refused(file, values, tmp_path):
     (tmp_path / file).write_text(json.dumps(data | values if file == "tokenizer.json" else values))
     with pytest.raises(ExportError, match="fetch"):
         export(tmp_path)
+
+
+def test_names_and_ids_of_no_token_are_said(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(train(*PRE_TOKENIZERS["GPT-2"]).to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<none>", "bos_token": None}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 99999]}))
+    notes = []
+    export(tmp_path, notes=notes)
+    assert [note.partition(":")[0] for note in notes] == ["eos_token '<none>'", "end of a text [99999]"]
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path):
