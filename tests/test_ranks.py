@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
 from conftest import ROOT, SANITIZE, exported, run_binary
+from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.skipif(SANITIZE == "1", reason="Open MPI's own leaks would be reported")
 
@@ -253,6 +256,36 @@ def alive(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
     except OSError:
         return False
+
+
+def test_a_cache_that_overflows_on_another_rank(tmp_path):
+    """The one KV head is on rank 1, whose cache cannot hold its values; rank 0 names the cure."""
+    checkpoint = checkpoints.build(checkpoints.load("llama_mqa"), tmp_path / "large") / "model.safetensors"
+    tensors = {n: t * np.float32(3e5) if "v_proj" in n else t for n, t in load_file(checkpoint).items()}
+    save_file(tensors, checkpoint)
+    weights = exported(tmp_path / "large", tmp_path / "large.safetensors", "f32")
+    binary = run_binary(config_of(weights)["attention"], dist="mpi")
+    done = finished(command(2, binary, weights, *FLAGS, "-n", 4, "-q"), code=1)
+    ours = [text for text in done.stderr.splitlines() if text.startswith("run: ")]
+    assert len(ours) == 1 and "KV f16 cannot hold: make KV=bf16" in ours[0]
+
+
+def test_resident_memory():
+    """Of each of 2 ranks: half of the weights and the KV, what the plan says it computes in, and 64 MB."""
+    model = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.safetensors"
+    if not model.exists():
+        pytest.skip("make smollm2 downloads it")
+    whole = alone(model, "gqa", *FLAGS, "-n", 4)[1]
+    binary = run_binary("gqa", dist="mpi")
+    line = command(2, binary, model, "--prompts", "-", "-t", 1, "-c", 256, "--stats", "/dev/null")
+    run = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    run.stdin.write(json.dumps({"prompt": PROMPT, "n": 4}).encode() + b"\n")
+    run.stdin.flush()
+    assert json.loads(run.stdout.readline())["generated_tokens"] == 4
+    peaks = [re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{p}/status").read_text())[1] for p in children(run.pid)]
+    run.communicate(timeout=60)
+    most = whole["weight_bytes"] / 2 + 256 * whole["kv_bytes_per_token"] / 2 + 30e6 + 64e6
+    assert len(peaks) == 2 and all(1024 * int(peak) < most for peak in peaks), peaks
 
 
 REQUESTS = 9
