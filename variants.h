@@ -78,12 +78,13 @@ class Gqa {
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     const Config& c = step.config;
+    project(layer, w, step);
     if (c.n_heads > 0) {  // of more ranks than KV heads some have none
-      project(layer, w, step);
       cache.append(step.team, layer, step.batch, k_, v_);
       Kernel::attend(step.team, q_, cache, layer, step.batch, shape(c, layer, w.sinks), out_, workspace);
     }
-    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens), w.attention_post_norm);
+    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k),
+                     w.attention_post_norm);
   }
 
  private:
@@ -98,11 +99,14 @@ class Gqa {
             .sinks = sinks};
   }
 
-  // x [T, width], in runs as long as the norm's weight: heads, or whole rows
+  // x [T, width], in runs as long as the norm's weight: heads, or whole rows, for which the ranks' heads come together
   static void norm_heads(const Step& step, const Norm& weights, int width, float* x) {
     const Config& c = step.config;
-    const int n = weights.n;
-    if (weights) norm(step.team, c.norm, c.norm_eps, weights, x, n, step.batch.n_tokens * (width / n), n, x, n);
+    const int n = weights.n, T = step.batch.n_tokens;
+    if (!weights) return;
+    float* whole = n > c.head_dim ? step.gather.heads(step.team, x, T, n) : x;
+    norm(step.team, c.norm, c.norm_eps, weights, whole, n, n > c.head_dim ? T : T * (width / n), n, whole, n);
+    if (whole != x) step.gather.own_heads(step.team, whole, T, n, x);
   }
 
   // q, k and v of the tokens; q and k normed and rotated.
@@ -236,7 +240,8 @@ class Mla {
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     if (step.config.n_heads > 0) attend_all<Kernel>(layer, w, step, cache, workspace);
-    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens), w.attention_post_norm);
+    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k),
+                     w.attention_post_norm);
   }
 
  private:

@@ -20,14 +20,17 @@ double kept_bytes(const Model& model) {
 std::vector<Gathered> gathered_in(const Model& model, const StepShape& s) {
   const Config& c = model.config;
   const double rows = s.sequences * s.tokens;
-  int heads = 0, moe = 0;
+  int heads = 0, moe = 0, q_rows = 0, k_rows = 0;  // q_rows: layers that norm a row of all heads
   with_variant(c.attention, [&](auto v) {
     const HeadRuns runs = decltype(v)::type::head_runs(c);
     heads = runs.n * runs.width;
   });
   for (int l = 0; l < c.n_layers; l++) moe += c.is_moe(l);
+  for (const Layer& l : model.layers) q_rows += l.q_norm.n > c.head_dim, k_rows += l.k_norm.n > c.head_dim;
   const int dense = c.n_layers - moe, shared = c.n_shared_experts > 0 ? moe : 0;
   const std::vector<Gathered> all = {{"embedding", rows * c.dim, 1},
+                                     {"q to norm", rows * c.n_heads * c.head_dim, q_rows},
+                                     {"k to norm", rows * c.n_kv_heads * c.head_dim, k_rows},
                                      {"heads", rows * heads, c.n_layers},
                                      {"o_proj", rows * c.dim, c.n_layers},
                                      {"hidden", rows * c.hidden_dim, dense},

@@ -110,9 +110,6 @@ class Collector {
   // The norm of `heads` heads of n elements: of each, or of all together, as long as its weight is.
   void norm_of_heads(const std::string& name, int heads, int n, Norm& out) {
     const bool row = has(name + ".weight") && length(name + ".weight") == int64_t{heads} * n;
-    if (row && heads > 1 && part_.size > 1)
-      fail("%s: tensor %s.weight norms the row of all heads together, which no rank has: run it in one process",
-           path_.c_str(), name.c_str());
     norm(name, row ? heads * n : n, out);
   }
 

@@ -8,7 +8,7 @@
 
 Gather::Gather(Arena& arena, Workspace& workspace, const Model& model, HeadRuns heads, const Limits& limits,
                Ranks* ranks)
-    : part_(model.part), heads_(heads), ranks_(ranks) {
+    : part_(model.part), n_heads_(heads.n), ranks_(ranks) {
   if (part_.size == 1) return;
   const Config& c = model.config;
   const int T = limits.max_tokens;
@@ -26,17 +26,21 @@ void Gather::columns(const Team& team, float* x, int rows, int width) const {
 }
 
 const float* Gather::whole(const Team& team, const float* mine, int rows, int width) const {
-  return whole(team, mine, rows, width, 1);
-}
-
-const float* Gather::heads(const Team& team, const float* mine, int rows) const {
-  return whole(team, mine, rows, heads_.n, heads_.width);
-}
-
-const float* Gather::whole(const Team& team, const float* mine, int rows, int n, int unit) const {
   if (part_.size == 1) return mine;
-  exchange(team, mine, part_.count(n) * unit, rows, n, unit, whole_);
+  exchange(team, mine, part_.count(width), rows, width, 1, whole_);
   return whole_;
+}
+
+float* Gather::heads(const Team& team, float* mine, int rows, int width) const {
+  if (part_.size == 1) return mine;
+  const int unit = width / n_heads_;
+  exchange(team, mine, part_.count(n_heads_) * unit, rows, n_heads_, unit, whole_);
+  return whole_;
+}
+
+void Gather::own_heads(const Team& team, const float* all, int rows, int width, float* mine) const {
+  const int unit = width / n_heads_, own = part_.count(n_heads_) * unit;
+  copy_rows(team, all + part_.first(n_heads_) * unit, width, rows, own, 1, mine, own);
 }
 
 // Of n things of `unit` columns in each of the rows, from mine, whose rows are `stride` apart, to all [rows, n, unit].

@@ -29,20 +29,20 @@ class Gather {
   void columns(const Team& team, float* x, int rows, int width) const;
   // mine [rows, own of `width`]: its columns alone. Returns [rows, width], until the next call.
   const float* whole(const Team& team, const float* mine, int rows, int width) const;
-  // The same of this rank's heads.
-  const float* heads(const Team& team, const float* mine, int rows) const;
+  // The same of this rank's heads: `width` is that of all heads. It may be changed; own_heads copies them back.
+  float* heads(const Team& team, float* mine, int rows, int width) const;
+  void own_heads(const Team& team, const float* all, int rows, int width, float* mine) const;
   // x [start[n], width]: the rows start[i] .. start[i + 1] - 1 belong to thing i of n.
   void rows(const Team& team, float* x, const int* start, int n, int width) const;
   // x [T, dim]: the embeddings of the batch's tokens, whose rows in the matrix are cut over the ranks.
   void embed(const Team& team, const Model& model, const Batch& batch, float* x) const;
 
  private:
-  const float* whole(const Team& team, const float* mine, int rows, int n, int unit) const;
   void exchange(const Team& team, const float* mine, int stride, int rows, int n, int unit, float* all) const;
   void meet(const Team& team, float* all, const std::vector<size_t>& floats) const;
 
   Part part_;
-  HeadRuns heads_;
+  int n_heads_ = 0;  // runs of them
   Ranks* ranks_ = nullptr;
   float* parts_ = nullptr;                        // what is on its way: rank 0's part, rank 1's ...
   float* whole_ = nullptr;                        // [T, widest input that is gathered]
