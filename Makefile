@@ -71,7 +71,7 @@ $(OUT)/run $(OUT)/docs/hello: %: %.o $(STAGES)
 FLAGS = $(COMPILE) $(shell grep -m1 ^flags /proc/cpuinfo | cksum)
 $(COMMON)/flags: FORCE | packages
 	@mkdir -p $(@D) && { echo '$(FLAGS)' | cmp -s - $@ || echo '$(FLAGS)' >$@; }
--include $(wildcard build/*/*.d build/*/*/*.d build/*/*/*/*.d)
+-include $(wildcard $(addprefix build/,*/*.d */*/*.d */*/*/*.d */*/*/*/*.d))
 
 .DEFAULT_GOAL := all
 ifeq ($(MAKELEVEL),0)

@@ -168,10 +168,11 @@ __device__ QueryRows find_rows(const Batch& batch, const AttentionShape& shape, 
 }
 
 // The part of the context that a launch works on, and where results lie that are not whole yet: a split's, until
-// merge_splits; or with splits = 1 a launch's, which the next one goes on from.
+// they are merged; or with splits = 1 a launch's, which the next one goes on from.
 struct Part {
   int first = 0, n = INT_MAX;  // positions: block z of the grid has n, from first + z n on
-  int splits = 1;              // blocks of the grid; where there are several, merge_splits is to follow
+  int splits = 1;              // blocks of the grid; where there are several, the last one to be done merges them
+  int* done = nullptr;         // [blocks of query rows, KV heads] splits that are: splits_done
   float* o = nullptr;          // [T, n_heads, splits, v_dim] State's o
   float* m_l = nullptr;        // [T, n_heads, splits, 2] State's m and l
 
@@ -186,6 +187,9 @@ struct Part {
 
 template <class L>
 struct State;
+__device__ bool is_last_of(int n, const Part& part, std::byte* shared_memory);
+__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape, const Part& part,
+                             float* out);
 template <class L>
 __device__ void load_queries(const float* q, const QueryRows& rows, int first, const Batch& batch,
                              const AttentionShape& shape, typename L::Shared& shared);
@@ -236,6 +240,8 @@ __global__ void __launch_bounds__(L::WARPS * 32, L::WARPS_AT_ONCE / L::WARPS)
     __syncthreads();  // nobody reads the tile any more
   }
   total.store(part, rows, first_row, shape, part.splits == 1 && end == seen.end, out);
+  if (part.splits > 1 && is_last_of(divide_up(seen.end, SPLIT) - seen.begin / SPLIT, part, memory))
+    merge_splits(rows, batch, shape, part, out);
 }
 
 // --- flash: sums -----------------------------------------------------------------------------------------------------
@@ -338,24 +344,48 @@ struct State {
   }
 };
 
-// Joins what the blocks of all splits have left. grid: query rows [T, n_heads]; a thread is a column.
-__global__ void merge_splits(Batch batch, AttentionShape shape, Part part, float* out) {
-  const int H = shape.n_heads, h = static_cast<int>(blockIdx.x) % H, v_dim = shape.v_dim;
-  const int token = batch.query_start[0] + static_cast<int>(blockIdx.x) / H;
-  if (token >= batch.query_start[batch.n_sequences]) return;
-  const Span seen = seen_by(batch, shape, token);
-  const size_t row = to_size(token) * to_size(H) + to_size(h);
-  for (int column = static_cast<int>(threadIdx.x); column < v_dim; column += static_cast<int>(blockDim.x)) {
-    float o = 0, m = NONE, l = 0;
-#pragma unroll 8
-    for (int split = seen.begin / SPLIT; split < divide_up(seen.end, SPLIT); split++) {
-      const size_t at = row * to_size(part.splits) + to_size(split);
-      const Factors f = join(m, part.m_l[2 * at]);
-      l = join(l, part.m_l[2 * at + 1], f);
-      o = join(o, part.o[at * to_size(v_dim) + to_size(column)], f);
+// Whether this block is the last to be done of the n that have a split of the same rows. What the others have stored
+// is visible to it then: each has put a fence between its stores and its count.
+__device__ bool is_last_of(int n, const Part& part, std::byte* shared_memory) {
+  int* is_last = reinterpret_cast<int*>(shared_memory);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int* done = part.done + blockIdx.x * gridDim.y + blockIdx.y;
+    *is_last = atomicAdd(done, 1) == n - 1;
+    if (*is_last) atomicExch(done, 0);  // for the next launch
+    __threadfence();
+  }
+  __syncthreads();
+  return *is_last != 0;
+}
+
+// Joins what the blocks of all splits have left, in order. A thread has a column of several rows, as this takes as long
+// as loads take to come, unless many are under way.
+__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape, const Part& part,
+                             float* out) {
+  constexpr int TOGETHER = 4;
+  const int v_dim = shape.v_dim, all = divide_up(rows.end - rows.begin, TOGETHER) * v_dim;
+  for (int i = static_cast<int>(threadIdx.x); i < all; i += static_cast<int>(blockDim.x)) {
+    const int first = rows.begin + i / v_dim * TOGETHER, last = min(first + TOGETHER, rows.end) - 1;
+    const size_t column = to_size(i % v_dim);
+    float o[TOGETHER] = {}, m[TOGETHER] = {NONE, NONE, NONE, NONE}, l[TOGETHER] = {};
+    const int begin = seen_by(batch, shape, rows.token(first)).begin, end = seen_by(batch, shape, rows.token(last)).end;
+#pragma unroll 4
+    for (int split = begin / SPLIT; split < divide_up(end, SPLIT); split++)
+#pragma unroll
+      for (int r = 0; r < TOGETHER; r++) {  // what is behind the last row is the last again
+        const size_t at = rows.index(min(first + r, last)) * to_size(part.splits) + to_size(split);
+        const Factors f = join(m[r], part.m_l[2 * at]);
+        l[r] = join(l[r], part.m_l[2 * at + 1], f);
+        o[r] = join(o[r], part.o[at * to_size(v_dim) + column], f);
+      }
+#pragma unroll
+    for (int r = 0; r < TOGETHER; r++) {
+      const float factor =
+          last_factor(m[r], l[r], shape.sinks ? shape.sinks + rows.head(min(first + r, last)) : nullptr);
+      if (first + r <= last) out[rows.index(first + r) * to_size(v_dim) + column] = fmaf(o[r], factor, 0);
     }
-    const float factor = last_factor(m, l, shape.sinks ? shape.sinks + h : nullptr);
-    out[row * to_size(v_dim) + to_size(column)] = fmaf(o, factor, 0);
   }
 }
 
@@ -620,6 +650,13 @@ void launch_flash(const Team& team, const float* q, const CacheView<typename L::
          layer, block_table, batch, shape, part, out);
 }
 
+// Splits that are done, of each block of query rows and KV head: 0 between launches, of any shape.
+constexpr int MOST_SPLIT_BLOCKS = 4096;
+int* splits_done() {
+  static Buffer<int> done(MOST_SPLIT_BLOCKS);
+  return done.data();
+}
+
 // Blocks of threads take a split each where there would be too few to fill the GPU otherwise, and the workspace holds
 // their results.
 template <class L, int Block>
@@ -627,16 +664,17 @@ void attend_cache(const Team& team, const float* q, const KVCache<typename L::Kv
                   const Batch& batch, const AttentionShape& shape, float* out, const Workspace& workspace) {
   constexpr int WARPS_TO_FILL = 32;  // of a multiprocessor
   const int n_warps = divide_up(rows_of(batch, shape), ROWS) * L::SHARERS * shape.n_kv_heads;
+  const int n_blocks = (divide_up(rows_of(batch, shape), ROWS) + batch.n_sequences) * shape.n_kv_heads;  // or fewer
   const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
   const auto parts = [&](Arena& arena) { return Part(arena, shape, batch.n_tokens, n_splits); };
   Part part;
-  if (n_splits > 1 && n_warps < WARPS_TO_FILL * multiprocessors() && bytes_of(parts) <= workspace.bytes()) {
+  if (team.rank == 0 && n_splits > 1 && n_warps < WARPS_TO_FILL * multiprocessors() && n_blocks <= MOST_SPLIT_BLOCKS &&
+      bytes_of(parts) <= workspace.bytes()) {
     Arena arena = workspace.begin();
     part = parts(arena);
+    part.done = splits_done();
   }
   launch_flash<L>(team, q, any_block_size(cache.view()), layer, batch.block_table, batch, shape, part, out);
-  const unsigned merges = part.splits > 1 ? static_cast<unsigned>(batch.n_tokens * shape.n_heads) : 0;
-  launch(team, merge_splits, merges, 128, 0, batch, shape, part, out);
 }
 
 constexpr size_t MOST_PARTIAL_BYTES = size_t{128} << 20;

@@ -44,10 +44,30 @@ static bool overflows(const float* x, int n) {
   return over != 0;
 }
 
+// The heads of token t (RoFormer, arXiv 2104.09864, equation 34).
+static void turn_heads(const Turn& turn, const Heads& heads, int t) {
+  float* x = heads.x + area(t, heads.x_stride);
+  const int stride = heads.head_stride, n = turn.n_angles;
+  if (heads.norm) norm(Team{}, turn.kind, turn.eps, heads.norm, x, stride, heads.n, heads.norm.n, x, stride);
+  const float *c = turn.cos + area(t, n), *s = turn.sin + area(t, n);
+  for (int h = 0; h < heads.n; h++) {
+    float* a = x + area(h, stride) + heads.rotated;
+    float* b = a + n;
+    for (int i = 0; i < n; i++) {
+      const float rotated = a[i] * c[i] - b[i] * s[i];
+      b[i] = b[i] * c[i] + a[i] * s[i];
+      a[i] = rotated;
+    }
+  }
+}
+
 template <class Kv, int Block>
-void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const float* k, const float* v) {
+void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const Turn& turn, const float* k,
+                                const float* v) {
   const int G = shape().n_kv_heads, k_dim = shape().k_dim, v_dim = shape().v_dim;
   team.for_each(batch.n_tokens, [&](int t) {
+    turn_heads(turn, turn.q, t);
+    turn_heads(turn, turn.k, t);
     const int block = batch.slot_mapping[t] / block_size(), slot = batch.slot_mapping[t] % block_size();
     for (int g = 0; g < G; g++) {
       const HeadRows<Kv, Block> rows(view_, layer, g);

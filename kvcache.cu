@@ -3,6 +3,7 @@
 
 #include "kernels/build.h"
 #include "kernels/kv_gpu.h"
+#include "kernels/norm_gpu.h"
 
 static constexpr int WARP = 32;
 
@@ -46,15 +47,36 @@ static __device__ bool store_row(const float* x, int dim, std::byte* row, std::b
   return too_large;
 }
 
-// grid: tokens, KV heads. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim].
+// A head of a token, by a warp, all of whose lanes see it afterwards (RoFormer, arXiv 2104.09864, equation 34).
+static __device__ void turn_head(const Turn& turn, const Heads& heads, int token, int head) {
+  float* x =
+      heads.x + static_cast<ptrdiff_t>(token) * heads.x_stride + static_cast<ptrdiff_t>(head) * heads.head_stride;
+  const Normed normed(turn.kind, turn.eps, heads.norm, x, heads.norm.n, nullptr);
+  for (int i = lane_id(); i < heads.norm.n; i += WARP) x[i] = normed(x, i);
+  __syncwarp();
+  const int n = turn.n_angles;
+  const float *cos = turn.cos + static_cast<ptrdiff_t>(token) * n, *sin = turn.sin + static_cast<ptrdiff_t>(token) * n;
+  float *a = x + heads.rotated, *b = a + n;
+  for (int i = lane_id(); i < n; i += WARP) {
+    const float rotated = a[i] * cos[i] - b[i] * sin[i];
+    b[i] = b[i] * cos[i] + a[i] * sin[i];
+    a[i] = rotated;
+  }
+  __syncwarp();
+}
+
+// grid: tokens, query heads and then KV heads. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim].
 template <class Kv, int Block>
 __global__ void __launch_bounds__(WARP) append_rows(CacheView<Kv, Block> view, int layer, const int* slot_mapping,
-                                                    const float* k, const float* v, int* overflowed) {
-  const int token = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+                                                    Turn turn, const float* k, const float* v, int* overflowed) {
+  const int token = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y) - turn.q.n;
+  if (head < 0) return turn_head(turn, turn.q, token, static_cast<int>(blockIdx.y));
+  if (turn.k.x) turn_head(turn, turn.k, token, head);
   const int block = slot_mapping[token] / view.block_size(), slot = slot_mapping[token] % view.block_size();
   const int k_dim = view.shape.k_dim, v_dim = view.shape.v_dim;
   const HeadRows<Kv, Block> rows(view, layer, head);
-  const size_t from = static_cast<size_t>(token) * static_cast<size_t>(view.shape.n_kv_heads) + blockIdx.y;
+  const size_t from =
+      static_cast<size_t>(token) * static_cast<size_t>(view.shape.n_kv_heads) + static_cast<size_t>(head);
   bool too_large =
       store_row<Kv>(k + from * static_cast<size_t>(k_dim), k_dim, rows.k(block, slot), rows.k_scales(block, slot));
   if (v_dim > 0)
@@ -64,9 +86,10 @@ __global__ void __launch_bounds__(WARP) append_rows(CacheView<Kv, Block> view, i
 }
 
 template <class Kv, int Block>
-void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const float* k, const float* v) {
-  const dim3 grid(static_cast<unsigned>(batch.n_tokens), static_cast<unsigned>(shape().n_kv_heads));
-  launch(team, append_rows<Kv, Block>, grid, WARP, 0, view_, layer, batch.slot_mapping, k, v, overflowed_);
+void KVCache<Kv, Block>::append(const Team& team, int layer, const Batch& batch, const Turn& turn, const float* k,
+                                const float* v) {
+  const dim3 grid(static_cast<unsigned>(batch.n_tokens), static_cast<unsigned>(turn.q.n + shape().n_kv_heads));
+  launch(team, append_rows<Kv, Block>, grid, WARP, 0, view_, layer, batch.slot_mapping, turn, k, v, overflowed_);
 }
 
 template <class Kv, int Block>

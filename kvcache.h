@@ -18,6 +18,7 @@
 
 #include "kernels/arena.h"
 #include "kernels/batch.h"
+#include "kernels/layers.h"
 #include "kernels/team.h"
 
 // What is kept of a number: a type's name and the bytes of a row of dim elements. Infinities and NaN come back as
@@ -114,8 +115,9 @@ class KVCache {
   const CacheView<Kv, Block>& view() const { return view_; }
 
   // The only writer. k [T, n_kv_heads, k_dim], v [T, n_kv_heads, v_dim] (null where v_dim is 0); token t goes to
-  // slot_mapping[t]. Every thread of the team calls it; ends with a barrier.
-  void append(const Team& team, int layer, const Batch& batch, const float* k, const float* v);
+  // slot_mapping[t]. Before, the step's queries and keys are turned (layers.h). Every thread of the team calls it; ends
+  // with a barrier.
+  void append(const Team& team, int layer, const Batch& batch, const Turn& turn, const float* k, const float* v);
 
   // Whether anything finite was beyond Kv::largest, and so is NaN now.
   bool overflowed() const;

@@ -15,7 +15,6 @@
 #include "kernels/ranks.h"
 
 enum class NormKind { rms, layer };
-enum class Activation { silu, gelu, gelu_tanh, swiglu_oai };  // swiglu_oai: gpt-oss's, of gate and up together
 enum class Scoring { softmax, sigmoid };
 enum class GroupScore { max, top2_sum };  // how group-limited routing ranks a group of experts: DeepSeek V2, V3
 

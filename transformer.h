@@ -82,12 +82,16 @@ class Transformer {
     for (size_t i = 0; i < p.angles.size(); i++)
       rope_angles(team, batch, long_context ? model_.rope[i].long_inv_freq : model_.rope[i].inv_freq, p.angles[i].n,
                   c.rope_scale[i], p.angles[i].cos, p.angles[i].sin);
-    for (int l = 0; l < c.n_layers; l++) {
+    const auto input_norm = [&](int l) {  // of layer l; behind the last one of the classifier
+      return l < c.n_layers ? model_.layers[static_cast<size_t>(l)].attention_norm : model_.final_norm;
+    };
+    step.norm_x(input_norm(0));
+    for (int l = 0; l < c.n_layers; l++) {  // each stage makes y of h, which is added to x
       const Layer& layer = model_.layers[static_cast<size_t>(l)];
-      step.norm_x(layer.attention_norm, p.h);
       p.attention.template forward<Kernel>(l, layer, step, p.cache, p.attention_workspace);
-      step.norm_x(layer.mlp_norm, p.h);
+      step.add_y(layer.attention_post_norm, layer.mlp_norm);
       p.mlp.forward(l, layer, step);
+      step.add_y(layer.mlp_post_norm, input_norm(l + 1));
     }
     p.logits.forward(model_, step);
   }

@@ -74,17 +74,19 @@ class Gqa {
       workspace.plan(matmul_workspace_bytes(limits.max_tokens, width));
   }
 
-  // x += o_proj(attention of h); the tokens' rows enter the cache on the way.
+  // y = o_proj(attention of h); the tokens' rows enter the cache on the way.
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     const Config& c = step.config;
-    project(layer, w, step);
+    project(w, step);
     if (c.n_heads > 0) {  // of more ranks than KV heads some have none
-      cache.append(step.team, layer, step.batch, k_, v_);
+      const int d = c.head_dim, q_width = c.n_heads * d, k_width = c.n_kv_heads * d;
+      const Turn turn = step.turn(layer, c.norm_eps, {q_, q_width, c.n_heads, d, norm_of_a_head(w.q_norm, d), 0},
+                                  {k_, k_width, c.n_kv_heads, d, norm_of_a_head(w.k_norm, d), 0});
+      cache.append(step.team, layer, step.batch, turn, k_, v_);
       Kernel::attend(step.team, q_, cache, layer, step.batch, shape(c, layer, w.sinks), out_, workspace);
     }
-    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k),
-                     w.attention_post_norm);
+    step.compute(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k), false, step.y);
   }
 
  private:
@@ -99,31 +101,26 @@ class Gqa {
             .sinks = sinks};
   }
 
-  // x [T, width], in runs as long as the norm's weight: heads, or whole rows, for which the ranks' heads come together
-  static void norm_heads(const Step& step, const Norm& weights, int width, float* x) {
+  static Norm norm_of_a_head(const Norm& weights, int head_dim) { return weights.n == head_dim ? weights : Norm{}; }
+
+  // x [T, this rank's heads] normed, where the norm is over a row of all heads (OLMo 2): the ranks' come together.
+  static void norm_rows(const Step& step, const Norm& weights, float* x) {
     const Config& c = step.config;
     const int n = weights.n, T = step.batch.n_tokens;
-    if (!weights) return;
-    float* whole = n > c.head_dim ? step.gather.heads(step.team, x, T, n) : x;
-    norm(step.team, c.norm, c.norm_eps, weights, whole, n, n > c.head_dim ? T : T * (width / n), n, whole, n);
+    if (!weights || n == c.head_dim) return;
+    float* whole = step.gather.heads(step.team, x, T, n);
+    norm(step.team, c.norm, c.norm_eps, weights, whole, n, T, n, whole, n);
     if (whole != x) step.gather.own_heads(step.team, whole, T, n, x);
   }
 
-  // q, k and v of the tokens; q and k normed and rotated.
-  void project(int layer, const Layer& w, const Step& step) {
-    const Team& team = step.team;
-    const Config& c = step.config;
-    const int T = step.batch.n_tokens, H = c.n_heads, G = c.n_kv_heads, d = c.head_dim;
+  // q, k and v of the tokens, not yet turned.
+  void project(const Layer& w, const Step& step) {
+    const int T = step.batch.n_tokens;
     const Product projections[] = {product(w.q_proj, step.h, T, q_), product(w.k_proj, step.h, T, k_),
                                    product(w.v_proj, step.h, T, v_)};
-    matmul(team, projections, 3, step.workspace);
-    norm_heads(step, w.q_norm, H * d, q_);
-    norm_heads(step, w.k_norm, G * d, k_);
-    const int table = c.rope[static_cast<size_t>(layer)];
-    if (table < 0) return;
-    const Angles& a = step.angles[static_cast<size_t>(table)];
-    rope(team, q_, H * d, T, H, d, a.n, a.cos, a.sin);
-    rope(team, k_, G * d, T, G, d, a.n, a.cos, a.sin);
+    matmul(step.team, projections, 3, step.workspace);
+    norm_rows(step, w.q_norm, q_);
+    norm_rows(step, w.k_norm, k_);
   }
 
   float* q_;    // [T, n_heads, head_dim]
@@ -240,15 +237,18 @@ class Mla {
   template <class Kernel, class Kv, int Block>
   void forward(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
     if (step.config.n_heads > 0) attend_all<Kernel>(layer, w, step, cache, workspace);
-    step.add_product(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k),
-                     w.attention_post_norm);
+    step.compute(w.o_proj, step.gather.heads(step.team, out_, step.batch.n_tokens, w.o_proj.weight.k), false, step.y);
   }
 
  private:
   template <class Kernel, class Kv, int Block>
   void attend_all(int layer, const Layer& w, const Step& step, KVCache<Kv, Block>& cache, const Workspace& workspace) {
-    project(layer, w, step);
-    cache.append(step.team, layer, step.batch, kv_, nullptr);
+    project(w, step);
+    const Config& c = step.config;
+    const int r = c.kv_lora_rank, p = c.qk_rope_head_dim, nope = c.qk_nope_head_dim, q_width = nope + p;
+    const Turn turn = step.turn(layer, c.latent_norm_eps, {q_, c.n_heads * q_width, c.n_heads, q_width, Norm{}, nope},
+                                {kv_, r + p, 1, r + p, w.kv_a_norm, r});
+    cache.append(step.team, layer, step.batch, turn, kv_, nullptr);
     for (int s = 0, end = 0; s < step.host.n_sequences; s = end) {
       end = s + 1;
       if constexpr (Kernel::takes_rows) {
@@ -300,26 +300,18 @@ class Mla {
     return 2.0 * c.n_heads * (expanded ? n * carry + pairs * (nope + p + v) : t * carry + pairs * (2 * r + p));
   }
 
-  // q [T, n_heads, nope + p] and kv [T, r + p], normed and rotated.
-  void project(int layer, const Layer& w, const Step& step) {
+  // q [T, n_heads, nope + p] and kv [T, r + p], not yet turned.
+  void project(const Layer& w, const Step& step) {
     const Team& team = step.team;
     const Config& c = step.config;
-    const int T = step.batch.n_tokens, r = c.kv_lora_rank, p = c.qk_rope_head_dim, q_width = c.qk_nope_head_dim + p;
-    const int rank = c.q_lora_rank;
+    const int T = step.batch.n_tokens, rank = c.q_lora_rank;
     const Product first[] = {product(w.kv_a_proj, step.h, T, kv_),
                              rank ? product(w.q_a_proj, step.h, T, q_a_) : product(w.q_proj, step.h, T, q_)};
     matmul(team, first, 2, step.workspace);
-    if (w.kv_a_norm) norm(team, c.norm, c.latent_norm_eps, w.kv_a_norm, kv_, r + p, T, r, kv_, r + p);
-    if (rank) {
-      if (w.q_a_norm) norm(team, c.norm, c.latent_norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
-      const Product second = product(w.q_b_proj, q_a_, T, q_);
-      matmul(team, &second, 1, step.workspace);
-    }
-    const int table = c.rope[static_cast<size_t>(layer)];
-    if (table < 0) return;
-    const Angles& a = step.angles[static_cast<size_t>(table)];
-    rope(team, q_ + c.qk_nope_head_dim, c.n_heads * q_width, T, c.n_heads, q_width, a.n, a.cos, a.sin);
-    rope(team, kv_ + r, r + p, T, 1, p, a.n, a.cos, a.sin);
+    if (!rank) return;
+    if (w.q_a_norm) norm(team, c.norm, c.latent_norm_eps, w.q_a_norm, q_a_, rank, T, rank, q_a_, rank);
+    const Product second = product(w.q_b_proj, q_a_, T, q_);
+    matmul(team, &second, 1, step.workspace);
   }
 
   // out of sequences first .. last - 1, in the absorbed form.

@@ -42,17 +42,31 @@ static float mean(const float* x, int n) {
   return (sum(total) + rest) / static_cast<float>(n);
 }
 
+static void norm_row(NormKind kind, float eps, const Norm& weights, const float* in, int dim, float* to) {
+  const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
+  const float factor = 1 / std::sqrt(sum_of_squares(in, dim, shift) / static_cast<float>(dim) + eps);
+  if (weights.bias)
+    for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i] + weights.bias[i];
+  else
+    for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i];
+}
+
 void norm(const Team& team, NormKind kind, float eps, const Norm& weights, const float* x, int x_stride, int rows,
           int dim, float* out, int out_stride) {
-  team.for_each(rows, [&](int r) {
-    const float* in = x + area(r, x_stride);
-    float* to = out + area(r, out_stride);
-    const float shift = kind == NormKind::layer ? mean(in, dim) : 0;
-    const float factor = 1 / std::sqrt(sum_of_squares(in, dim, shift) / static_cast<float>(dim) + eps);
-    if (weights.bias)
-      for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i] + weights.bias[i];
+  team.for_each(rows,
+                [&](int r) { norm_row(kind, eps, weights, x + area(r, x_stride), dim, out + area(r, out_stride)); });
+}
+
+void add_and_norm(const Team& team, NormKind kind, float eps, const Norm& post_norm, const Norm& next, float scale,
+                  float* x, float* y, int T, int dim, float* out) {
+  team.for_each(T, [&](int t) {
+    float *x_row = x + area(t, dim), *y_row = y + area(t, dim), *out_row = out + area(t, dim);
+    if (post_norm) norm_row(kind, eps, post_norm, y_row, dim, y_row);
+    for (int i = 0; i < dim; i++) x_row[i] += scale * y_row[i];
+    if (next)
+      norm_row(kind, eps, next, x_row, dim, out_row);
     else
-      for (int i = 0; i < dim; i++) to[i] = (in[i] - shift) * factor * weights.weight[i];
+      std::copy_n(x_row, dim, out_row);
   });
 }
 
@@ -66,22 +80,6 @@ void rope_angles(const Team& team, const Batch& batch, const float* inv_freq, in
       const float angle = static_cast<float>(batch.positions[t]) * inv_freq[i];
       c[i] = scale * std::cos(angle);
       s[i] = scale * std::sin(angle);
-    }
-  });
-}
-
-void rope(const Team& team, float* x, int x_stride, int T, int n_heads, int head_stride, int n, const float* cos,
-          const float* sin) {
-  team.for_each(T, [&](int t) {
-    const float *c = cos + area(t, n), *s = sin + area(t, n);
-    for (int h = 0; h < n_heads; h++) {
-      float* a = x + area(t, x_stride) + h * head_stride;
-      float* b = a + n;
-      for (int i = 0; i < n; i++) {
-        const float rotated = a[i] * c[i] - b[i] * s[i];
-        b[i] = b[i] * c[i] + a[i] * s[i];
-        a[i] = rotated;
-      }
     }
   });
 }
@@ -141,12 +139,6 @@ void activate(const Team& team, Activation activation, float limit, const float*
     const size_t at = area(i / cuts, n) + static_cast<size_t>(first);
     row(gate ? gate + at : nullptr, up + at, std::min(n - first, CUT), limit, out + at);
   });
-}
-
-void add(const Team& team, float* x, const float* y, size_t n, float scale) {
-  const auto [first, last] = team.share(n);
-  for (size_t i = first; i < last; i++) x[i] += scale * y[i];
-  team.barrier();
 }
 
 void scale_and_cap(const Team& team, float* x, size_t n, float scale, float cap) {

@@ -11,7 +11,6 @@ void LogitsStage::forward(const Model& model, const Step& step) const {
   const Config& c = model.config;
   const int n = step.batch.n_logits;
   if (n == 0) return;
-  step.norm_x(model.final_norm, step.h);
   Product classifier = step.columns(model.lm_head, step.h, n, logits_, c.vocab_size);
   classifier.x_rows = step.batch.n_tokens;
   classifier.gather = step.batch.logit_rows;

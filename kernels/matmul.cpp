@@ -11,6 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "kernels/layers.h"
 #include "kernels/weight_types.h"
 
 namespace {
@@ -329,6 +330,13 @@ void matmul(const Team& team, const Product* products, int n_products, const Wor
     }
   }
   team.barrier();
+}
+
+void matmul_activated(const Team& team, const Product& gate, const Product& up, Activation activation, float limit,
+                      const Workspace& workspace) {
+  const Product both[] = {up, gate};
+  matmul(team, both, gate.weight ? 2 : 1, workspace);
+  activate(team, activation, limit, gate.weight ? gate.y : nullptr, up.y, up.rows, up.weight->n, up.y);
 }
 
 bool pack(const TensorView& source, bool transposed, int panel, std::byte* packed) {

@@ -89,6 +89,8 @@ struct Product {
   bool add = false;
 };
 
+enum class Activation { silu, gelu, gelu_tanh, swiglu_oai };  // swiglu_oai: gpt-oss's, of gate and up together
+
 // Bytes of workspace, for the activations in the weights' own arithmetic (int8, bfloat16), of a call whose one distinct
 // input has `rows` rows (of all groups) of k elements.
 size_t matmul_workspace_bytes(int rows, int k);
@@ -97,6 +99,11 @@ size_t matmul_workspace_bytes(int rows, int k);
 // each other share one conversion of x. Every thread of the team calls it, with the same arguments; ends with a
 // barrier. y must not overlap any x.
 void matmul(const Team& team, const Product* products, int n_products, const Workspace& workspace);
+
+// The first half of an MLP: runs both, and up.y becomes act(gate.y) * up.y (layers.h's activate); gate.weight null:
+// act(up.y). Both have the same input, rows and shape, and rows of y without gaps. gate.y [rows, n] is scratch.
+void matmul_activated(const Team& team, const Product& gate, const Product& up, Activation activation, float limit,
+                      const Workspace& workspace);
 
 // What multiplies: "avx512-bf16", "avx512-vnni", "avx512", "avx2" or "portable", after what the compiler may use; with
 // CUDA the GPU's name. Throws Error where there is no GPU.

@@ -27,37 +27,32 @@ MlpStage::MlpStage(Arena& arena, Workspace& workspace, const Config& c, const Li
 }
 
 void MlpStage::forward(int layer, const Layer& w, const Step& step) const {
-  if (step.config.is_moe(layer)) {
-    run_experts(w, step);
-    return step.add_y(w.mlp_post_norm);
-  }
-  step.add_product(w.mlp.down, expand(w.mlp, step.h, step), w.mlp_post_norm);
+  if (step.config.is_moe(layer)) return run_experts(w, step);
+  step.compute(w.mlp.down, expand(w.mlp, step.h, step), false, step.y);
 }
 
 const float* MlpStage::expand(const Mlp& mlp, const float* in, const Step& step) const {
   const int T = step.batch.n_tokens;
   const bool gated = static_cast<bool>(mlp.gate);
-  const Product both[] = {product(mlp.up, in, T, up_), gated ? product(mlp.gate, in, T, gate_) : Product{}};
-  matmul(step.team, both, gated ? 2 : 1, step.workspace);
-  activate(step.team, step.config.activation, step.config.swiglu_limit, gated ? gate_ : nullptr, up_, T,
-           mlp.up.weight.n, up_);
+  const Product gate = gated ? product(mlp.gate, in, T, gate_) : Product{};
+  matmul_activated(step.team, gate, product(mlp.up, in, T, up_), step.config.activation, step.config.swiglu_limit,
+                   step.workspace);
   return step.gather.whole(step.team, up_, T, mlp.down.weight.k);
 }
 
 void MlpStage::run_experts(const Layer& w, const Step& step) const {
   const Team& team = step.team;
   const Config& c = step.config;
-  const int T = step.batch.n_tokens, k = c.num_experts_per_tok, hidden = c.moe_intermediate_size;
+  const int T = step.batch.n_tokens, k = c.num_experts_per_tok;
   const Product router = product(w.router, step.h, T, scores_);
   matmul(team, &router, 1, step.workspace);
   route(team, c, w.router_bias, T, scores_, chosen_, weights_, scratch_);
   sort_by_expert(team, chosen_, T, k, c.n_routed_experts, row_start_, token_of_row_, row_of_choice_);
 
-  Product both[] = {product(w.experts.gate, step.h, T * k, gate_), product(w.experts.up, step.h, T * k, up_)};
   const int* row_start = row_start_ + step.gather.part().first(c.n_routed_experts);  // of this rank's experts
-  for (Product& p : both) p.x_rows = T, p.gather = token_of_row_, p.row_start = row_start;
-  matmul(team, both, 2, step.workspace);
-  activate(team, c.activation, c.swiglu_limit, gate_, up_, T * k, hidden, up_);
+  Product gate = product(w.experts.gate, step.h, T * k, gate_), up = product(w.experts.up, step.h, T * k, up_);
+  for (Product* p : {&gate, &up}) p->x_rows = T, p->gather = token_of_row_, p->row_start = row_start;
+  matmul_activated(team, gate, up, c.activation, c.swiglu_limit, step.workspace);
   Product down = product(w.experts.down, up_, T * k, expert_out_);
   down.row_start = row_start;
   matmul(team, &down, 1, step.workspace);

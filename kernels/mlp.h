@@ -11,7 +11,7 @@ class MlpStage {
  public:
   MlpStage(Arena& arena, Workspace& workspace, const Config& config, const Limits& limits);
 
-  // x += mlp(h)
+  // y = mlp(h)
   void forward(int layer, const Layer& weights, const Step& step) const;
 
  private:

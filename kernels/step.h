@@ -36,29 +36,31 @@ struct Step {
   const std::vector<Angles>& angles;  // one for each RoPE table
   float* x;                           // [T, dim] the residual stream
   float* h;                           // [T, dim] its norm: the stage's input
-  float* y;                           // [T, dim] what a stage adds, where it is not added at once
+  float* y;                           // [T, dim] what a stage adds to x
   const Workspace& workspace;         // of matmul
   const Gather& gather;               // makes whole what the ranks have in parts
 
-  // out [T, dim] = norm(x); x itself where the model has no such norm
-  void norm_x(const Norm& weights, float* out) const {
+  // h = norm(x); x itself where the model has no such norm
+  void norm_x(const Norm& weights) const {
     const int T = batch.n_tokens, dim = config.dim;
-    if (!weights) return copy_rows(team, x, dim, T, dim, 1, out, dim);
-    norm(team, config.norm, config.norm_eps, weights, x, dim, T, dim, out, dim);
+    if (!weights) return copy_rows(team, x, dim, T, dim, 1, h, dim);
+    norm(team, config.norm, config.norm_eps, weights, x, dim, T, dim, h, dim);
   }
 
-  // x += residual_scale * post_norm(y)
-  void add_y(const Norm& post_norm) const {
-    const int T = batch.n_tokens, dim = config.dim;
-    if (post_norm) norm(team, config.norm, config.norm_eps, post_norm, y, dim, T, dim, y, dim);
-    add(team, x, y, area(T, dim), config.residual_scale);
+  // x += residual_scale * post_norm(y); then h = norm(x), the next stage's input.
+  void add_y(const Norm& post_norm, const Norm& next) const {
+    add_and_norm(team, config.norm, config.norm_eps, post_norm, next, config.residual_scale, x, y, batch.n_tokens,
+                 config.dim, h);
   }
 
-  // x += residual_scale * post_norm(linear(in)), in [T, linear.k]
-  void add_product(const Linear& linear, const float* in, const Norm& post_norm) const {
-    const bool direct = !post_norm && config.residual_scale == 1.0f;
-    compute(linear, in, direct, direct ? x : y);
-    if (!direct) add_y(post_norm);
+  // What happens to a layer's queries and keys, with its RoPE table's angles.
+  Turn turn(int layer, float eps, const Heads& q, const Heads& k) const {
+    Turn t{q, k, config.norm, eps};
+    const int table = config.rope[static_cast<size_t>(layer)];
+    if (table < 0) return t;
+    const Angles& a = angles[static_cast<size_t>(table)];
+    t.n_angles = a.n, t.cos = a.cos, t.sin = a.sin;
+    return t;
   }
 
   // out [T, dim] = linear(in), in [T, linear.k], added to it where `add`: each rank its columns, then all of all.

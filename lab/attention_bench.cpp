@@ -92,7 +92,7 @@ void bench(const char* name, AttentionShape s, int context, int n_new, int layer
   };
   const std::vector<float> k = filled(context * s.n_kv_heads * s.k_dim), v = filled(context * s.n_kv_heads * s.v_dim);
   for (int l = 0; l < layers; l++)
-    cache.append(Team{}, l, batches.batch({{0, 0, context}}), k.data(), s.v_is_k ? nullptr : v.data());
+    cache.append(Team{}, l, batches.batch({{0, 0, context}}), {}, k.data(), s.v_is_k ? nullptr : v.data());
 
   const Batch& batch = batches.batch({{0, context - n_new, n_new}});
   const std::vector<float> q = filled(n_new * s.n_heads * s.k_dim);

@@ -95,7 +95,7 @@ class World {
   void append(const Piece& chunk) {
     const Batch& batch = gather({chunk});
     const Buffer<float> device_k = device_copy(k), device_v = device_copy(v);
-    cache.append(Team{}, LAYER, on_device.upload(batch), device_k.data(), device_v.data());
+    cache.append(Team{}, LAYER, on_device.upload(batch), {}, device_k.data(), device_v.data());
     synchronize();
   }
 
@@ -113,7 +113,7 @@ class World {
     ScratchMemory<Kernel> scratch(s, batch.n_tokens, longest_context, planned);
     Threads threads(n_threads);
     threads.run(n_threads, [&](const Team& team) {
-      cache.append(team, LAYER, batch, device_k.data(), device_v.data());
+      cache.append(team, LAYER, batch, {}, device_k.data(), device_v.data());
       Kernel::attend(team, device_q.data(), cache, LAYER, batch, s, device_out.data(), scratch.workspace);
     });
     return out = host_copy(device_out);

@@ -93,7 +93,7 @@ void poison(KVCache<Kv, Block>& cache, int block, int first_slot) {
     return device_copy(std::vector<float>(slots.size() * area(shape.n_kv_heads, dim), NAN));
   };
   const Buffer<float> k = nan(shape.k_dim), v = nan(shape.v_dim);
-  for (int layer = 0; layer < shape.n_layers; layer++) cache.append(Team(), layer, batch, k.data(), v.data());
+  for (int layer = 0; layer < shape.n_layers; layer++) cache.append(Team(), layer, batch, {}, k.data(), v.data());
 }
 
 // The slots that the batch writes, and all behind them. A block that is copied first keeps what it holds.

@@ -98,6 +98,20 @@ __global__ void write_after_many_reads(int* x) {
 __global__ void one_address_for_two_blocks(int* x) {
   x[index()] = static_cast<int>(blockIdx.x);
 }
+// The last block adds up what all have stored.
+template <bool FENCE, bool BARRIER, bool COUNT>
+__global__ void last_block_sums(int* x) {
+  int* is_last = dynamic_shared<int>();
+  if (threadIdx.x < 8) x[1 + blockIdx.x * 8 + threadIdx.x] = 1;
+  if (FENCE) __threadfence();
+  if (BARRIER) __syncthreads();
+  if (threadIdx.x == 32) *is_last = COUNT ? atomicAdd(x, 1) == 1 : blockIdx.x == 1;
+  __syncthreads();
+  if (!*is_last || threadIdx.x > 0) return;
+  int sum = 0;
+  for (int i = 1; i < 17; i++) sum += x[i];
+  x[17] = sum;
+}
 __global__ void one_address_for_two_threads(int* x) {
   x[index() / 2] = 1;
 }
@@ -110,6 +124,10 @@ TEST(Emulation, FindsRaces) {
   EXPECT_FAULT(fault(one_address_for_two_threads), "race");
   EXPECT_FAULT(fault(one_address_for_two_blocks, 2), "race");
   EXPECT_EQ(fault(one_address_for_two_blocks, 1), "");
+  EXPECT_EQ(fault(last_block_sums<true, true, true>, 2), "");
+  EXPECT_FAULT(fault(last_block_sums<false, true, true>, 2), "race");
+  EXPECT_FAULT(fault(last_block_sums<true, false, true>, 2), "race");
+  EXPECT_FAULT(fault(last_block_sums<true, true, false>, 2), "race");
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------

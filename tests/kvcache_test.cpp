@@ -123,7 +123,8 @@ class CacheModel {
       }
     const Buffer<float> device_k = device_copy(k), device_v = device_copy(v);
     const Batch& uploaded = on_device.upload(batch);
-    threads.run(3, [&](const Team& team) { cache.append(team, layer, uploaded, device_k.data(), device_v.data()); });
+    threads.run(3,
+                [&](const Team& team) { cache.append(team, layer, uploaded, {}, device_k.data(), device_v.data()); });
   }
 
   void expect_token(int t, int block, int slot) {
@@ -214,7 +215,7 @@ void check_read_k() {
   const Buffer<float> device_k = device_copy(k);
   Buffer<float> rows(at(14 * dim));
   Threads(2).run(2, [&](const Team& team) {
-    cache.append(team, 0, batch, device_k.data(), nullptr);
+    cache.append(team, 0, batch, {}, device_k.data(), nullptr);
     cache.read_k(team, 0, batch, 0, 5, 14, rows.data());
   });
   const std::vector<float> out = host_copy(rows);
@@ -225,6 +226,72 @@ void check_read_k() {
 TEST(KVCache, ReadKWalksTheTable) {
 #define CHECK_READ_K(Kv, Block) check_read_k<Kv, Block>();
   FOR_EACH_CACHE(CHECK_READ_K)
+}
+
+// Queries and keys are normed over their first elements and then turned, and the rest stays; what enters the cache is
+// the turned key.
+TEST(KVCache, TurnsQueriesAndKeysOnTheWay) {
+  constexpr int T = 3, HEADS = 4, KV_HEADS = 2, DIM = 11, NORMED = 10, ROTATED = 2, N = 4;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  const auto numbers = [&](int n) {
+    std::vector<float> x(at(n));
+    for (float& number : x) number = normal(random);
+    return x;
+  };
+  // A token's queries are followed by what is no head.
+  constexpr int Q_STRIDE = HEADS * DIM + 3;
+  const std::vector<float> q = numbers(T * Q_STRIDE), k = numbers(T * KV_HEADS * DIM), v = numbers(T * KV_HEADS * 5),
+                           w = numbers(NORMED), cos = numbers(T * N), sin = numbers(T * N);
+  const Buffer<float> device_v = device_copy(v), device_w = device_copy(w), device_cos = device_copy(cos),
+                      device_sin = device_copy(sin);
+  Buffer<float> device_q = device_copy(q), device_k = device_copy(k);
+  const Norm weights{device_w.data(), nullptr, NORMED};
+  const Turn turn{{device_q.data(), Q_STRIDE, HEADS, DIM, {}, ROTATED},
+                  {device_k.data(), KV_HEADS * DIM, KV_HEADS, DIM, weights, ROTATED},
+                  NormKind::rms,
+                  1e-5f,
+                  N,
+                  device_cos.data(),
+                  device_sin.data()};
+
+  const CacheShape shape{1, KV_HEADS, DIM, 5, 1, T};
+  Arena memory(arena_bytes<KvF32, 0>(shape));
+  KVCache<KvF32, 0> cache(memory, shape);
+  const int slots[] = {2, 0, 1};
+  Batch batch;
+  batch.n_tokens = T, batch.slot_mapping = slots;
+  DeviceBatch on_device;
+  const Batch& uploaded = on_device.upload(batch);
+  Threads(2).run(2, [&](const Team& team) { cache.append(team, 0, uploaded, turn, device_k.data(), device_v.data()); });
+
+  const auto turned = [&](std::vector<double> x, bool is_normed, int t) {
+    double squares = 0;
+    for (int i = 0; i < NORMED; i++) squares += x[at(i)] * x[at(i)] / NORMED;
+    for (int i = 0; is_normed && i < NORMED; i++) x[at(i)] *= double(w[at(i)]) / std::sqrt(squares + 1e-5);
+    for (int i = 0; i < N; i++) {
+      const double a = x[at(ROTATED + i)], b = x[at(ROTATED + N + i)];
+      x[at(ROTATED + i)] = a * double(cos[at(t * N + i)]) - b * double(sin[at(t * N + i)]);
+      x[at(ROTATED + N + i)] = b * double(cos[at(t * N + i)]) + a * double(sin[at(t * N + i)]);
+    }
+    return x;
+  };
+  const std::vector<float> q_after = host_copy(device_q);
+  for (int t = 0; t < T; t++) {
+    for (int h = 0; h < HEADS; h++) {
+      const auto head = q.begin() + t * Q_STRIDE + h * DIM;
+      const auto expected = turned({head, head + DIM}, false, t);
+      for (int i = 0; i < DIM; i++) EXPECT_NEAR(q_after[at(t * Q_STRIDE + h * DIM + i)], expected[at(i)], 1e-5);
+    }
+    for (int i = HEADS * DIM; i < Q_STRIDE; i++) EXPECT_EQ(q_after[at(t * Q_STRIDE + i)], q[at(t * Q_STRIDE + i)]);
+    for (int g = 0; g < KV_HEADS; g++) {
+      const auto head = k.begin() + (t * KV_HEADS + g) * DIM;
+      const auto expected = turned({head, head + DIM}, true, t);
+      float row[DIM];
+      cache.load_k(0, 0, g, slots[t], row);
+      for (int i = 0; i < DIM; i++) EXPECT_NEAR(row[i], expected[at(i)], 1e-5);
+    }
+  }
 }
 
 }  // namespace

@@ -124,41 +124,60 @@ TEST_P(Widths, ClampedActivation) {
   EXPECT_TRUE(std::isnan(out[0]) && std::isnan(out.back()));
 }
 
-TEST(Layers, RopeRotatesHalvesAndLeavesTheRest) {
-  const int T = 3, heads = 2, stride = 11, n = 4, row = heads * stride + 3;
-  const int positions[] = {0, 5, 100000};
+TEST(Layers, AnglesOfTokens) {
+  const int positions[] = {0, 5, 100000}, T = 3;
   const std::vector<float> inv_freq = {1, 0.3f, 0.01f, 1e-4f};
   const Buffer<float> device_inv_freq = device_copy(inv_freq);
-  Buffer<float> cos(T * n), sin(T * n);
+  Buffer<float> device_cos(T * inv_freq.size()), device_sin(T * inv_freq.size());
   Batch batch;
-  batch.n_tokens = T;
-  batch.positions = positions;
+  batch.n_tokens = T, batch.positions = positions;
   DeviceBatch on_device;
   const Batch& uploaded = on_device.upload(batch);
-  const auto x = normal(static_cast<size_t>(T * row), 6);
-  Buffer<float> rotated = device_copy(x);
   on_team([&](const Team& team) {
-    rope_angles(team, uploaded, device_inv_freq.data(), n, 1.25f, cos.data(), sin.data());
-    rope(team, rotated.data(), row, T, heads, stride, n, cos.data(), sin.data());
+    rope_angles(team, uploaded, device_inv_freq.data(), 4, 1.25f, device_cos.data(), device_sin.data());
   });
-  const std::vector<float> y = host_copy(rotated);
-  for (int t = 0; t < T; t++) {
-    for (int i = 0; i < row; i++) {
-      const int within = i % stride;
-      const auto at = static_cast<size_t>(t * row + i);
-      if (i >= heads * stride || within >= 2 * n) {
-        EXPECT_EQ(y[at], x[at]);
-        continue;
-      }
-      // The angle is a float32 product by definition; its cosine is exact to a rounding.
-      const auto angle =
-          static_cast<double>(static_cast<float>(positions[t]) * inv_freq[static_cast<size_t>(within % n)]);
-      const size_t other = within < n ? at + n : at - n;
-      const double a = static_cast<double>(x[at]), b = static_cast<double>(x[other]);
-      const double expected = 1.25 * (a * std::cos(angle) + (within < n ? -b : b) * std::sin(angle));
-      EXPECT_NEAR(static_cast<double>(y[at]), expected, 8 * EPS * (std::fabs(a) + std::fabs(b)));
-    }
+  const std::vector<float> cos = host_copy(device_cos), sin = host_copy(device_sin);
+  for (size_t i = 0; i < cos.size(); i++) {
+    // The angle is a float32 product by definition; its cosine is exact to a rounding.
+    const auto angle = static_cast<double>(static_cast<float>(positions[i / 4]) * inv_freq[i % 4]);
+    EXPECT_NEAR(static_cast<double>(cos[i]), 1.25 * std::cos(angle), 8 * EPS);
+    EXPECT_NEAR(static_cast<double>(sin[i]), 1.25 * std::sin(angle), 8 * EPS);
   }
+}
+
+// Bit for bit a norm of y, a multiply-add by hand, and a norm of the sum; either norm may be absent.
+TEST_P(Widths, AStageIsAddedAndTheSumNormed) {
+  const int n = GetParam(), rows = 3;
+  const auto elements = static_cast<size_t>(rows * n);
+  const auto x = normal(elements, 1, 2, 3), y = normal(elements, 2), w = normal(static_cast<size_t>(n), 3),
+             post_w = normal(static_cast<size_t>(n), 4);
+  const auto device_w = device_copy(w), device_post = device_copy(post_w);
+  const float eps = 1e-5f, scale = 0.3f;
+  for (const bool has_post : {false, true})
+    for (const bool has_next : {false, true}) {
+      const Norm post{has_post ? device_post.data() : nullptr, nullptr, n},
+          next{has_next ? device_w.data() : nullptr, nullptr, n};
+      const auto normed = [&](const Norm& weights, const std::vector<float>& in) {
+        if (!weights) return in;
+        const auto device_in = device_copy(in);
+        Buffer<float> out(elements);
+        on_team([&](const Team& team) {
+          norm(team, NormKind::layer, eps, weights, device_in.data(), n, rows, n, out.data(), n);
+        });
+        return host_copy(out);
+      };
+      std::vector<float> sum = x;
+      const std::vector<float> added = normed(post, y);
+      for (size_t i = 0; i < elements; i++) sum[i] += scale * added[i];
+      auto device_x = device_copy(x), device_y = device_copy(y);
+      Buffer<float> out(elements);
+      on_team([&](const Team& team) {
+        add_and_norm(team, NormKind::layer, eps, post, next, scale, device_x.data(), device_y.data(), rows, n,
+                     out.data());
+      });
+      EXPECT_EQ(host_copy(device_x), sum);
+      EXPECT_EQ(host_copy(out), normed(next, sum));
+    }
 }
 
 TEST(Layers, EmbeddingAddsThePosition) {

@@ -15,6 +15,7 @@
 
 #include "device_memory.h"
 #include "ggml_types.h"
+#include "kernels/layers.h"
 #include "kernels/simd.h"
 #include "kernels/threads.h"
 
@@ -615,6 +616,42 @@ TEST(Matmul, AGroupAnExpert) {
         p.bias = s.bias.data();
         check_groups(type, s, p, y);
       }
+}
+
+// Bit for bit the products, and then the activation of what they make.
+void check_activated(const Operands& gate, const Operands& up, bool gated) {
+  std::vector<Product> products = {up.product};
+  if (gated) products.push_back(gate.product);
+  Workspace workspace;
+  const size_t bytes = 2 * matmul_workspace_bytes(up.product.x_rows, up.product.weight->k);
+  workspace.plan(bytes);
+  Arena memory(bytes + 128);
+  workspace.allocate(memory);
+  const OnDevice parts(products), fused(products);
+  const Product &p = parts.products()[0], f = fused.products()[0];
+  Threads(2).run(2, [&](const Team& team) {
+    matmul(team, parts.products().data(), static_cast<int>(products.size()), workspace);
+    activate(team, Activation::gelu_tanh, 0, gated ? parts.products()[1].y : nullptr, p.y, p.rows, p.weight->n, p.y);
+    matmul_activated(team, gated ? fused.products()[1] : Product{}, f, Activation::gelu_tanh, 0, workspace);
+  });
+  parts.bring_back();
+  const std::vector<float> expected = up.y;
+  fused.bring_back();
+  EXPECT_EQ(up.y, expected) << gated << " rows " << p.rows;
+}
+
+TEST(Matmul, AnActivatedProductIsItsParts) {
+  Random random(12);
+  for (const auto& [gate_type, up_type] :
+       {std::pair{"bf16", "bf16"}, {"q8_0", "q8_0"}, {"f32", "f32"}, {"q4_1", "q8_0"}})
+    for (const int rows : {1, 3, 20}) {
+      const int n = 40, k = 544;
+      Operands gate({gate_type, n, k, rows, true}, random), up({up_type, n, k, rows, true}, random);
+      gate.product.y_stride = up.product.y_stride = n;
+      gate.product.x = up.product.x;
+      check_activated(gate, up, true);
+      check_activated(gate, up, false);
+    }
 }
 
 // A call larger than the plan is refused by every thread, before anything is written.

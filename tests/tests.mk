@@ -11,14 +11,15 @@ PACKAGES += $(if $(filter test gtest %_test kit-programs,$(MAKECMDGOALS)),libgte
 PACKAGES += $(if $(filter fuzz,$(MAKECMDGOALS)),clang libclang-rt-dev)
 
 TEST := build/test/$(LEVEL)
-TESTS := $(filter-out emulation_test mma_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
+TESTS := $(filter-out emulation_test launches_test mma_test,$(patsubst tests/%.cpp,%,$(wildcard tests/*_test.cpp)))
 # The last two take minutes under the sanitizers; attention_small_test and transformer_test call the same kernels.
-EMULATED_TESTS := batch_test mma_test attention_small_test kvcache_test layers_test matmul_test experts_test \
+ON_A_DEVICE := batch_test mma_test attention_small_test kvcache_test layers_test matmul_test experts_test \
   logits_test transformer_test $(if $(filter 0,$(SANITIZE)),attention_test cross_product_test)
+EMULATED_TESTS := $(ON_A_DEVICE) launches_test
 # What tests every device's KV types, once more for q4, which the CPU alone keeps.
 Q4_TESTS := kvcache_test attention_test attention_small_test transformer_test cross_product_test
 # DEVICE=cuda: the same tests on the GPU itself.
-CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(EMULATED_TESTS))
+CUDA_TESTS := $(if $(filter cuda,$(DEVICE)),$(ON_A_DEVICE))
 RACE_TESTS := $(if $(filter 0,$(SANITIZE)),emulation_test attention_small_test kvcache_test layers_test experts_test \
   logits_test)
 TOOLS := tokenize render dequantize

@@ -388,6 +388,11 @@ void emulation::allow_shared(const void* kernel, size_t bytes) {
   allowed_shared()[kernel] = bytes;
 }
 
+static int launched = 0;
+int emulation::launches() {
+  return launched;
+}
+
 cudaError_t emulation::enqueue(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> call) {
   constexpr size_t MOST_SHARED = 99 << 10;  // of the smallest GPU that we compile for, sm_120
   const auto found = allowed_shared().find(kernel);
@@ -396,6 +401,7 @@ cudaError_t emulation::enqueue(const cudaLaunchConfig_t& config, const void* ker
   if (!g.x || !g.y || !g.z || !b.x || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z > MAX_THREADS ||
       b.x * b.y * b.z % WARP || config.dynamicSmemBytes > std::min(shared, MOST_SHARED))
     return cudaErrorInvalidConfiguration;
+  launched++;
   put(config.stream,
       [config, call = std::move(call)] { run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, call); });
   return cudaSuccess;

@@ -21,6 +21,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (emulation::machine.self->thread)
 inline const uint3& blockIdx = emulation::machine.block;
@@ -136,6 +137,19 @@ T atomicExch(T* p, T x, Place where = Place::current()) {
   return std::exchange(*p, x);
 }
 
+inline int atomicAdd(int* p, int x, Place where = Place::current()) {
+  emulation::check_vector("atomicAdd", where, p, sizeof(int));
+  const emulation::Quiet quiet;
+  emulation::observer->atomic(p, emulation::machine.self->index);
+  const int before = *p;
+  *p += x;
+  return before;
+}
+inline void __threadfence() {
+  const emulation::Quiet quiet;
+  emulation::observer->fence();
+}
+
 void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Place where = Place::current());
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Place where = Place::current());
 void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Place where = Place::current());
@@ -235,6 +249,8 @@ struct cudaLaunchConfig_t {
 namespace emulation {
 void allow_shared(const void* kernel, size_t bytes);
 cudaError_t enqueue(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> call);
+// How many kernels were launched so far, or captured.
+int launches();
 }  // namespace emulation
 
 template <class... P>

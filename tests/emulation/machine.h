@@ -72,6 +72,8 @@ struct Observer {
   virtual void free(const void* /*memory*/, size_t /*bytes*/) {}
   virtual void sync_warp(int /*warp*/) {}
   virtual void sync_block() {}
+  virtual void fence() {}  // of device memory
+  virtual void atomic(const void* /*address*/, int /*thread*/) {}
   virtual std::string line_of_access() { return ""; }  // of the one that was refused
 };
 

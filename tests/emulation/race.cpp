@@ -2,8 +2,9 @@
 // each of them; this file has these functions, linked instead of libtsan.
 //
 // Found: two accesses of one address, one of them a write, without what orders them (a barrier of the block, or a
-// __syncwarp where both threads are of one warp; nothing orders two blocks of a launch); shared memory that nobody
-// wrote; what an asynchronous copy has not brought yet; addresses outside every allocation, misaligned, or the host's.
+// __syncwarp where both threads are of one warp; for two blocks of a launch that both count on the same address, the
+// first behind a fence); shared memory that nobody wrote; what an asynchronous copy has not brought yet; addresses
+// outside every allocation, misaligned, or the host's.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -31,9 +32,14 @@ struct Cell {
 
 class Race : public Observer {
  public:
-  void begin_launch() override { launch_serial_ = serial_ + 1; }
+  void begin_launch() override {
+    launch_serial_ = serial_ + 1;
+    counted_.clear();
+  }
   void begin_block() override {
     serial_++;
+    has_fence_ = false;
+    seen_.clear();
     if (shared_.size() < machine.shared_bytes) shared_.resize(machine.shared_bytes);
   }
   void free(const void* p, size_t bytes) override {
@@ -42,6 +48,8 @@ class Race : public Observer {
   }
   void sync_block() override { epoch_++; }
   void sync_warp(int warp) override { warp_epochs_[warp]++; }
+  void fence() override { has_fence_ = true; }
+  void atomic(const void* p, int thread) override;
   std::string line_of_access() override;
 
   void access(const void* p, int bytes, bool writes, int thread) override;
@@ -53,6 +61,11 @@ class Race : public Observer {
   Cell& shared_cell(const void* p) {
     return shared_[static_cast<size_t>(static_cast<const std::byte*>(p) - machine.shared)];
   }
+  // That a thread has counted on an address, the last barrier of its block before that being `epoch`.
+  struct Count {
+    int block, epoch, thread;
+  };
+  bool ordered_by_counts(const Access& before, int thread) const;
   bool ordered(const Access& before, int thread, bool is_shared) const;
   void touch(Cell& c, bool writes, int thread, bool is_shared);
 
@@ -60,12 +73,30 @@ class Race : public Observer {
   static constexpr uintptr_t PAGE = 256;
   std::unordered_map<uintptr_t, std::vector<Cell>> device_;  // [address / PAGE][PAGE]
   int serial_ = 0, launch_serial_ = 0, epoch_ = 0, warp_epochs_[WARP] = {};
-  void* caller_ = nullptr;  // of the hook: the access's place in the program
+  bool has_fence_ = false;                                       // this block has executed one
+  std::unordered_map<const void*, std::vector<Count>> counted_;  // by blocks of this launch, behind a fence
+  std::vector<std::pair<Count, Count>> seen_;                    // by this block: another's count, and its own
+  void* caller_ = nullptr;                                       // of the hook: the access's place in the program
 };
+
+// A count makes what was stored before it visible to those who count later; the emulation runs blocks in order.
+void Race::atomic(const void* p, int thread) {
+  const Count own{serial_, epoch_, thread};
+  for (const Count& other : counted_[p]) seen_.push_back({other, own});
+  if (has_fence_) counted_[p].push_back(own);
+}
+
+bool Race::ordered_by_counts(const Access& before, int thread) const {
+  for (const auto& [other, own] : seen_)
+    if (other.block == before.block && (before.block_epoch < other.epoch || before.thread == other.thread) &&
+        (own.epoch < epoch_ || own.thread == thread))
+      return true;
+  return false;
+}
 
 // Whether what orders threads lies between this access and one that `thread` makes now.
 bool Race::ordered(const Access& before, int thread, bool is_shared) const {
-  if (before.block != serial_) return is_shared || before.block < launch_serial_;
+  if (before.block != serial_) return is_shared || before.block < launch_serial_ || ordered_by_counts(before, thread);
   const bool same_warp = before.thread / WARP == thread / WARP;
   return before.thread == thread || before.block_epoch < epoch_ ||
          (same_warp && before.warp_epoch < warp_epochs_[thread / WARP]);
