@@ -73,15 +73,19 @@ class Estimate {
       return machine_of(
           {"as said", o_.memory, o_.bandwidth, o_.flops, o_.flops, o_.flops, "--bandwidth, --flops, --memory"});
     threads_.emplace(o_.threads);
-    const Buffer<std::byte> memory = memory_to_read(*threads_);
-    Machine m = probe(*threads_, o_.threads, {memory.data(), memory.size()}, model);
+    // As much as the model has: what a cache holds of its weights, it holds of these.
+    const size_t bytes = static_cast<size_t>(std::min<double>(NOT_CACHED, weight_bytes(model)));
+    const Buffer<std::byte> memory = memory_to_read(*threads_, bytes);
+    Machine m = probe(*threads_, o_.threads, model, placed(matrices_of_decode(model), {memory.data(), memory.size()}),
+                      o_.parallel);
     m.memory += static_cast<double>(memory.size());
+    m.logit = logit_seconds(o_.sampler, model.config.vocab_size);
     return m;
   }
 
   Column column(Model model) {
     Machine m = machine_;
-    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_);
+    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_, context_);
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);
@@ -174,6 +178,7 @@ std::string Estimate::rows() const {
   row("  reading KV", [&](const Column& c) { return ms(c.time.kv); });
   row("  multiplying (meanwhile)", [&](const Column& c) { return ms(c.time.products + c.time.attention); });
   row("  launches", [&](const Column& c) { return ms(c.time.launches); });
+  if (threads_) row("  drawing from the logits", [&](const Column& c) { return ms(c.time.logits); });
   row("bound by", [](const Column& c) { return c.time.bound(); });
   row("tokens/s of a sequence", [](const Column& c) { return format("%.1f", 1 / c.time.total()); });
   if (o_.parallel > 1)
@@ -196,7 +201,7 @@ std::string Estimate::notes() const {
     out += format(
         "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
         bytes(own, own.model, o_.parallel, context_) / 1e9, machine_.memory / 1e9);
-  if (own.parameters < SMALL_MODEL)
+  if (own.parameters < SMALL_MODEL && !threads_)
     out += "below 10^9 parameters launches and caches rule, and a roofline promises too much: expect less\n";
   if (!o_.gpu.empty())
     out +=
@@ -248,6 +253,7 @@ Json Estimate::json() const {
                                     {"seconds_of_products", c.time.products},
                                     {"seconds_of_attention", c.time.attention},
                                     {"seconds_of_launches", c.time.launches},
+                                    {"seconds_of_logits", c.time.logits},
                                     {"bound_by", c.time.bound()},
                                     {"flop_per_step", c.decode.flop()},
                                     {"prompt_seconds", c.prompt_seconds},

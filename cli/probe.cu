@@ -30,8 +30,8 @@ static double launch_seconds(Threads& threads) {
          N;
 }
 
-Buffer<std::byte> memory_to_read(Threads&) {
-  return Buffer<std::byte>(size_t{1} << 29);
+Buffer<std::byte> memory_to_read(Threads&, size_t bytes) {
+  return Buffer<std::byte>(bytes);
 }
 
 double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) {
@@ -44,21 +44,30 @@ double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) 
   return N * 2 * static_cast<double>(memory.size()) / seconds;
 }
 
-Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
+// Over the largest matrix, or a part of it.
+static double bandwidth(Threads& threads, const std::vector<Matrix>& matrices) {
+  constexpr size_t MOST = size_t{128} << 20;
+  const Matrix& m = *std::ranges::max_element(matrices, {}, bytes_of);
+  return read_bandwidth(threads, 1, {m.data, std::min(MOST, static_cast<size_t>(bytes_of(m)))});
+}
+
+Machine probe(Threads& threads, int, const Model& model, const std::vector<Matrix>& matrices, int) {
   const auto speed = [&](WeightType type) {  // of a prompt's product, in which all of the GPU has work
     return matmul_speed(threads, 1, type, 8192, 4096, 1024);
   };
   Machine m{.name = kernel_level(),
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
-            .bandwidth = read_bandwidth(threads, size, memory),
+            .bandwidth = bandwidth(threads, matrices),
             .products = work_of(model, {}, 0).products,
+            .prompt_products = {},
             .attention = speed(*find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
             .launch = launch_seconds(threads)};
   m.prompt_attention = m.attention;
   for (size_t type = 0; type < m.products.size(); type++)
     if (m.products[type] > 0) m.products[type] = speed(static_cast<WeightType>(type));
+  m.prompt_products = m.products;
   return m;
 }
 
-void probe_attention(Machine&, Threads&, int, const Config&, const AttentionSpeed&) {}
+void probe_attention(Machine&, Threads&, int, const Config&, const AttentionSpeed&, int) {}

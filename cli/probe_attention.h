@@ -7,10 +7,11 @@
 #include "cli/probe.h"
 #include "variants.h"
 
-// FLOP/s of the last `tokens` of one sequence, on a team of `size` threads, for a model of any variant (MLA: absorbed).
+// FLOP/s of the last `tokens` of a sequence of `wanted` tokens or of what the caches hold, on a team of `size` threads,
+// for a model of any variant (MLA: absorbed).
 template <class Kernel, class Kv, int Block>
-double attention_speed(Threads& threads, int size, const Config& c, int tokens) {
-  const int context = 2 * ATTENTION_SPLIT * size, block_size = Block ? Block : context;
+double attention_speed(Threads& threads, int size, const Config& c, int tokens, int wanted) {
+  const int context = std::clamp(wanted, tokens, 2 * ATTENTION_SPLIT * size), block_size = Block ? Block : context;
   CacheShape row;
   with_variant(c.attention,
                [&](auto v) { row = decltype(v)::type::cache_shape(c, (context - 1) / block_size + 1, block_size); });
