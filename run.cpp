@@ -170,11 +170,11 @@ std::optional<Machine> probed(const Session& session) {
   if (stats.decode_steps == 0) return {};
   const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
   const int rows = static_cast<int>((2 * stats.decode_tokens / stats.decode_steps + 1) / 2);
-  Machine machine = probe(session.threads, threads, session.model, matrices_of_decode(session.model), rows);
+  Machine machine = probe(session.threads, threads, session.model, rows);
   machine.logit = logit_seconds(session.options.sampler, session.model.config.vocab_size);
-  probe_attention(machine, session.threads, threads, session.model.config,
-                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>,
-                  static_cast<int>(stats.decode_context / stats.decode_tokens));
+  probe_step(machine, session.threads, threads, matrices_of_decode(session.model), session.model.config,
+             attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>,
+             static_cast<int>(stats.decode_context / stats.decode_tokens));
   return machine;
 }
 

@@ -75,17 +75,19 @@ class Estimate {
     threads_.emplace(o_.threads);
     // As much as the model has: what a cache holds of its weights, it holds of these.
     const size_t bytes = static_cast<size_t>(std::min<double>(NOT_CACHED, weight_bytes(model)));
-    const Buffer<std::byte> memory = memory_to_read(*threads_, bytes);
-    Machine m = probe(*threads_, o_.threads, model, placed(matrices_of_decode(model), {memory.data(), memory.size()}),
-                      o_.parallel);
-    m.memory += static_cast<double>(memory.size());
+    memory_ = memory_to_read(*threads_, bytes);
+    matrices_ = placed(matrices_of_decode(model), {memory_.data(), memory_.size()});
+    Machine m = probe(*threads_, o_.threads, model, o_.parallel);
+    probe_step(m, *threads_, o_.threads, matrices_, model.config, attention_speed_, context_);
+    m.memory += static_cast<double>(memory_.size());
     m.logit = logit_seconds(o_.sampler, model.config.vocab_size);
     return m;
   }
 
   Column column(Model model) {
     Machine m = machine_;
-    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_, context_);
+    if (threads_) probe_step(m, *threads_, o_.threads, matrices_, model.config, attention_speed_, context_);
+    m.bandwidth = machine_.bandwidth;  // one for all, so that they differ by their bytes alone
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);
@@ -121,6 +123,8 @@ class Estimate {
   const Activations& activations_;
   const AttentionSpeed& attention_speed_;
   std::optional<Threads> threads_;  // where this machine is probed
+  Buffer<std::byte> memory_;        // in which
+  std::vector<Matrix> matrices_;    // lie
   std::string kv_, source_;
   int context_ = 0;
   Machine machine_;

@@ -6,15 +6,15 @@
 #include <atomic>
 #include <chrono>
 
+#include "attention.h"
 #include "cli/probe_matmul.h"
+#include "host/engine.h"
 #include "kernels/simd.h"
 
 namespace {
 
 constexpr size_t LEAST = 5, MOST = 25;  // repeats: of what takes long, few
 constexpr double LONG = 0.05;           // s
-
-constexpr size_t WALKS = 9;  // ... through parts of the model
 
 std::atomic<float> sink;  // what is computed is used, or the loop would go
 
@@ -38,48 +38,60 @@ double stage_seconds(Threads& threads, int size, WeightType type) {
   return 2.0 * N * K / matmul_speed(threads, size, type, N, K, 1);
 }
 
-// Bytes a second of the products of one row with these matrices, one after the other and again from the first on, as
-// decode reads them: what a cache holds of them until their turn comes again, comes out of it. Of a stage's time what
-// it takes without anything to read is left out: the calculation counts that apart.
-double weight_bandwidth(Threads& threads, int size, const std::vector<Matrix>& matrices, double stage) {
-  constexpr double MOST_BYTES = 128e6;  // of a run: some ms
-  int n = 0, k = 0;
-  for (const Matrix& m : matrices) n = std::max(n, m.n), k = std::max(k, m.k);
-  Buffer<float> x(area(1, k)), y(area(1, n));
-  std::fill_n(x.data(), k, 1.0f);
-  Workspace workspace;
-  workspace.plan(matmul_workspace_bytes(1, k));
-  Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
-  workspace.allocate(scratch);
+// Walks through matrices by products of one row, one after the other and again from the first on, as decode does.
+class Walk {
+ public:
+  Walk(Threads& threads, int size, const std::vector<Matrix>& matrices, double stage)
+      : threads_(threads), size_(size), matrices_(matrices), stage_(stage) {
+    int n = 0, k = 0;
+    for (const Matrix& m : matrices) n = std::max(n, m.n), k = std::max(k, m.k);
+    x_ = Buffer<float>(area(1, k)), y_ = Buffer<float>(area(1, n));
+    std::fill_n(x_.data(), k, 1.0f);
+    workspace_.plan(matmul_workspace_bytes(1, k));
+    scratch_ = Arena(bytes_of([&](Arena& arena) { workspace_.allocate(arena); }));
+    workspace_.allocate(scratch_);
+  }
 
-  std::vector<double> speeds;
-  for (size_t next = 0, repeat = 0; repeat < WALKS; repeat++) {
-    std::vector<Linear> run;
+  // The next part, at most a whole turn: its bytes a second. Of a stage's time what it takes without anything to read
+  // is left out, since the calculation counts that apart.
+  double go_on() {
+    constexpr double MOST_BYTES = 128e6;  // some ms
+    std::vector<Linear> part;
     double bytes = 0;
-    for (; run.empty() || (run.size() < matrices.size() && bytes < MOST_BYTES); next = (next + 1) % matrices.size()) {
-      run.emplace_back().weight = matrices[next];
-      bytes += bytes_of(matrices[next]);
+    for (; part.empty() || (part.size() < matrices_.size() && bytes < MOST_BYTES); next_++) {
+      part.emplace_back().weight = matrices_[next_ % matrices_.size()];
+      bytes += bytes_of(part.back().weight);
     }
-    const double seconds = seconds_of(threads, size, [&](const Team& team) {
-      for (const Linear& linear : run) {
-        const Product p = product(linear, x.data(), 1, y.data());
-        matmul(team, &p, 1, workspace);
+    const double seconds = seconds_of(threads_, size_, [&](const Team& team) {
+      for (const Linear& linear : part) {
+        const Product p = product(linear, x_.data(), 1, y_.data());
+        matmul(team, &p, 1, workspace_);
       }
     });
-    speeds.push_back(bytes / std::max(seconds / 2, seconds - static_cast<double>(run.size()) * stage));
+    return bytes / std::max(seconds / 2, seconds - static_cast<double>(part.size()) * stage_);
   }
-  std::nth_element(speeds.begin(), speeds.begin() + WALKS / 2, speeds.end());
-  return speeds[WALKS / 2];
-}
+
+ private:
+  Threads& threads_;
+  int size_;
+  const std::vector<Matrix>& matrices_;
+  double stage_;
+  size_t next_ = 0;
+  Buffer<float> x_, y_;
+  Workspace workspace_;
+  Arena scratch_;
+};
 
 }  // namespace
 
-double median_seconds(Threads& threads, int size, const std::function<void(const Team&)>& f) {
+double median_seconds(Threads& threads, int size, const std::function<void(const Team&)>& f,
+                      const std::function<void()>& before) {
   std::vector<double> runs;
-  for (double all = 0; runs.size() < LEAST || (runs.size() < MOST && all < LONG); all += runs.back())
+  for (double all = 0; runs.size() < LEAST || (runs.size() < MOST && all < LONG); all += runs.back()) {
+    before();
     runs.push_back(seconds_of(threads, size, f));
-  std::nth_element(runs.begin(), runs.begin() + static_cast<ptrdiff_t>(runs.size() / 2), runs.end());
-  return runs[runs.size() / 2];
+  }
+  return percentile(runs, 0.5);
 }
 
 Buffer<std::byte> memory_to_read(Threads& threads, size_t bytes) {
@@ -105,7 +117,7 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
   return static_cast<double>(pieces) * PIECE / seconds;
 }
 
-Machine probe(Threads& threads, int size, const Model& model, const std::vector<Matrix>& matrices, int decode_rows) {
+Machine probe(Threads& threads, int size, const Model& model, int decode_rows) {
   constexpr int N = 512, ROWS = 64;  // a matrix that a cache holds, and rows that use each weight often enough
   const std::vector<double> used = work_of(model, {}, 0).products;
   Machine m{.name = "this machine",
@@ -120,13 +132,17 @@ Machine probe(Threads& threads, int size, const Model& model, const std::vector<
     m.prompt_products[i] = matmul_speed(threads, size, type, N, N, ROWS);
     m.launch = std::max(m.launch, stage_seconds(threads, size, type));
   }
-  m.bandwidth = weight_bandwidth(threads, size, matrices, m.launch);
   return m;
 }
 
-void probe_attention(Machine& m, Threads& threads, int size, const Config& config, const AttentionSpeed& speed,
-                     int context) {
-  constexpr int PROMPT_ROWS = 16, LONG_CONTEXT = 1 << 20;  // tokens that share rows as well as more do
-  m.attention = speed(threads, size, config, 1, context);
-  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS, LONG_CONTEXT);
+void probe_step(Machine& m, Threads& threads, int size, const std::vector<Matrix>& matrices, const Config& config,
+                const AttentionSpeed& speed, int context) {
+  constexpr int PROMPT_ROWS = 16;  // tokens that share rows as well as more do
+  constexpr double MOST_CONTEXT = 1 << 16;
+  Walk walk(threads, size, matrices, m.launch);
+  std::vector<double> bandwidths;
+  const int seen = static_cast<int>(std::min(MOST_CONTEXT, tokens_read(config, context)));
+  m.attention = speed(threads, size, config, 1, seen, [&] { bandwidths.push_back(walk.go_on()); });
+  m.bandwidth = percentile(bandwidths, 0.5);
+  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS, 2 * ATTENTION_SPLIT * size, [] {});
 }

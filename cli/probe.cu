@@ -6,10 +6,11 @@
 #include "kernels/gpu.h"
 
 // Of the calling thread alone, until what f puts on the stream is done; the first time loads the kernels.
-double median_seconds(Threads&, int, const std::function<void(const Team&)>& f) {
+double median_seconds(Threads&, int, const std::function<void(const Team&)>& f, const std::function<void()>& before) {
   constexpr size_t REPEATS = 7;
   std::vector<double> runs;
   while (runs.size() < REPEATS) {
+    before();
     synchronize();
     const auto began = std::chrono::steady_clock::now();
     f(Team{});
@@ -44,21 +45,13 @@ double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) 
   return N * 2 * static_cast<double>(memory.size()) / seconds;
 }
 
-// Over the largest matrix, or a part of it.
-static double bandwidth(Threads& threads, const std::vector<Matrix>& matrices) {
-  constexpr size_t MOST = size_t{128} << 20;
-  const Matrix& m = *std::ranges::max_element(matrices, {}, bytes_of);
-  return read_bandwidth(threads, 1, {m.data, std::min(MOST, static_cast<size_t>(bytes_of(m)))});
-}
-
-Machine probe(Threads& threads, int, const Model& model, const std::vector<Matrix>& matrices, int) {
+Machine probe(Threads& threads, int, const Model& model, int) {
   const auto speed = [&](WeightType type) {  // of a prompt's product, in which all of the GPU has work
     return matmul_speed(threads, 1, type, 8192, 4096, 1024);
   };
   Machine m{.name = kernel_level(),
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
-            .bandwidth = bandwidth(threads, matrices),
             .products = work_of(model, {}, 0).products,
             .prompt_products = {},
             .attention = speed(*find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
@@ -70,4 +63,10 @@ Machine probe(Threads& threads, int, const Model& model, const std::vector<Matri
   return m;
 }
 
-void probe_attention(Machine&, Threads&, int, const Config&, const AttentionSpeed&, int) {}
+// Over the largest matrix, or a part of it.
+void probe_step(Machine& machine, Threads& threads, int, const std::vector<Matrix>& matrices, const Config&,
+                const AttentionSpeed&, int) {
+  constexpr size_t MOST = size_t{128} << 20;
+  const Matrix& m = *std::ranges::max_element(matrices, {}, bytes_of);
+  machine.bandwidth = read_bandwidth(threads, 1, {m.data, std::min(MOST, static_cast<size_t>(bytes_of(m)))});
+}
