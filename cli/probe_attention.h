@@ -13,7 +13,8 @@
 template <class Kernel, class Kv, int Block>
 double attention_speed(Threads& threads, int size, const Config& c, int tokens, int context,
                        const std::function<void()>& before) {
-  constexpr size_t MOST = size_t{128} << 20;  // bytes of the cache: a few ms
+  constexpr size_t MOST = size_t{128} << 20;  // bytes of the cache
+  constexpr double LONG_ENOUGH = 0.05;        // s of a run: a slow kernel walks through fewer layers
   const int block_size = Block ? Block : context;
   CacheShape row;
   with_variant(c.attention,
@@ -49,11 +50,13 @@ double attention_speed(Threads& threads, int size, const Config& c, int tokens, 
   batch.query_start = query_start, batch.context_len = &context;
   const Buffer<float> q(area(tokens, shape.n_heads * shape.k_dim));
   Buffer<float> out(area(tokens, shape.n_heads * shape.v_dim));
+  int layers = 1;
   const auto attend = [&](const Team& team) {
-    for (int i = 0; i < row.n_layers; i++)
-      Kernel::attend(team, q.data(), cache, i, batch, shape, out.data(), workspace);
+    for (int i = 0; i < layers; i++) Kernel::attend(team, q.data(), cache, i, batch, shape, out.data(), workspace);
   };
+  if (row.n_layers > 1)
+    layers = std::clamp(static_cast<int>(LONG_ENOUGH / median_seconds(threads, size, attend)), 1, row.n_layers);
   const double seconds = median_seconds(threads, size, attend, before);
   const double pairs = tokens * (context - (tokens - 1) / 2.0);
-  return row.n_layers * 2 * pairs * shape.n_heads * (shape.k_dim + shape.v_dim) / seconds;
+  return layers * 2 * pairs * shape.n_heads * (shape.k_dim + shape.v_dim) / seconds;
 }
