@@ -77,8 +77,21 @@ class Estimate {
     const size_t bytes = static_cast<size_t>(std::min<double>(NOT_CACHED, weight_bytes(model)));
     memory_ = memory_to_read(*threads_, bytes);
     matrices_ = placed(matrices_of_decode(model), {memory_.data(), memory_.size()});
-    Machine m = probe(*threads_, o_.threads, model, o_.parallel);
-    probe_step(m, *threads_, o_.threads, matrices_, model.config, attention_speed_, context_);
+    Machine best = probed(model, team_ = o_.threads);
+    if (!o_.choose_threads || !device_takes_team()) return best;
+    const Work work = work_of(model, decode_step(), kv_bytes_per_token(model.config, kv_));
+    // A run takes the number of threads that is fastest now.
+    for (int size = o_.threads / 2; size > 0; size /= 2) {
+      const Machine m = probed(model, size);
+      if (time_of(work, m).total() < time_of(work, best).total()) best = m, team_ = size;
+    }
+    return best;
+  }
+
+  Machine probed(const Model& model, int size) {
+    Machine m = probe(*threads_, size, model, o_.parallel);
+    probe_step(m, *threads_, size, matrices_, model.config, attention_speed_, context_);
+    m.source += format(", %d thread%s", size, size == 1 ? "" : "s");
     m.memory += static_cast<double>(memory_.size());
     m.logit = logit_seconds(o_.sampler, model.config.vocab_size);
     return m;
@@ -86,7 +99,7 @@ class Estimate {
 
   Column column(Model model) {
     Machine m = machine_;
-    if (threads_) probe_step(m, *threads_, o_.threads, matrices_, model.config, attention_speed_, context_);
+    if (threads_) probe_step(m, *threads_, team_, matrices_, model.config, attention_speed_, context_);
     m.bandwidth = machine_.bandwidth;  // one for all, so that they differ by their bytes alone
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
@@ -123,6 +136,7 @@ class Estimate {
   const Activations& activations_;
   const AttentionSpeed& attention_speed_;
   std::optional<Threads> threads_;  // where this machine is probed
+  int team_ = 1;                    // of them
   Buffer<std::byte> memory_;        // in which
   std::vector<Matrix> matrices_;    // lie
   std::string kv_, source_;

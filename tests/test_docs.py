@@ -84,7 +84,7 @@ def test_the_first_command_needs_no_network(checkout):
         pytest.skip("no network can be cut off here: `unshare --map-root-user --net` is not allowed")
     command = [*cut, "make", "run", "ARGS=-q -n 8 --temperature 0"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "Once upon a time, there was a little girl named\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "Once upon a time, there was a little girl named Lily\n"), done.stderr
 
 
 def assert_shown(picture):
