@@ -237,9 +237,7 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
   j.insert(j.end(), run.begin(), run.end());
   if (m.machine && s.decode_steps > 0) {
     j.emplace_back("probed_bytes_per_second", m.machine->bandwidth);
-    const StepTime t = time_of(decode_work(model, setup, m), *m.machine);
-    j.emplace_back("predicted_decode_steps_per_second", 1 / t.total());
-    j.emplace_back("predicted_bound", t.bound());
+    j.emplace_back("predicted_decode_steps_per_second", 1 / time_of(decode_work(model, setup, m), *m.machine).total());
   }
   if (setup.ranks.size() > 1) {
     j.emplace_back("ranks", ranks_json(setup));
