@@ -166,14 +166,15 @@ size_t activation_bytes(const Model& model, const Limits& limits) {
 
 // The machine as the last steps of decode had it, for the report's prediction: over the weights themselves.
 std::optional<Machine> probed(const Session& session) {
-  constexpr size_t MOST = size_t{128} << 20;  // bytes: a few ms
   const Stats& stats = session.measured.stats;
-  const Buffer<std::byte>& weights = session.model.packed;
   if (stats.decode_steps == 0) return {};
   const int threads = static_cast<int>((2 * stats.decode_threads / stats.decode_steps + 1) / 2);
-  Machine machine = probe(session.threads, threads, {weights.data(), std::min(weights.size(), MOST)}, session.model);
-  probe_attention(machine, session.threads, threads, session.model.config,
-                  attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>);
+  const int rows = static_cast<int>((2 * stats.decode_tokens / stats.decode_steps + 1) / 2);
+  Machine machine = probe(session.threads, threads, session.model, rows);
+  machine.logit = logit_seconds(session.options.sampler, session.model.config.vocab_size);
+  probe_step(machine, session.threads, threads, matrices_of_decode(session.model), session.model.config,
+             attention_speed<BUILD_KERNEL, BUILD_KV, BUILD_BLOCK>,
+             static_cast<int>(stats.decode_context / stats.decode_tokens));
   return machine;
 }
 

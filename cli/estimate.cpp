@@ -73,15 +73,34 @@ class Estimate {
       return machine_of(
           {"as said", o_.memory, o_.bandwidth, o_.flops, o_.flops, o_.flops, "--bandwidth, --flops, --memory"});
     threads_.emplace(o_.threads);
-    const Buffer<std::byte> memory = memory_to_read(*threads_);
-    Machine m = probe(*threads_, o_.threads, {memory.data(), memory.size()}, model);
-    m.memory += static_cast<double>(memory.size());
+    // As much as the model has: what a cache holds of its weights, it holds of these.
+    const size_t bytes = static_cast<size_t>(std::min<double>(NOT_CACHED, weight_bytes(model)));
+    memory_ = memory_to_read(*threads_, bytes);
+    matrices_ = placed(matrices_of_decode(model), {memory_.data(), memory_.size()});
+    Machine best = probed(model, team_ = o_.threads);
+    if (!o_.choose_threads || !device_takes_team()) return best;
+    const Work work = work_of(model, decode_step(), kv_bytes_per_token(model.config, kv_));
+    // A run takes the number of threads that is fastest now.
+    for (int size = o_.threads / 2; size > 0; size /= 2) {
+      const Machine m = probed(model, size);
+      if (time_of(work, m).total() < time_of(work, best).total()) best = m, team_ = size;
+    }
+    return best;
+  }
+
+  Machine probed(const Model& model, int size) {
+    Machine m = probe(*threads_, size, model, o_.parallel);
+    probe_step(m, *threads_, size, matrices_, model.config, attention_speed_, context_);
+    m.source += format(", %d thread%s", size, size == 1 ? "" : "s");
+    m.memory += static_cast<double>(memory_.size());
+    m.logit = logit_seconds(o_.sampler, model.config.vocab_size);
     return m;
   }
 
   Column column(Model model) {
     Machine m = machine_;
-    if (threads_) probe_attention(m, *threads_, o_.threads, model.config, attention_speed_);
+    if (threads_) probe_step(m, *threads_, team_, matrices_, model.config, attention_speed_, context_);
+    m.bandwidth = machine_.bandwidth;  // one for all, so that they differ by their bytes alone
     Column c;
     c.kv_bytes_per_token = kv_bytes_per_token(model.config, kv_);
     c.weights = weight_bytes(model);
@@ -117,6 +136,9 @@ class Estimate {
   const Activations& activations_;
   const AttentionSpeed& attention_speed_;
   std::optional<Threads> threads_;  // where this machine is probed
+  int team_ = 1;                    // of them
+  Buffer<std::byte> memory_;        // in which
+  std::vector<Matrix> matrices_;    // lie
   std::string kv_, source_;
   int context_ = 0;
   Machine machine_;
@@ -174,6 +196,7 @@ std::string Estimate::rows() const {
   row("  reading KV", [&](const Column& c) { return ms(c.time.kv); });
   row("  multiplying (meanwhile)", [&](const Column& c) { return ms(c.time.products + c.time.attention); });
   row("  launches", [&](const Column& c) { return ms(c.time.launches); });
+  if (threads_) row("  drawing from the logits", [&](const Column& c) { return ms(c.time.logits); });
   row("bound by", [](const Column& c) { return c.time.bound(); });
   row("tokens/s of a sequence", [](const Column& c) { return format("%.1f", 1 / c.time.total()); });
   if (o_.parallel > 1)
@@ -196,7 +219,7 @@ std::string Estimate::notes() const {
     out += format(
         "does not fit: %.1f GB are needed, %.1f there; the times are those of a machine of this speed that held it\n",
         bytes(own, own.model, o_.parallel, context_) / 1e9, machine_.memory / 1e9);
-  if (own.parameters < SMALL_MODEL)
+  if (own.parameters < SMALL_MODEL && !threads_)
     out += "below 10^9 parameters launches and caches rule, and a roofline promises too much: expect less\n";
   if (!o_.gpu.empty())
     out +=
@@ -248,6 +271,7 @@ Json Estimate::json() const {
                                     {"seconds_of_products", c.time.products},
                                     {"seconds_of_attention", c.time.attention},
                                     {"seconds_of_launches", c.time.launches},
+                                    {"seconds_of_logits", c.time.logits},
                                     {"bound_by", c.time.bound()},
                                     {"flop_per_step", c.decode.flop()},
                                     {"prompt_seconds", c.prompt_seconds},

@@ -1,5 +1,6 @@
 // measure.cpp: perplexity, logits, speed.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -137,6 +138,26 @@ void write_logits(Session& s) {
   s.engine->submit(std::move(r));
   work(s);
   if (!interrupted()) file.commit();
+}
+
+double logit_seconds(const SamplerOptions& options, int vocab_size) {
+  constexpr int REPEATS = 25;
+  std::vector<float> logits(static_cast<size_t>(vocab_size));
+  std::mt19937 generator(1);
+  std::normal_distribution<float> likely(0, 3);
+  for (float& x : logits) x = likely(generator);
+  SamplerScratch scratch(vocab_size);
+  Sampler sampler(options);
+  LogitsHash hash;
+  std::vector<double> runs;
+  for (int i = 0; i < REPEATS; i++) {
+    const auto began = std::chrono::steady_clock::now();
+    if (!finite(logits.data(), vocab_size)) return 0;
+    hash.add(logits.data(), vocab_size);
+    sampler.sample(logits.data(), vocab_size, nullptr, 0, scratch);
+    runs.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  }
+  return percentile(runs, 0.5) / vocab_size;
 }
 
 void bench(Session& s) {

@@ -6,7 +6,9 @@
 #include <atomic>
 #include <chrono>
 
+#include "attention.h"
 #include "cli/probe_matmul.h"
+#include "host/engine.h"
 #include "kernels/simd.h"
 
 namespace {
@@ -24,34 +26,79 @@ float sum_of(const float* x, size_t n) {
   return simd::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-double barrier_seconds(Threads& threads, int size) {
-  constexpr int N = 100;
-  return median_seconds(threads, size,
-                        [&](const Team& team) {
-                          for (int i = 0; i < N; i++) team.barrier();
-                        }) /
-         N;
+double seconds_of(Threads& threads, int size, const std::function<void(const Team&)>& f) {
+  const auto began = std::chrono::steady_clock::now();
+  threads.run(size, f);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
 }
+
+// Of a product of one small matrix, which is as much a stage as any: a call, its input converted, a barrier.
+double stage_seconds(Threads& threads, int size, WeightType type) {
+  constexpr int N = 32, K = 256;
+  return 2.0 * N * K / matmul_speed(threads, size, type, N, K, 1);
+}
+
+// Walks through matrices by products of one row, one after the other and again from the first on, as decode does.
+class Walk {
+ public:
+  Walk(Threads& threads, int size, const std::vector<Matrix>& matrices, double stage)
+      : threads_(threads), size_(size), matrices_(matrices), stage_(stage) {
+    int n = 0, k = 0;
+    for (const Matrix& m : matrices) n = std::max(n, m.n), k = std::max(k, m.k);
+    x_ = Buffer<float>(area(1, k)), y_ = Buffer<float>(area(1, n));
+    std::fill_n(x_.data(), k, 1.0f);
+    workspace_.plan(matmul_workspace_bytes(1, k));
+    scratch_ = Arena(bytes_of([&](Arena& arena) { workspace_.allocate(arena); }));
+    workspace_.allocate(scratch_);
+  }
+
+  // The next part, at most a whole turn: its bytes a second. Of a stage's time what it takes without anything to read
+  // is left out, since the calculation counts that apart.
+  double go_on() {
+    constexpr double MOST_BYTES = 128e6;  // some ms
+    std::vector<Linear> part;
+    double bytes = 0;
+    for (; part.empty() || (part.size() < matrices_.size() && bytes < MOST_BYTES); next_++) {
+      part.emplace_back().weight = matrices_[next_ % matrices_.size()];
+      bytes += bytes_of(part.back().weight);
+    }
+    const double seconds = seconds_of(threads_, size_, [&](const Team& team) {
+      for (const Linear& linear : part) {
+        const Product p = product(linear, x_.data(), 1, y_.data());
+        matmul(team, &p, 1, workspace_);
+      }
+    });
+    return bytes / std::max(seconds / 2, seconds - static_cast<double>(part.size()) * stage_);
+  }
+
+ private:
+  Threads& threads_;
+  int size_;
+  const std::vector<Matrix>& matrices_;
+  double stage_;
+  size_t next_ = 0;
+  Buffer<float> x_, y_;
+  Workspace workspace_;
+  Arena scratch_;
+};
 
 }  // namespace
 
-double median_seconds(Threads& threads, int size, const std::function<void(const Team&)>& f) {
+double median_seconds(Threads& threads, int size, const std::function<void(const Team&)>& f,
+                      const std::function<void()>& before) {
   std::vector<double> runs;
   for (double all = 0; runs.size() < LEAST || (runs.size() < MOST && all < LONG); all += runs.back()) {
-    const auto began = std::chrono::steady_clock::now();
-    threads.run(size, f);
-    runs.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    before();
+    runs.push_back(seconds_of(threads, size, f));
   }
-  std::nth_element(runs.begin(), runs.begin() + static_cast<ptrdiff_t>(runs.size() / 2), runs.end());
-  return runs[runs.size() / 2];
+  return percentile(runs, 0.5);
 }
 
-Buffer<std::byte> memory_to_read(Threads& threads) {
-  constexpr size_t PIECE = size_t{1} << 18, PIECES = 2048;  // 512 MB
-  Buffer<std::byte> memory(PIECE * PIECES);
+Buffer<std::byte> memory_to_read(Threads& threads, size_t bytes) {
+  Buffer<std::byte> memory(bytes);
   threads.run(threads.most(), [&](const Team& team) {
-    team.for_each(static_cast<int>(PIECES),
-                  [&](int i) { std::fill_n(memory.data() + static_cast<size_t>(i) * PIECE, PIECE, std::byte{0}); });
+    const auto [first, last] = team.share(bytes);
+    std::fill(memory.data() + first, memory.data() + last, std::byte{0});
   });
   return memory;
 }
@@ -59,7 +106,6 @@ Buffer<std::byte> memory_to_read(Threads& threads) {
 double read_bandwidth(Threads& threads, int size, std::span<const std::byte> memory) {
   constexpr size_t PIECE = size_t{1} << 16;
   const int pieces = static_cast<int>(memory.size() / PIECE);
-  if (pieces == 0) return 0;
   const double seconds = median_seconds(threads, size, [&](const Team& team) {
     float sum = 0;
     team.for_each(pieces, [&](int i) {
@@ -71,21 +117,32 @@ double read_bandwidth(Threads& threads, int size, std::span<const std::byte> mem
   return static_cast<double>(pieces) * PIECE / seconds;
 }
 
-Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
+Machine probe(Threads& threads, int size, const Model& model, int decode_rows) {
   constexpr int N = 512, ROWS = 64;  // a matrix that a cache holds, and rows that use each weight often enough
+  const std::vector<double> used = work_of(model, {}, 0).products;
   Machine m{.name = "this machine",
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
-            .bandwidth = read_bandwidth(threads, size, memory),
-            .products = work_of(model, {}, 0).products,
-            .launch = barrier_seconds(threads, size)};
-  for (size_t type = 0; type < m.products.size(); type++)
-    if (m.products[type] > 0) m.products[type] = matmul_speed(threads, size, static_cast<WeightType>(type), N, N, ROWS);
+            .products = used,
+            .prompt_products = used};
+  for (size_t i = 0; i < used.size(); i++) {
+    if (used[i] == 0) continue;
+    const auto type = static_cast<WeightType>(i);
+    m.products[i] = matmul_speed(threads, size, type, N, N, decode_rows);
+    m.prompt_products[i] = matmul_speed(threads, size, type, N, N, ROWS);
+    m.launch = std::max(m.launch, stage_seconds(threads, size, type));
+  }
   return m;
 }
 
-void probe_attention(Machine& m, Threads& threads, int size, const Config& config, const AttentionSpeed& speed) {
+void probe_step(Machine& m, Threads& threads, int size, const std::vector<Matrix>& matrices, const Config& config,
+                const AttentionSpeed& speed, int context) {
   constexpr int PROMPT_ROWS = 16;  // tokens that share rows as well as more do
-  m.attention = speed(threads, size, config, 1);
-  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS);
+  constexpr double MOST_CONTEXT = 1 << 16;
+  Walk walk(threads, size, matrices, m.launch);
+  std::vector<double> bandwidths;
+  const int seen = static_cast<int>(std::min(MOST_CONTEXT, tokens_read(config, context)));
+  m.attention = speed(threads, size, config, 1, seen, [&] { bandwidths.push_back(walk.go_on()); });
+  m.bandwidth = percentile(bandwidths, 0.5);
+  m.prompt_attention = speed(threads, size, config, PROMPT_ROWS, 2 * ATTENTION_SPLIT * size, [] {});
 }

@@ -6,10 +6,11 @@
 #include "kernels/gpu.h"
 
 // Of the calling thread alone, until what f puts on the stream is done; the first time loads the kernels.
-double median_seconds(Threads&, int, const std::function<void(const Team&)>& f) {
+double median_seconds(Threads&, int, const std::function<void(const Team&)>& f, const std::function<void()>& before) {
   constexpr size_t REPEATS = 7;
   std::vector<double> runs;
   while (runs.size() < REPEATS) {
+    before();
     synchronize();
     const auto began = std::chrono::steady_clock::now();
     f(Team{});
@@ -30,8 +31,8 @@ static double launch_seconds(Threads& threads) {
          N;
 }
 
-Buffer<std::byte> memory_to_read(Threads&) {
-  return Buffer<std::byte>(size_t{1} << 29);
+Buffer<std::byte> memory_to_read(Threads&, size_t bytes) {
+  return Buffer<std::byte>(bytes);
 }
 
 double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) {
@@ -44,21 +45,28 @@ double read_bandwidth(Threads& threads, int, std::span<const std::byte> memory) 
   return N * 2 * static_cast<double>(memory.size()) / seconds;
 }
 
-Machine probe(Threads& threads, int size, std::span<const std::byte> memory, const Model& model) {
+Machine probe(Threads& threads, int, const Model& model, int) {
   const auto speed = [&](WeightType type) {  // of a prompt's product, in which all of the GPU has work
     return matmul_speed(threads, 1, type, 8192, 4096, 1024);
   };
   Machine m{.name = kernel_level(),
             .source = "probed now",
             .memory = static_cast<double>(device_memory_available()),
-            .bandwidth = read_bandwidth(threads, size, memory),
             .products = work_of(model, {}, 0).products,
+            .prompt_products = {},
             .attention = speed(*find_weight_type("bf16")),  // both are tensor cores' work of 16-bit numbers
             .launch = launch_seconds(threads)};
   m.prompt_attention = m.attention;
   for (size_t type = 0; type < m.products.size(); type++)
     if (m.products[type] > 0) m.products[type] = speed(static_cast<WeightType>(type));
+  m.prompt_products = m.products;
   return m;
 }
 
-void probe_attention(Machine&, Threads&, int, const Config&, const AttentionSpeed&) {}
+// Over the largest matrix, or a part of it.
+void probe_step(Machine& machine, Threads& threads, int, const std::vector<Matrix>& matrices, const Config&,
+                const AttentionSpeed&, int) {
+  constexpr size_t MOST = size_t{128} << 20;
+  const Matrix& m = *std::ranges::max_element(matrices, {}, bytes_of);
+  machine.bandwidth = read_bandwidth(threads, 1, {m.data, std::min(MOST, static_cast<size_t>(bytes_of(m)))});
+}

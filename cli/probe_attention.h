@@ -1,4 +1,4 @@
-// probe_attention.h: the attention of this build, measured over rows that the caches of its threads hold.
+// probe_attention.h: the attention of this build, measured.
 #pragma once
 
 #include <numeric>
@@ -7,14 +7,23 @@
 #include "cli/probe.h"
 #include "variants.h"
 
-// FLOP/s of the last `tokens` of one sequence, on a team of `size` threads, for a model of any variant (MLA: absorbed).
+// FLOP/s of the last `tokens` of a sequence of `context` (MLA: absorbed) on a team of `size` threads, in one layer
+// after the other. Of decode those are as many as the model has, so that rows come from where a step's come from; of a
+// prompt, whose tokens share rows, it is one.
 template <class Kernel, class Kv, int Block>
-double attention_speed(Threads& threads, int size, const Config& c, int tokens) {
-  const int context = 2 * ATTENTION_SPLIT * size, block_size = Block ? Block : context;
+double attention_speed(Threads& threads, int size, const Config& c, int tokens, int context,
+                       const std::function<void()>& before) {
+  constexpr size_t MOST = size_t{128} << 20;  // bytes of the cache
+  constexpr double LONG_ENOUGH = 0.05;        // s of a run: a slow kernel walks through fewer layers
+  const int block_size = Block ? Block : context;
   CacheShape row;
   with_variant(c.attention,
                [&](auto v) { row = decltype(v)::type::cache_shape(c, (context - 1) / block_size + 1, block_size); });
   row.n_layers = 1;
+  if (tokens == 1)
+    row.n_layers = largest(c.n_layers, [&](int n) {
+      return n * KVCache<Kv, Block>::bytes_per_token(row) * static_cast<size_t>(context) <= MOST || n == 1;
+    });
   const bool v_is_k = row.v_dim == 0;
   const AttentionShape shape{.n_heads = c.n_heads,
                              .n_kv_heads = row.n_kv_heads,
@@ -41,10 +50,13 @@ double attention_speed(Threads& threads, int size, const Config& c, int tokens) 
   batch.query_start = query_start, batch.context_len = &context;
   const Buffer<float> q(area(tokens, shape.n_heads * shape.k_dim));
   Buffer<float> out(area(tokens, shape.n_heads * shape.v_dim));
-  const int layers = tokens == 1 ? 8 : 1;  // one after the other, or starting the team would take a part of the time
-  const double seconds = median_seconds(threads, size, [&](const Team& team) {
-    for (int i = 0; i < layers; i++) Kernel::attend(team, q.data(), cache, 0, batch, shape, out.data(), workspace);
-  });
+  int layers = 1;
+  const auto attend = [&](const Team& team) {
+    for (int i = 0; i < layers; i++) Kernel::attend(team, q.data(), cache, i, batch, shape, out.data(), workspace);
+  };
+  if (row.n_layers > 1)
+    layers = std::clamp(static_cast<int>(LONG_ENOUGH / median_seconds(threads, size, attend)), 1, row.n_layers);
+  const double seconds = median_seconds(threads, size, attend, before);
   const double pairs = tokens * (context - (tokens - 1) / 2.0);
   return layers * 2 * pairs * shape.n_heads * (shape.k_dim + shape.v_dim) / seconds;
 }

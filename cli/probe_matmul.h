@@ -15,5 +15,9 @@ inline double matmul_speed(Threads& threads, int size, WeightType type, int n, i
   Arena scratch(bytes_of([&](Arena& arena) { workspace.allocate(arena); }));
   workspace.allocate(scratch);
   const Product p = product(linear, x.data(), rows, y.data());
-  return 2.0 * n * k * rows / median_seconds(threads, size, [&](const Team& team) { matmul(team, &p, 1, workspace); });
+  const int times = std::max(1, 64 / rows);  // one after the other, or starting the team would take a part of the time
+  const double seconds = median_seconds(threads, size, [&](const Team& team) {
+    for (int i = 0; i < times; i++) matmul(team, &p, 1, workspace);
+  });
+  return 2.0 * n * k * rows * times / seconds;
 }

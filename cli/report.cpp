@@ -77,15 +77,21 @@ double decode_bytes_per_second(const Model& model, const Setup& setup, const Mea
   return decode_work(model, setup, m).bytes() * decode_steps_per_second(m.stats);
 }
 
+// Of a machine that other programs use too, the mean step tells more of them than of this one.
+double median_steps_per_second(const Stats& s) {
+  return ratio(1, s.decode_step.percentile(0.5));
+}
+
 // Beside what was measured, where the machine was probed.
 void print_predicted(const Model& model, const Setup& setup, const Measured& m, const char* step) {
   if (!m.machine || m.stats.decode_steps == 0) return;
   const StepTime t = time_of(decode_work(model, setup, m), *m.machine);
   std::fprintf(stderr,
-               "predict  %.1f %s/s: weights %.3f ms, KV %.3f, compute %.3f, barriers %.3f; measured %.0f %% of it; "
-               "probed now: %.2f GB/s of these weights\n",
-               1 / t.total(), step, t.weights * 1e3, t.kv * 1e3, (t.products + t.attention) * 1e3, t.launches * 1e3,
-               100 * decode_steps_per_second(m.stats) * t.total(), m.machine->bandwidth / 1e9);
+               "predict  %.1f %s/s, bound by %s: weights %.3f ms, KV %.3f, compute %.3f, launches %.3f, logits %.3f; "
+               "the median step: %.0f %% of it; probed now: %.2f GB/s of these weights\n",
+               1 / t.total(), step, t.bound(), t.weights * 1e3, t.kv * 1e3, (t.products + t.attention) * 1e3,
+               t.launches * 1e3, t.logits * 1e3, 100 * median_steps_per_second(m.stats) * t.total(),
+               m.machine->bandwidth / 1e9);
 }
 
 double total_tokens_per_second(const Stats& s) {
@@ -209,6 +215,7 @@ std::string stats_json(const Model& model, const Setup& setup, const Measured& m
                             {"decode_steps", s.decode_steps},
                             {"decode_seconds", s.decode_seconds},
                             {"decode_steps_per_second", decode_steps_per_second(s)},
+                            {"median_decode_steps_per_second", median_steps_per_second(s)},
                             {"decode_bytes_per_second", decode_bytes_per_second(model, setup, m)},
                             {"total_tokens_per_second", total_tokens_per_second(s)},
                             {"first_token_after_start", m.first_token},

@@ -146,9 +146,12 @@ Request make_request(Session& s, std::vector<int> prompt, int n, size_t first_se
   return r;
 }
 
+bool finite(const float* logits, int n) {
+  return std::all_of(logits, logits + n, [](float x) { return std::isfinite(x); });
+}
+
 void require_finite(const Session& s, const float* logits) {
-  const int n = s.model.config.vocab_size;
-  if (std::all_of(logits, logits + n, [](float x) { return std::isfinite(x); })) return;
+  if (finite(logits, s.model.config.vocab_size)) return;
   if (s.kv_overflowed())
     fail("the logits are not finite numbers: this text has keys or values that KV %s cannot hold: make KV=bf16",
          s.setup.kv);

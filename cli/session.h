@@ -70,6 +70,7 @@ std::string valid_utf8(const std::string& text);
 std::string looks_special(const Tokenizer& tokenizer, const std::string& text);
 
 // Throws Error where a logit is not a finite number, with the likely cause.
+bool finite(const float* logits, int n);
 void require_finite(const Session& session, const float* logits);
 // A request with the flags' sampler. Its logits are checked, and enter the report as sequences first_sequence + sample;
 // an error of it comes out of work().

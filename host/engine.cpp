@@ -316,7 +316,9 @@ bool Engine::step() {
   for (size_t i = 0; i < draws.size(); ++i) {
     if (draws[i].sample->result.error.empty()) e.accept(draws[i].sample, ids[i]);
   }
-  (decode ? e.stats.decode_seconds : e.stats.prompt_seconds) += seconds_since(start);
+  const double seconds = seconds_since(start);
+  (decode ? e.stats.decode_seconds : e.stats.prompt_seconds) += seconds;
+  if (decode) e.stats.decode_step.add(seconds);
   (decode ? e.stats.decode_threads : e.stats.prompt_threads) += e.step_threads;
   return true;
 }

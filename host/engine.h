@@ -60,7 +60,7 @@ struct Stats : CacheStats {
   int64_t decode_tokens = 0, decode_context = 0;   // of the decode steps: sequences, and sum of their context_len
   double prompt_seconds = 0, decode_seconds = 0;   // of steps with, and without a prompt's tokens
   int64_t prompt_threads = 0, decode_threads = 0;  // sums over those steps
-  Durations first_token, between_tokens;
+  Durations first_token, between_tokens, decode_step;
 };
 
 // The smallest of values that at least p of them (0 < p <= 1) do not exceed; 0 where there are none.

@@ -112,11 +112,13 @@ Machine machine_of(const Datasheet& sheet) {
             .memory = sheet.memory * 1e9,
             .bandwidth = sheet.bandwidth * 1e9,
             .products = {},
+            .prompt_products = {},
             .attention = sheet.bf16 * 1e12,
             .prompt_attention = sheet.bf16 * 1e12,
             .launch = GPU_LAUNCH};
   for (const WeightFormat& format : weight_formats())
     m.products.push_back(1e12 * (format.block > 1 ? sheet.int8 : format.name == "f32" ? sheet.f32 : sheet.bf16));
+  m.prompt_products = m.products;
   return m;
 }
 
@@ -163,6 +165,7 @@ Work work_of(const Model& model, const StepShape& s, double kv_bytes_per_token) 
     });
   }
   work.stages = c.n_layers * STAGES_OF_LAYER + STAGES_OF_STEP;
+  work.logits = s.logits * c.vocab_size;
   return work;
 }
 
@@ -171,24 +174,27 @@ StepTime time_of(const Work& work, const Machine& machine) {
              .kv = work.kv_bytes / machine.bandwidth,
              .products = 0,
              .attention = work.attention / machine.attention,
-             .launches = work.stages * machine.launch};
+             .launches = work.stages * machine.launch,
+             .logits = work.logits * machine.logit};
   for (size_t i = 0; i < work.products.size(); i++)
     if (work.products[i] > 0) t.products += work.products[i] / machine.products[i];
   return t;
 }
 
 double StepTime::total() const {
-  return std::max(weights, products) + std::max(kv, attention) + launches;
+  return std::max(weights, products) + std::max(kv, attention) + launches + logits;
 }
 
 const char* StepTime::bound() const {
-  const double longest = std::max({weights, kv, products, attention, launches});
-  return longest == weights ? "weights" : longest == kv ? "KV" : longest == launches ? "launches" : "compute";
+  const std::pair<double, const char*> parts[] = {{weights, "weights"},   {kv, "KV"},
+                                                  {products, "compute"},  {attention, "compute"},
+                                                  {launches, "launches"}, {logits, "logits"}};
+  return std::ranges::max_element(parts, {}, [](const auto& part) { return part.first; })->second;
 }
 
 double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_token, const Machine& machine) {
   Machine of_prompts = machine;
-  of_prompts.attention = machine.prompt_attention;
+  of_prompts.products = machine.prompt_products, of_prompts.attention = machine.prompt_attention;
   double seconds = 0;
   for (int done = 0; done < n;) {
     const int tokens = std::min(chunk, n - done);
@@ -201,6 +207,29 @@ double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_
 }
 
 // ---- The model's sizes.
+
+std::vector<Matrix> matrices_of_decode(const Model& model) {
+  std::vector<Matrix> all;
+  each_matrix(model, [&](const Matrix& m, Use use) {
+    for (int g = 0; g < m.groups && m.n > 0 && use != Use::stored; g++) {
+      const ptrdiff_t at = static_cast<ptrdiff_t>(packed_bytes(m.type, m.n, m.k)) * g;
+      all.push_back({m.type, m.n, m.k, 1, m.data + at});
+    }
+  });
+  return all;
+}
+
+std::vector<Matrix> placed(std::vector<Matrix> matrices, std::span<const std::byte> memory) {
+  size_t used = 0;
+  for (Matrix& m : matrices) {
+    m.n = largest(m.n, [&](int n) { return packed_bytes(m.type, n, m.k) <= memory.size(); });
+    const size_t bytes = packed_bytes(m.type, m.n, m.k);
+    if (used + bytes > memory.size()) used = 0;
+    m.data = memory.data() + used;
+    used += bytes;
+  }
+  return matrices;
+}
 
 double bytes_of(const Matrix& m) {
   return m.n == 0 ? 0 : static_cast<double>(packed_bytes(m.type, m.n, m.k)) * m.groups;
@@ -237,9 +266,11 @@ int largest(int most, const std::function<bool(int)>& holds) {
 
 int ridge_batch(const Model& model, const Machine& machine) {
   constexpr int MOST = 1 << 20;
+  Machine of_many = machine;
+  of_many.products = machine.prompt_products;
   const int below = largest(MOST, [&](int n) {
     const StepTime t =
-        time_of(work_of(model, {.sequences = double(n), .tokens = 1, .context = 1, .logits = double(n)}, 0), machine);
+        time_of(work_of(model, {.sequences = double(n), .tokens = 1, .context = 1, .logits = double(n)}, 0), of_many);
     return t.products < t.weights;
   });
   return below == MOST ? 0 : below + 1;

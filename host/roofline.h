@@ -1,6 +1,7 @@
 // roofline.h: the inference speed calculation: what a step reads and multiplies, and how long a machine takes for it.
 //
-//   step     max(weights / bandwidth, products / FLOP/s) + max(KV / bandwidth, attention / FLOP/s) + stages x launch
+//   step     max(weights / bandwidth, products / FLOP/s) + max(KV / bandwidth, attention / FLOP/s)
+//            + stages x launch + logits x time of a logit
 //   prompt   the sum of its chunks' steps
 //
 // Whichever of reading and multiplying takes longer hides the other: the roofline of Williams, Waterman and Patterson
@@ -19,12 +20,15 @@
 
 struct Machine {
   std::string name, source;
-  double memory = 0;             // bytes
-  double bandwidth = 0;          // bytes/s that it reads
-  std::vector<double> products;  // [weight types] FLOP/s of matmul, dense
-  double attention = 0;          // FLOP/s of attention in decode: a token of each sequence
-  double prompt_attention = 0;   // ... of the tokens of a prompt, which share the rows that they see
-  double launch = 0;             // s from one stage to the next: a kernel's launch, a barrier
+  double memory = 0;  // bytes
+  // bytes/s that it reads; on this CPU those that products of one row get through
+  double bandwidth = 0;
+  // FLOP/s, dense: of a decode step, which has a token of each sequence, and of a prompt's, whose tokens share what
+  // they read. On a GPU of a datasheet they are the same.
+  std::vector<double> products, prompt_products;  // [weight types] of matmul
+  double attention = 0, prompt_attention = 0;
+  double launch = 0;  // s of a stage that has next to nothing to compute: a kernel's launch; a call and its barrier
+  double logit = 0;   // s for each logit that the next token is drawn from
 };
 
 // A GPU or a chip as its maker describes it: host/datasheets.cpp.
@@ -56,15 +60,16 @@ struct Work {
   std::vector<double> products;  // [weight types] FLOP
   double attention = 0;          // FLOP
   int stages = 0;
+  double logits = 0;  // that tokens are drawn from
   double bytes() const { return weight_bytes + kv_bytes; }
   double flop() const;
 };
 Work work_of(const Model& model, const StepShape& step, double kv_bytes_per_token);
 
 struct StepTime {
-  double weights = 0, kv = 0, products = 0, attention = 0, launches = 0;  // s
+  double weights = 0, kv = 0, products = 0, attention = 0, launches = 0, logits = 0;  // s
   double total() const;
-  const char* bound() const;  // "weights", "KV", "compute" or "launches": what takes longest
+  const char* bound() const;  // "weights", "KV", "compute", "launches" or "logits": what takes longest
 };
 StepTime time_of(const Work& work, const Machine& machine);
 // Seconds for a prompt of n tokens, `chunk` of them a step.
@@ -74,6 +79,11 @@ double prompt_seconds(const Model& model, int n, int chunk, double kv_bytes_per_
 double tokens_read(const Config& config, double context);
 // Of experts, those that a step of this many tokens is expected to hit, each with num_experts_per_tok of them.
 double experts_hit(const Config& config, double tokens);
+
+// The matrices that decode reads, all experts among them; each group is one of its own.
+std::vector<Matrix> matrices_of_decode(const Model& model);
+// The same in this memory, one after the other and from its beginning again; of one that is larger, a part.
+std::vector<Matrix> placed(std::vector<Matrix> matrices, std::span<const std::byte> memory);
 
 // Bytes of a matrix in memory, all of its groups; multiply-adds of one row of activations with all of them.
 double bytes_of(const Matrix& matrix);

@@ -32,11 +32,16 @@ def output(*command) -> str:
 
 
 @functools.cache
-def binary(weights: Path, **choices: str) -> Path:
-    """Of this combination, for the variant that the file names; built where it is not there."""
+def config(weights: Path) -> dict:
     with weights.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    choices["ATTENTION"] = json.loads(header["__metadata__"]["config"])["attention"]
+    return json.loads(header["__metadata__"]["config"])
+
+
+@functools.cache
+def binary(weights: Path, **choices: str) -> Path:
+    """Of this combination, for the variant that the file names; built where it is not there."""
+    choices["ATTENTION"] = config(weights)["attention"]
     return ROOT / output("make", "-s", "binary", *(f"{name}={value}" for name, value in choices.items())).strip()
 
 

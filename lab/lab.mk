@@ -3,18 +3,20 @@
 ## make estimate         what a model takes, and how fast it can be; MODEL= may be a config.json alone
 ##      GPU=name             there instead of here (list: all that are known); ARGS= more flags: -c, --parallel, --type
 ## make lab              variants x caches x kernels beside the calculation: tables and pictures in lab/results/lab/
+##      ROUNDS=3 MINUTES=20  it ends after these minutes at the latest, the same command goes on
 ##      QUICK=1              a few points once, in build/lab/quick/
 ## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
-##      MEASURE="kernels speed paging variants"  ROUNDS=5    what, how often
+##      MEASURE="kernels speed paging variants bundled"  ROUNDS=5    what, how often
 ## make gpu-kit          build/gpu-kit/ and .tar.gz: lab/gpu.py and all that it needs on another machine, with a GPU
 ##      CUDA_ARCH=90a        for an H100 or H200 alone
 
-MEASURE ?= kernels speed paging variants
-ROUNDS ?= 5
+MEASURE ?= kernels speed paging variants bundled
+ROUNDS ?= $(if $(filter lab,$(MAKECMDGOALS)),3,5)
+MINUTES ?= 20
 
 # What none of the parts in MEASURE needs is not fetched. Gemma 3 is measured where its file lies in models/.
 SMOLLM2 := models/SmolLM2-135M-Instruct
-MEASURED := $(SMOLLM2).Q4_1.gguf \
+MEASURED := $(if $(filter speed paging variants,$(MEASURE)),$(SMOLLM2).Q4_1.gguf) \
   $(if $(filter speed,$(MEASURE)),$(SMOLLM2).Q8_0.gguf $(wildcard models/gemma-3-270m-q4_k_m.gguf))
 PROGRAMS := $(addprefix $(TEST)/,$(if $(filter kernels,$(MEASURE)),matmul_bench attention_bench) \
   $(if $(filter paging,$(MEASURE)),paging_bench))
@@ -26,14 +28,14 @@ OWN_MAKES = MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))'
 measure: .venv/exporter $(PROGRAMS) $(MEASURED) $(if $(filter speed paging,$(MEASURE)),.venv/lab)
 	@for m in $(MEASURED); do $(MAKE) weights MODEL=$$m || exit 1; done
 	@$(OWN_MAKES) $(PYTHON) lab/measure.py $(MEASURE) --rounds $(ROUNDS) \
-	  --models $(MEASURED) $(if $(PROGRAMS),--programs $(PROGRAMS))
+	  $(if $(strip $(MEASURED)),--models $(MEASURED)) $(if $(PROGRAMS),--programs $(PROGRAMS))
 weights: $(SOURCE_READY)
 	@$(WEIGHTS) >/dev/null
 $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 	@$(PYTHON) lab/llama_cpp_peer.py quantize $< $@
 
 lab: .venv/tests $(SMOLLM2).Q4_1.gguf
-	@$(OWN_MAKES) $(PYTHON) lab/lab.py $(if $(QUICK),--quick,--rounds $(ROUNDS))
+	@$(OWN_MAKES) $(PYTHON) lab/lab.py $(if $(QUICK),--quick,--rounds $(ROUNDS) --minutes $(MINUTES))
 
 # Programs to be carried: for any GPU and any CPU of the last ten years. Models travel as shapes, and are filled there.
 CARRY := DEVICE=cuda CUDA_ARCH="$(if $(filter file,$(origin CUDA_ARCH)),$(CHECKED_ARCH),$(CUDA_ARCH))" ARCH=x86-64-v3

@@ -1,11 +1,11 @@
 """The lab: variants x caches x kernels, measured, with what the speed calculation says beside it.
 
-usage: lab.py [--quick] [--rounds N] [--out FOLDER]                                        (make lab calls it)
+usage: lab.py [--quick] [--rounds N] [--minutes N] [--out FOLDER]                          (make lab calls it)
 
 A point is one run of the program and one of its --estimate. The points of a round come in random order: a machine that
 slows down slows all sides alike, and the mean of those that are done tells how long the others take. Each is kept in
-FOLDER/lab.json as it is finished and not measured again, so an interrupted lab goes on where it was. plot.py makes
-tables and pictures of it.
+FOLDER/lab.json as it is finished and not measured again, so a lab that was interrupted or whose minutes were over goes
+on where it was. plot.py makes tables and pictures of it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import paging
-from common import ROOT, WORK, binary, generate, machine, output, text
+from common import ROOT, WORK, binary, config, generate, machine, output, text
 from variants import LAYOUTS
 
 DECODE = 128  # tokens
@@ -49,9 +49,10 @@ def points(quick: bool) -> list[Point]:
     caches, kernels = (("contiguous",), ("flash",)) if quick else (("contiguous", "paged"), ("flash", "naive"))
     result = []
     for model, cache, kernel in itertools.product(models, caches, kernels):
-        sizes = (64, 256) if model in tiny else (128, 512) if kernel == "naive" or quick else (128, 1024, 2048, 4096)
+        plain = (cache, kernel) == ("contiguous", "flash") and not quick  # long contexts are for one combination
+        sizes = (64, 256) if model in tiny else (128, 1024, 4096) if plain else (128, 512)
         result += [Point("decode", model, cache, kernel, size) for size in sizes]
-    sizes = (64, 128, 256) if quick else (128, 256, 512, 1024, 2048)
+    sizes = (64, 128, 256) if quick else (128, 256, 512, 1024)
     result += [Point("prompt", smollm2[0], "contiguous", k, n) for k in ("flash", "naive") for n in sizes]
     sizes = (1, 4, 16) if quick else (1, 2, 4, 8, 16, 32, 64)
     return result + [Point("batch", smollm2[0], cache, "flash", n) for cache in ("contiguous", "paged") for n in sizes]
@@ -88,12 +89,16 @@ def decode(point: Point, weights: Path) -> dict:
     context = run["prompt_tokens"] + DECODE // 2
     return {
         "context": context,
-        "tokens/s": run["decode_steps_per_second"],
+        "tokens/s": run["median_decode_steps_per_second"],
         "estimated tokens/s": 1 / estimate(point, weights, "-c", context)["seconds_per_step"],
         "reported tokens/s": run["predicted_decode_steps_per_second"],
         "weight bytes": run["weight_bytes_per_token"],
         "KV bytes a token": run["kv_bytes_per_token"],
     }
+
+
+def heads(weights: Path) -> int:
+    return config(weights)["n_heads"]
 
 
 def whole_prompt(point: Point, weights: Path) -> dict:
@@ -102,6 +107,7 @@ def whole_prompt(point: Point, weights: Path) -> dict:
         "seconds of the prompt": run["prompt_seconds"],
         "estimated seconds": estimate(point, weights, "-c", point.size)["prompt_seconds"],
         "activation bytes": run["activation_bytes"],
+        "bytes of all scores": 4 * heads(weights) * point.size**2,
     }
 
 
@@ -153,13 +159,17 @@ def save(path: Path, results: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
-def run(path: Path, results: dict, todo: list[tuple[int, Point]]) -> None:
+def run(path: Path, results: dict, todo: list[tuple[int, Point]], minutes: float) -> None:
+    end = time.monotonic() + 60 * minutes
     files = {}
     for model, cache, kernel in sorted({(p.model, p.cache, p.kernel) for _, p in todo}):
         print(f"lab: making what is measured: {model}, {cache}, {kernel}", file=sys.stderr, flush=True)
         files[model] = model_file(model) if model not in files else files[model]
         binary(files[model], CACHE=cache, KERNEL=kernel)
     for left, (number, point) in zip(range(len(todo), 0, -1), todo, strict=True):
+        if time.monotonic() > end:
+            print(f"lab: {minutes:g} minutes are over, left: {left}; the same command goes on", file=sys.stderr)
+            return
         known = [record["seconds"] for record in results["points"]]
         wait = f", {left * statistics.mean(known) / 60:.1f} min" if known else ""
         print(f"lab: left: {left}{wait}; round {number + 1}:", *point, file=sys.stderr, flush=True)
@@ -197,7 +207,7 @@ def measure(options: argparse.Namespace) -> None:
         save(path, results)  # what cannot be written is known before anything is measured
     except OSError as error:
         sys.exit(f"lab: {path}: {error.strerror}: give --out a folder that can be written")
-    run(path, results, todo)
+    run(path, results, todo, options.minutes)
     print(output(sys.executable, ROOT / "lab" / "plot.py", path.parent), end="")
 
 
@@ -214,6 +224,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a few points: to try it")
     parser.add_argument("--rounds", type=count, default=1, metavar="N", help="how often each point is measured (1)")
+    parser.add_argument("--minutes", type=count, default=20, metavar="N", help="no point begins after them (20)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="(lab/results/lab; with --quick build/lab/quick)")
     try:
         measure(parser.parse_args())

@@ -1,9 +1,10 @@
 """Measurements: prints tables with ratios and writes lab/results/DATE-TIME.json.
 
-usage: measure.py PART ... --models MODEL.gguf ... [--rounds N] [--programs PROGRAM ...]     (make measure calls it)
+usage: measure.py PART ... [--models MODEL.gguf ...] [--rounds N] [--programs PROGRAM ...]   (make measure calls it)
 
 Each round runs every side in turn, so that a machine that slows down slows all; figures are medians of the rounds.
 kernels and paging need their programs; speed takes all models, paging and variants the first. See the parts' own files.
+bundled is the table of the README.
 """
 
 import argparse
@@ -11,18 +12,21 @@ import json
 import time
 from pathlib import Path
 
+import bundled
 import kernel_speed
 import paging
 import speed
 import variants
 from common import ROOT, machine
 
-PARTS = ("kernels", "speed", "paging", "variants")
+PARTS = ("kernels", "speed", "paging", "variants", "bundled")
 
 
 def measure(part: str, options: argparse.Namespace) -> dict:
     if part == "kernels":
         return kernel_speed.measure([options.programs[name] for name in kernel_speed.PROGRAMS])
+    if part == "bundled":
+        return bundled.measure(options.rounds)
     if part == "speed":
         return {gguf.stem: speed.measure(gguf, options.rounds) for gguf in options.models}
     if part == "paging":
@@ -33,7 +37,7 @@ def measure(part: str, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--models", type=lambda path: Path(path).resolve(), nargs="+", required=True)
+    parser.add_argument("--models", type=lambda path: Path(path).resolve(), nargs="+", default=[])
     parser.add_argument("--programs", type=lambda path: Path(path).resolve(), nargs="+", default=[])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

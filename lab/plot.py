@@ -147,9 +147,14 @@ def memory_picture(points: list[dict]) -> plt.Figure:
 
 
 def kernel_picture(points: list[dict]) -> plt.Figure:
-    """The naive kernel beside flash: time of a prompt, memory beside weights and cache."""
+    """The naive kernel beside flash: time of a prompt, memory beside weights and cache.
+
+    On a CPU neither keeps a matrix of scores, a thread of the naive kernel has a row of them: so their memory is the
+    same and does not grow. What the matrix would take is drawn beside them.
+    """
     points = some(points, kind="prompt")
     figure, (time, memory) = panels(["time of a prompt", "activations, 512 tokens a step"])
+    curve(memory, some(points, kernel="flash"), "size", "bytes of all scores", "--", "gray", 1e6)
     for kernel, color in KERNELS.items():
         curve(time, some(points, kernel=kernel), "size", "seconds of the prompt", "o-", color)
         curve(memory, some(points, kernel=kernel), "size", "activation bytes", "o-", color, 1e6)
@@ -159,8 +164,8 @@ def kernel_picture(points: list[dict]) -> plt.Figure:
     decades(time)
     time.set_ylabel("seconds")
     memory.set_ylabel("MB")
-    from_zero(memory)
-    legend(figure, KERNELS, calculated=False)
+    decades(memory)
+    legend(figure, KERNELS | {"all scores of a layer, if they were kept": "gray"}, calculated=False)
     return figure
 
 

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "host/error.h"
 #include "tiny_model.h"
 
@@ -195,15 +197,53 @@ TEST(Roofline, PlansWithAnotherWeightType) {
 
 TEST(Roofline, TheLongerOfReadingAndMultiplyingCounts) {
   Work w;
-  w.weight_bytes = 8, w.kv_bytes = 2, w.attention = 30, w.stages = 4;
+  w.weight_bytes = 8, w.kv_bytes = 2, w.attention = 30, w.stages = 4, w.logits = 100;
   w.products.assign(weight_formats().size(), 0);
   w.products[0] = 10;
   Machine m;
-  m.bandwidth = 2, m.attention = 10, m.launch = 0.5;
+  m.bandwidth = 2, m.attention = 10, m.launch = 0.5, m.logit = 0.01;
   m.products.assign(weight_formats().size(), 5);
-  const StepTime t = time_of(w, m);  // weights 4, products 2; KV 1, attention 3; launches 2
-  EXPECT_DOUBLE_EQ(t.total(), 4 + 3 + 2);
+  const StepTime t = time_of(w, m);  // weights 4, products 2; KV 1, attention 3; launches 2; logits 1
+  EXPECT_DOUBLE_EQ(t.total(), 4 + 3 + 2 + 1);
   EXPECT_STREQ(t.bound(), "weights");
+  m.logit = 0.05;
+  EXPECT_STREQ(time_of(w, m).bound(), "logits");
+  m.attention = 5;
+  EXPECT_STREQ(time_of(w, m).bound(), "compute");
+  m.launch = 5;
+  EXPECT_STREQ(time_of(w, m).bound(), "launches");
+}
+
+// A prompt's products have a speed of their own, which also decides from which batch on arithmetic is the limit.
+TEST(Roofline, ProductsOfManyRowsHaveTheirOwnSpeed) {
+  const Model model = seven_billion("f16");
+  Machine m = machine_of(find_datasheet("A10"));
+  const double prompt = prompt_seconds(model, 1000, 1000, 0, m), step = decode_time(model, m).products;
+  for (double& speed : m.products) speed /= 4;
+  EXPECT_DOUBLE_EQ(prompt_seconds(model, 1000, 1000, 0, m), prompt);
+  EXPECT_EQ(ridge_batch(model, m), 209);
+  EXPECT_DOUBLE_EQ(decode_time(model, m).products, 4 * step);
+}
+
+// All that decode reads lies in the memory given, aligned and without overlap while there is room.
+TEST(Roofline, MatricesOfDecodeAreWhatAStepReads) {
+  const TemporaryFile disk(tiny_model("mla", true, 3).bytes());
+  ModelFile file(disk.path());
+  file.pack(test_threads());
+  const Model& m = file.model;
+  const std::vector<Matrix> all = matrices_of_decode(m);
+  double bytes = double(m.vector_bytes);
+  for (const Matrix& one : all) bytes += bytes_of(one);
+  EXPECT_DOUBLE_EQ(bytes, work_of(m, {.sequences = 1e6}, 0).weight_bytes);
+  EXPECT_EQ(std::ranges::count_if(all, [](const Matrix& one) { return one.groups != 1; }), 0);
+  const Buffer<std::byte> room(size_t{1} << 24), small(1024);
+  const std::byte* end = room.data();
+  for (const Matrix& one : placed(all, {room.data(), room.size()})) {
+    EXPECT_EQ(one.data, end);
+    end += packed_bytes(one.type, one.n, one.k);
+  }
+  for (const Matrix& one : placed(all, {small.data(), small.size()}))
+    EXPECT_LE(one.data + packed_bytes(one.type, one.n, one.k), small.data() + small.size());
 }
 
 // A prompt of 3 tokens in one layer of 2 heads of 4 without matrices: 1 + 2 + 3 pairs of 2 x 2 x (4 + 4) FLOP.
@@ -212,7 +252,7 @@ TEST(Roofline, PromptsAttendAtTheirOwnSpeed) {
   m.config = gqa(1, 2, 1, 4);
   Machine machine;
   machine.bandwidth = 1e12, machine.attention = 1, machine.prompt_attention = 64;
-  machine.products.assign(weight_formats().size(), 1);
+  machine.prompt_products.assign(weight_formats().size(), 1);
   EXPECT_DOUBLE_EQ(prompt_seconds(m, 3, 512, 0, machine), 6.0 * 2 * 2 * (4 + 4) / 64);
 }
 

@@ -1,6 +1,7 @@
 """models/tiny-*.safetensors: four models that differ in their attention alone, and transformers (make_reference.py)."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -61,6 +62,18 @@ def test_perplexity(name, reference):
     printed = run(run_binary(attention=name, kv="f32"), weights(name), "--perplexity", TEXT, *size)
     figure, expected = float(printed.split("perplexity ")[1].split()[0]), reference["models"][name]["perplexity"]
     assert abs(figure / expected - 1) <= 0.01, f"{figure} is not {expected}"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_readme_has_the_figures(name, tmp_path):
+    """All but the speed, as lab/bundled.py measures them."""
+    (row,) = re.findall(rf"^\| tiny-{name} \|.*", (ROOT / "README.md").read_text(), re.MULTILINE)
+    _, _, _, parameters, perplexity, kv, _, _ = (cell.strip().replace(",", "") for cell in row.split("|"))
+    run(run_binary(attention=name), weights(name), "-i", "I", "-n", 1, "-q", "--stats", tmp_path / "report")
+    report = json.loads((tmp_path / "report").read_text())
+    assert (float(parameters), float(kv)) == (report["parameters"], report["kv_bytes_per_token"])
+    printed = run(run_binary(attention=name), weights(name), "--perplexity", TEXT, "-c", 128, "-q")
+    assert float(perplexity) == pytest.approx(float(printed.split("perplexity ")[1].split()[0]), rel=0.01)
 
 
 def test_where_the_tokenizer_is(tmp_path):

@@ -78,6 +78,15 @@ def test_commands(page, checkout):
             assert_shown(checkout / name)
 
 
+def test_the_first_command_needs_no_network(checkout):
+    cut = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*cut, "true"], capture_output=True).returncode != 0:
+        pytest.skip("no network can be cut off here: `unshare --map-root-user --net` is not allowed")
+    command = [*cut, "make", "run", "ARGS=-q -n 8 --temperature 0"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Once upon a time, there was a little girl named Lily\n"), done.stderr
+
+
 def assert_shown(picture):
     drawn, shown = (Image.open(path).convert("L") for path in (picture, ROOT / "docs" / "pictures" / picture.name))
     assert drawn.size == shown.size, picture.name

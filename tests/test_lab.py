@@ -79,6 +79,10 @@ def kept(folder):
     return [lab.done(record) for record in json.loads((folder / "lab.json").read_text())["points"]]
 
 
+def kept_points(folder):
+    return [point for _, point in kept(folder)]
+
+
 def test_an_interrupted_lab_goes_on_where_it_was(fake, monkeypatch, tmp_path, capsys):
     run, measured = fake
 
@@ -101,6 +105,17 @@ def test_an_interrupted_lab_goes_on_where_it_was(fake, monkeypatch, tmp_path, ca
     assert "lab: left: 1, " in capsys.readouterr().err
     run("--rounds", 2)
     assert len(measured) == 6
+
+
+def test_no_point_begins_after_its_minutes(fake, monkeypatch, tmp_path, capsys):
+    run, measured = fake
+    clock = iter(range(0, 10**6, 25))  # a step is 25 s: a point begins at 50 s, the next at 125 s
+    monkeypatch.setattr(lab.time, "monotonic", lambda: next(clock))
+    run("--minutes", 1)
+    assert measured == kept_points(tmp_path / "out") and len(measured) == 1
+    assert "lab: 1 minutes are over, left: 2; the same command goes on" in capsys.readouterr().err
+    run()
+    assert sorted(measured) == sorted(POINTS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -160,6 +175,7 @@ def test_results_of_another_machine_or_program_are_not_mixed_in(fake, tmp_path, 
     [
         (["--rounds", "0"], 2, "lab.py: argument --rounds: '0' must be a whole number > 0: see lab.py --help"),
         (["--rounds", "nan"], 2, "lab.py: argument --rounds: 'nan' must be a whole number > 0: see lab.py --help"),
+        (["--minutes", "0"], 2, "lab.py: argument --minutes: '0' must be a whole number > 0: see lab.py --help"),
         (["--fast"], 2, "lab.py: unrecognized arguments: --fast: see lab.py --help"),
         (["more"], 2, "lab.py: unrecognized arguments: more: see lab.py --help"),
         (["--out"], 2, "lab.py: argument --out: expected one argument: see lab.py --help"),
