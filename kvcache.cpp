@@ -105,19 +105,23 @@ template <class Kv, int Block>
 void KVCache<Kv, Block>::load_k(int layer, int block, int kv_head, int slot, float* out) const {
   const HeadRows<Kv, Block> rows(view_, layer, kv_head);
   const int dim = shape().k_dim, lane = slot % KEY_LANES;
-  if (!rows.k_major()) return load_row<Kv>(rows.k(block, slot), dim, 0, dim, out);
+  if (!rows.k_major()) return load_row<Kv>(rows.k(block, slot), dim, dim, out);
   const std::byte* matrix = rows.k(block, slot - lane);
   const int among = lane % simd::LANES;
-  for (int i = 0; i < dim; i++) out[i] = Codec<Kv>::keys(matrix, dim, i, lane - among)[among];
+  for (int i = 0; i < dim; i++) {
+    out[i] = Codec<Kv>::keys(matrix, dim, i, lane - among)[among];
+    if constexpr (Codec<Kv>::GROUP > 0)
+      out[i] = Codec<Kv>::apply(out[i], Codec<Kv>::scale(matrix, i, KEY_LANES) + lane, KEY_LANES);
+  }
 }
 
 template <class Kv, int Block>
 void KVCache<Kv, Block>::load_v(int layer, int block, int kv_head, int slot, int n, float* out) const {
   const HeadRows<Kv, Block> rows(view_, layer, kv_head);
   if (shape().v_dim > 0)
-    load_row<Kv>(rows.v(block, slot), shape().v_dim, 0, n, out);
+    load_row<Kv>(rows.v(block, slot), shape().v_dim, n, out);
   else
-    load_row<Kv>(rows.k(block, slot), shape().k_dim, 0, n, out);
+    load_row<Kv>(rows.k(block, slot), shape().k_dim, n, out);
 }
 
 template <class Kv, int Block>

@@ -102,6 +102,12 @@ struct Scratch {
   float* sums;      // [rows, LANES] the denominators: a lane sums each LANES-th token
   float* rescale;   // [max(rows, TILE)] factor of what was summed before
   float* strip;     // [TILE, STRIP] a strip of the tile's K or V rows
+  // For rows with scales:
+  float* scale;    // [TILE] of a group of the tile's rows
+  float* minimum;  // [TILE]
+  float* scaled;   // [rows, TILE] scores times scale
+  float* q_sums;   // [groups, rows] of a group's elements of q
+  float* minima;   // [rows] of scores times minimum
   Partial partial;
 
   Scratch(Arena& arena, const Widths& w)
@@ -111,6 +117,11 @@ struct Scratch {
         sums(arena.take<float>(w.rows * LANES)),
         rescale(arena.take<float>(std::max(w.rows, to_size(TILE)))),
         strip(arena.take<float>(TILE * STRIP)),
+        scale(arena.take<float>(TILE)),
+        minimum(arena.take<float>(TILE)),
+        scaled(arena.take<float>(w.rows * TILE)),
+        q_sums(arena.take<float>(w.rows * (w.k_pad / LANES))),
+        minima(arena.take<float>(w.rows)),
         partial(arena, w) {}
 };
 
@@ -164,79 +175,152 @@ inline void prefetch(const std::byte* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// The bundles of the tile at position `start`. Only those of tokens first .. last - 1 may be read: the entries around
-// them repeat the nearest.
+// The rows of the tile at position `start`. Only those of tokens first .. last - 1 may be read: the bundles around them
+// repeat the nearest.
 template <class Rows>
 struct TileRows {
   static constexpr int BUNDLE = Rows::BUNDLE;
-  const std::byte *k_bundles[TILE / BUNDLE], *v_bundles[TILE / BUNDLE];
-  size_t k_stride, v_stride;
+  const std::byte* k_bundles[TILE / BUNDLE];
+  const std::byte* v[TILE];  // of each token
+  size_t k_stride;
   const std::byte* k(size_t i) const { return k_bundles[i / BUNDLE] + i % BUNDLE * k_stride; }  // of the tile's token i
-  const std::byte* v(size_t i) const { return v_bundles[i / BUNDLE] + i % BUNDLE * v_stride; }
 
   void find(const Rows& rows, const AttentionShape& shape, int start, int first, int last) {
     const int begin = (first - start) / BUNDLE, end = (last - start + BUNDLE - 1) / BUNDLE;
-    for (int i = begin; i < end; i++) {
-      k_bundles[i] = rows.k(start + i * BUNDLE);
-      v_bundles[i] = shape.v_is_k ? k_bundles[i] : rows.v(start + i * BUNDLE);
-    }
-    for (const std::byte** bundles : {k_bundles, v_bundles}) {
-      std::fill(bundles, bundles + begin, bundles[begin]);
-      std::fill(bundles + end, bundles + TILE / BUNDLE, bundles[end - 1]);
-    }
+    const size_t v_stride = shape.v_is_k ? rows.k_bytes() : rows.v_bytes();
     k_stride = rows.k_bytes();
-    v_stride = shape.v_is_k ? k_stride : rows.v_bytes();
+    for (int i = 0; i < TILE / BUNDLE; i++) {
+      const int token = start + std::clamp(i, begin, end - 1) * BUNDLE;
+      k_bundles[i] = rows.k(token);
+      const std::byte* const values = shape.v_is_k ? k_bundles[i] : rows.v(token);
+      for (int j = 0; j < BUNDLE; j++) v[i * BUNDLE + j] = values + to_size(j) * v_stride;
+    }
   }
 };
 
-// Columns of a product: the k-major bundles as they are; those of `next` are prefetched.
+// Columns of a product: the k-major bundles as they are, from element `first` on; those of `next` are prefetched.
 template <class Rows>
 struct KeyColumns {
   using Kv = typename Rows::KvType;
   const TileRows<Rows>&now, &next;
-  int dim;
+  int dim, first;
   F32 operator()(size_t p, int j) const {
-    const int column = j * LANES, bundle = column / KEY_LANES, lane = column % KEY_LANES, d = static_cast<int>(p);
-    prefetch(next.k_bundles[bundle] + Kv::row_bytes(d * KEY_LANES + lane));
+    const int column = j * LANES, bundle = column / KEY_LANES, lane = column % KEY_LANES;
+    const int d = first + static_cast<int>(p);
+    prefetch(next.k_bundles[bundle] + Codec<Kv>::place(dim, d, lane, KEY_LANES));
     return Codec<Kv>::keys(now.k_bundles[bundle], dim, d, lane);
   }
 };
 
+// Elements of a row that are multiplied at a time: those that share a scale, or as many as there are.
+template <class Kv>
+constexpr int width_or_group(int width) {
+  return Codec<Kv>::GROUP > 0 ? Codec<Kv>::GROUP : width;
+}
+
+// How a group's scores join those of the groups before: with scale * (q . numbers) + minimum * (sum of q). Tokens are
+// the product's columns and queries its rows, or the other way round.
+template <class Kv, bool TOKENS_ARE_COLUMNS>
+struct GroupScores {
+  const float *scale, *minimum, *q_sums;  // of tokens, tokens, queries
+  bool begun;
+  F32 start(size_t, const float*) const { return simd::zero(); }
+  int column(int j) const { return j * LANES; }
+  F32 finish(F32 sum, size_t row, int column, const float* c) const {
+    const auto of_token = [&](const float* x) {
+      return TOKENS_ARE_COLUMNS ? simd::load(x + column) : simd::set(x[row]);
+    };
+    const F32 x = simd::fma(sum, of_token(scale), begun ? simd::load(c) : simd::zero());
+    if constexpr (!Codec<Kv>::HAS_MINIMUM) return x;
+    const F32 q_sum = TOKENS_ARE_COLUMNS ? simd::set(q_sums[row]) : simd::load(q_sums + column);
+    return simd::fma(of_token(minimum), q_sum, x);
+  }
+};
+
+// s.scale and s.minimum of the tile's tokens, in the group of element `at`.
+template <class Rows>
+void load_scales_of_bundles(const TileRows<Rows>& rows, int at, const Scratch& s) {
+  using Codec = Codec<typename Rows::KvType>;
+  for (int i = 0; i < TILE; i += LANES) {
+    const uint16_t* scale = Codec::scale(rows.k_bundles[i / KEY_LANES], at, KEY_LANES) + i % KEY_LANES;
+    simd::store(s.scale + i, simd::load_f16(scale));
+    if constexpr (Codec::HAS_MINIMUM) simd::store(s.minimum + i, simd::load_f16(scale + KEY_LANES));
+  }
+}
+
+// The same of rows; row(i) is that of the tile's token i, first .. last - 1. Zeros for the others.
+template <class Kv, class Row>
+void load_scales_of_rows(Row row, int first, int last, int at, const Scratch& s) {
+  uint16_t scale[TILE] = {}, minimum[TILE] = {};
+  for (int i = first; i < last; i++) {
+    const uint16_t* from = Codec<Kv>::scale(row(to_size(i)), at, 1);
+    scale[i] = from[0];
+    if constexpr (Codec<Kv>::HAS_MINIMUM) minimum[i] = from[1];
+  }
+  for (int i = 0; i < TILE; i += LANES) {
+    simd::store(s.scale + i, simd::load_f16(scale + i));
+    if constexpr (Codec<Kv>::HAS_MINIMUM) simd::store(s.minimum + i, simd::load_f16(minimum + i));
+  }
+}
+
 // k-major keys: a register holds a query row's scores of LANES tokens.
 template <class Rows>
 void score_bundles(const Tile<Rows>& tile, const Scratch& s) {
+  using Kv = typename Rows::KvType;
   const Mask& mask = tile.mask;
   const AttentionShape& shape = mask.queries.shape;
-  const KeyColumns<Rows> keys{tile.now, tile.next, shape.k_dim};
+  const Widths widths(shape);
   const auto registers = [&](int row) { return std::min(mask.registers(row), (tile.last + LANES - 1) / LANES); };
-  const auto depth = [&](int) { return shape.k_dim; };
-  gemm::product(s.q, Widths(shape).k_pad, mask.queries.n_rows(), keys, registers, depth, nullptr, s.scores, TILE);
+  const int k_dim = shape.k_dim, width = width_or_group<Kv>(k_dim);
+  for (int at = 0; at < k_dim; at += width) {
+    const KeyColumns<Rows> keys{tile.now, tile.next, k_dim, at};
+    const auto depth = [&](int) { return std::min(width, k_dim - at); };
+    const auto multiply = [&](const auto& join) {
+      gemm::product(s.q + at, widths.k_pad, mask.queries.n_rows(), keys, registers, depth, join, s.scores, TILE);
+    };
+    if constexpr (Codec<Kv>::GROUP > 0) {
+      load_scales_of_bundles(tile.now, at, s);
+      multiply(GroupScores<Kv, true>{s.scale, s.minimum, s.q_sums + to_size(at / width) * widths.rows, at > 0});
+    } else {
+      multiply(gemm::Rescaled{});
+    }
+  }
 }
 
-// Elements first .. last - 1 of a row; those of the row `next` are prefetched, unless it is null.
+// The numbers of elements first .. last - 1 of a row; those of the row `next` are prefetched, unless it is null.
 template <class Kv>
 void load_strip(const std::byte* row, const std::byte* next, int dim, int first, int last, float* x) {
   for (size_t at = Kv::row_bytes(first); next && at < Kv::row_bytes(last); at += 64) prefetch(next + at);
-  load_row<Kv>(row, dim, first, last, x);
+  load_numbers<Kv>(row, dim, first, last, x);
 }
 
 // Token-major keys: a register holds a token's scores of LANES query rows.
 template <class Rows>
 void score_rows(const Tile<Rows>& tile, const Scratch& s) {
+  using Kv = typename Rows::KvType;
   const QueryTile& queries = tile.mask.queries;
   const int k_dim = queries.shape.k_dim, n_rows = queries.n_rows(), first = tile.first, last = tile.last;
+  const int width = width_or_group<Kv>(STRIP);
   const size_t stride = Widths(queries.shape).rows;
   const auto registers = [&](int) { return (n_rows + LANES - 1) / LANES; };
   std::fill_n(s.rescale, TILE, 1.0f);  // from strip to strip the sums go on
-  for (int strip = 0; strip < k_dim; strip += STRIP) {
-    const int end = std::min(k_dim, strip + STRIP);
+  for (int strip = 0; strip < k_dim; strip += width) {
+    const int end = std::min(k_dim, strip + width);
     for (int i = first; i < last; i++)
-      load_strip<typename Rows::KvType>(tile.now.k(to_size(i)), tile.next.k(to_size(i)), k_dim, strip, end,
-                                        s.strip + (i - first) * STRIP);
+      load_strip<Kv>(tile.now.k(to_size(i)), tile.next.k(to_size(i)), k_dim, strip, end, s.strip + (i - first) * STRIP);
     const gemm::PlainColumns q{s.q + to_size(strip) * stride, stride};
     const auto depth = [&](int) { return end - strip; };
-    gemm::product(s.strip, STRIP, last - first, q, registers, depth, strip > 0 ? s.rescale : nullptr,
-                  s.scores_t + to_size(first) * stride, stride);
+    const auto multiply = [&](const auto& join) {
+      gemm::product(s.strip, STRIP, last - first, q, registers, depth, join, s.scores_t + to_size(first) * stride,
+                    stride);
+    };
+    if constexpr (Codec<Kv>::GROUP > 0) {
+      load_scales_of_rows<Kv>([&](size_t i) { return tile.now.k(i); }, first, last, strip, s);
+      multiply(GroupScores<Kv, false>{s.scale + first, s.minimum + first, s.q_sums + to_size(strip / width) * stride,
+                                      strip > 0});
+    } else {
+      multiply(gemm::Rescaled{strip > 0 ? s.rescale : nullptr});
+    }
   }
   for (int column = first / LANES * LANES; column < last; column += LANES) {
     const float* from[LANES];
@@ -291,42 +375,68 @@ void softmax_tile(const Mask& mask, const Scratch& s, const Partial& out) {
 
 // --- one split: values -----------------------------------------------------------------------------------------------
 
-// Columns of a product: V rows as they are, from the tile's row `first` on; those of `next` are prefetched.
+// Columns of a product: V rows as they are, from the tile's row `first` and element `at` on; those of `next` are
+// prefetched.
 template <class Rows>
 struct ValueColumns {
   using Kv = typename Rows::KvType;
   const TileRows<Rows>&now, &next;
   size_t first;
-  int dim;
+  int dim, at;
   F32 operator()(size_t p, int j) const {
-    prefetch(next.v(first + p) + Kv::row_bytes(j * LANES));
-    return Codec<Kv>::lanes(now.v(first + p), dim, j * LANES);
+    prefetch(next.v[first + p] + Codec<Kv>::place(dim, at + j * LANES));
+    return Codec<Kv>::lanes(now.v[first + p], dim, at + j * LANES);
   }
 };
 
-// acc = rescale * acc + weights V. V goes straight from the cache into the product, again for every panel of rows:
-// widening keeps other ports busy than fma does. Rows that are not whole registers are expanded first.
+// s.scaled = the weights times s.scale; s.minima = their sum with s.minimum, without what a row does not see.
+template <class Kv>
+void scale_weights(int n_rows, const Scratch& s) {
+  for (int row = 0; row < n_rows; row++) {
+    F32 minima = simd::zero();
+    for (int i = 0; i < TILE; i += LANES) {
+      const F32 weight = simd::load(s.scores + row * TILE + i);
+      simd::store(s.scaled + row * TILE + i, weight * simd::load(s.scale + i));
+      if constexpr (Codec<Kv>::HAS_MINIMUM) minima += weight > 0.0f ? weight * simd::load(s.minimum + i) : simd::zero();
+    }
+    if constexpr (Codec<Kv>::HAS_MINIMUM) s.minima[row] = simd::sum(minima);
+  }
+}
+
+// acc = rescale * acc + weights V, where the rows' scales join the weights. V goes straight from the cache into the
+// product, again for every panel of rows: widening keeps other ports busy than fma does. Rows that are not whole
+// registers are expanded first.
 template <class Rows>
 void add_values(const Tile<Rows>& tile, const float* rescale, const Scratch& s, const Partial& out) {
+  using Kv = typename Rows::KvType;
   const Mask& mask = tile.mask;
   const AttentionShape& shape = mask.queries.shape;
   const size_t v_pad = Widths(shape).v_pad;
   const int n_rows = mask.queries.n_rows(), first = tile.first, dim = shape.v_is_k ? shape.k_dim : shape.v_dim;
   const auto depth = [&](int row) { return std::max(0, mask.to(row) - first); };
-  const float* weights = s.scores + first;
-  if (shape.v_dim % LANES == 0) {
-    const ValueColumns<Rows> v{tile.now, tile.next, to_size(first), dim};
-    const auto registers = [&](int) { return shape.v_dim / LANES; };
-    return gemm::product(weights, TILE, n_rows, v, registers, depth, rescale, out.acc, v_pad);
-  }
-  for (int strip = 0; strip < shape.v_dim; strip += STRIP) {
-    const int end = std::min(shape.v_dim, strip + STRIP);
+  const bool whole = shape.v_dim % LANES == 0;
+  const int width = width_or_group<Kv>(whole ? shape.v_dim : STRIP);
+  for (int at = 0; at < shape.v_dim; at += width) {
+    const int end = std::min(shape.v_dim, at + width);
+    gemm::Rescaled join{rescale};
+    if constexpr (Codec<Kv>::GROUP > 0) {
+      load_scales_of_rows<Kv>([&](size_t i) { return tile.now.v[i]; }, first, tile.last, at, s);
+      scale_weights<Kv>(n_rows, s);
+      if constexpr (Codec<Kv>::HAS_MINIMUM) join.added = s.minima;
+    }
+    const float* weights = (Codec<Kv>::GROUP > 0 ? s.scaled : s.scores) + first;
+    const auto registers = [&](int) { return (end - at + LANES - 1) / LANES; };
+    const auto multiply = [&](const auto& v) {
+      gemm::product(weights, TILE, n_rows, v, registers, depth, join, out.acc + at, v_pad);
+    };
+    if (whole) {
+      multiply(ValueColumns<Rows>{tile.now, tile.next, to_size(first), dim, at});
+      continue;
+    }
     for (int i = first; i < tile.last; i++)
-      load_strip<typename Rows::KvType>(tile.now.v(to_size(i)), shape.v_is_k ? nullptr : tile.next.v(to_size(i)), dim,
-                                        strip, end, s.strip + (i - first) * STRIP);
-    const auto registers = [&](int) { return (end - strip + LANES - 1) / LANES; };
-    gemm::product(weights, TILE, n_rows, gemm::PlainColumns{s.strip, STRIP}, registers, depth, rescale, out.acc + strip,
-                  v_pad);
+      load_strip<Kv>(tile.now.v[i], shape.v_is_k ? nullptr : tile.next.v[i], dim, at, end,
+                     s.strip + (i - first) * STRIP);
+    multiply(gemm::PlainColumns{s.strip, STRIP});
   }
 }
 
@@ -411,8 +521,22 @@ void load_query_columns(const float* q, const QueryTile& queries, const Scratch&
   }
 }
 
-void load_queries(const float* q, const QueryTile& queries, bool k_major, const Scratch& s) {
-  k_major ? load_query_rows(q, queries, s) : load_query_columns(q, queries, s);
+// What a group's minimum is multiplied by; elements are added up in order, so that it is the same for both.
+template <class Kv>
+void sum_queries(const QueryTile& queries, bool k_major, const Scratch& s) {
+  const Widths widths(queries.shape);
+  std::fill_n(s.q_sums, widths.rows * (widths.k_pad / LANES), 0.0f);
+  for (size_t d = 0; d < to_size(queries.shape.k_dim); d++)
+    for (size_t row = 0; row < to_size(queries.n_rows()); row++)
+      s.q_sums[d / Codec<Kv>::GROUP * widths.rows + row] +=
+          s.q[k_major ? row * widths.k_pad + d : d * widths.rows + row];
+}
+
+template <class Rows>
+void load_queries(const float* q, const QueryTile& queries, const Rows& rows, const Scratch& s) {
+  rows.k_major() ? load_query_rows(q, queries, s) : load_query_columns(q, queries, s);
+  if constexpr (Codec<typename Rows::KvType>::HAS_MINIMUM)
+    sum_queries<typename Rows::KvType>(queries, rows.k_major(), s);
 }
 
 // --- merging ---------------------------------------------------------------------------------------------------------
@@ -533,7 +657,7 @@ struct Call {
   void attend(const Rows& rows, const QueryTile& queries, int first, int last) const {
     first = std::max(first, queries.first_split());
     last = std::min(last, queries.last_split());
-    if (first < last) load_queries(q, queries, rows.k_major(), scratch);
+    if (first < last) load_queries(q, queries, rows, scratch);
     for (int split = first; split < last; split++) {
       attend_split(rows, queries, split, scratch, scratch.partial);
       for (int row = 0; row < queries.n_rows(); row++) merge(queries, row, split, scratch.partial);
@@ -580,7 +704,7 @@ void attend_in_rounds(const Call& call, const KVCache<Kv, Block>& cache, int lay
       const int split = queries.first_split() + round * at_once + slot % at_once;
       if (split >= queries.last_split()) return;
       const CacheRows rows(cache.view(), layer, queries);
-      load_queries(call.q, queries, rows.k_major(), call.scratch);
+      load_queries(call.q, queries, rows, call.scratch);
       attend_split(rows, queries, split, call.scratch, call.memory.slot(slot));
     };
     const auto merge_row = [&](int index) {

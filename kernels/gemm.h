@@ -1,4 +1,5 @@
-// gemm.h: a small product of float32, c = rescale * c + a b, whose second factor is read where it lies and as it lies.
+// gemm.h: a small product of float32, whose second factor is read where it lies and as it lies, and which joins what is
+// there, c, as the caller says: c = rescale * c + a b, or c = c + scale * a b.
 //
 // a [M, k], b [k, N], c [M, N]. It is computed in panels of a few rows by a few registers of columns, which stay in
 // registers while k runs. An element is one chain of fma in order of k: how panels are cut does not show in any bit.
@@ -25,16 +26,29 @@ struct PlainColumns {
   F32 operator()(size_t p, int j) const { return simd::load(b + p * stride + j * LANES); }
 };
 
-// One panel: M rows, N registers from register `first` of b on. rescale [M] is null for c = a b.
-template <class Columns, int M, int N>
-void panel(const float* a, size_t a_stride, const Columns& b, int first, int k, const float* rescale, float* c,
+// How sums join c. start: what a row's sums begin with. column: what belongs to register j of columns; with it, finish
+// makes the new c of a sum. Here c = rescale * c + added + a b; without a rescale [rows] c is not read.
+struct Rescaled {
+  const float* rescale = nullptr;
+  const float* added = nullptr;  // [rows], or none
+  F32 start(size_t row, const float* c) const {
+    const F32 x = rescale ? simd::load(c) * rescale[row] : simd::zero();
+    return added ? x + added[row] : x;
+  }
+  struct Column {};
+  Column column(int) const { return {}; }
+  F32 finish(F32 sum, size_t, Column, const float*) const { return sum; }
+};
+
+// One panel: M rows, from row `row` on, N registers from register `first` of b on.
+template <class Columns, class Join, int M, int N>
+void panel(const float* a, size_t a_stride, const Columns& b, size_t row, int first, int k, const Join& join, float* c,
            size_t c_stride) {
   F32 sum[M][N];
 #pragma GCC unroll 8
   for (size_t i = 0; i < M; i++) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++)
-      sum[i][j] = rescale ? simd::load(c + i * c_stride + j * LANES) * rescale[i] : simd::zero();
+    for (int j = 0; j < N; j++) sum[i][j] = join.start(row + i, c + i * c_stride + j * LANES);
   }
   for (size_t p = 0; p < static_cast<size_t>(k); p++) {
     F32 column[N];
@@ -48,21 +62,27 @@ void panel(const float* a, size_t a_stride, const Columns& b, int first, int k, 
     }
   }
 #pragma GCC unroll 8
-  for (size_t i = 0; i < M; i++)
+  for (int j = 0; j < N; j++) {
+    const auto column = join.column(first + j);
 #pragma GCC unroll 8
-    for (int j = 0; j < N; j++) simd::store(c + i * c_stride + j * LANES, sum[i][j]);
+    for (size_t i = 0; i < M; i++) {
+      float* to = c + i * c_stride + j * LANES;
+      simd::store(to, join.finish(sum[i][j], row + i, column, to));
+    }
+  }
 }
 
-template <class Columns, int... I>
+template <class Columns, class Join, int... I>
 constexpr auto every_panel(std::integer_sequence<int, I...>) {
-  return std::array{&panel<Columns, I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
+  return std::array{&panel<Columns, Join, I / MAX_REGISTERS + 1, I % MAX_REGISTERS + 1>...};
 }
 
 // Any number of rows. A panel that ends with row r needs registers(r) of columns and k(r) terms of the sum.
-template <class Columns, class Registers, class Depth>
+template <class Columns, class Join, class Registers, class Depth>
 void product(const float* a, size_t a_stride, int rows, const Columns& b, Registers registers, Depth k,
-             const float* rescale, float* c, size_t c_stride) {
-  static constexpr auto PANELS = every_panel<Columns>(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
+             const Join& join, float* c, size_t c_stride) {
+  static constexpr auto PANELS =
+      every_panel<Columns, Join>(std::make_integer_sequence<int, MAX_ROWS * MAX_REGISTERS>());
   const int panels = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int j = 0; j < registers(rows - 1); j += MAX_REGISTERS) {
     for (int i = 0; i < panels; i++) {  // of nearly equal heights
@@ -71,8 +91,7 @@ void product(const float* a, size_t a_stride, int rows, const Columns& b, Regist
       if (n <= 0) continue;
       const size_t row = static_cast<size_t>(first);
       const auto compute = PANELS[static_cast<size_t>((end - first - 1) * MAX_REGISTERS + n - 1)];
-      compute(a + row * a_stride, a_stride, b, j, k(end - 1), rescale ? rescale + row : nullptr,
-              c + row * c_stride + j * LANES, c_stride);
+      compute(a + row * a_stride, a_stride, b, row, j, k(end - 1), join, c + row * c_stride + j * LANES, c_stride);
     }
   }
 }

@@ -21,11 +21,13 @@ static_assert(KEY_LANES % simd::LANES == 0);
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
 
-// A KV type's row is scales (q8 and q4) and units, each of an element (q4: of two); a k-major matrix is KEY_LANES rows,
+// A KV type's row is scales (q8 and q4) and units, each of a number (q4: of two); a k-major matrix is KEY_LANES rows,
 // transposed: [scales of a row, KEY_LANES], then [units of a row, KEY_LANES]; it takes the bytes of KEY_LANES rows.
-// Each codec: Unit, how many a row has, the bytes of its scales, store a row, and ways to read floats. `element` is
+// Each codec: Unit, how many a row has, the bytes of its scales, store a row, and ways to read numbers. `element` is
 // one; `lanes` is elements i .. i + LANES - 1, all within the row, i a multiple of LANES; `keys` is element i of the
-// tokens lane .. lane + LANES - 1 of a k-major matrix.
+// tokens lane .. lane + LANES - 1 of a k-major matrix. `place` is where an element lies in either, in bytes. Where
+// GROUP is not 0 that many share a scale (and a minimum, for HAS_MINIMUM), which are not in the numbers: x = scale *
+// number + minimum.
 template <class Kv>
 struct Codec;
 
@@ -33,12 +35,17 @@ struct Codec;
 template <class Derived, class T>
 struct Unscaled {
   using Unit = T;
+  static constexpr int GROUP = 0;
+  static constexpr bool HAS_MINIMUM = false;
   static constexpr int units(int dim) { return dim; }
   static constexpr size_t scale_bytes(int) { return 0; }
-  static float element(const std::byte* row, int, int i) { return Derived::widen(at(row)[i]); }
-  static simd::F32 lanes(const std::byte* row, int, int i) { return Derived::load(at(row) + i); }
-  static simd::F32 keys(const std::byte* matrix, int, int i, int lane) {
-    return Derived::load(at(matrix) + i * KEY_LANES + lane);
+  static size_t place(int /*dim*/, int i, int lane = 0, int n_rows = 1) {
+    return static_cast<size_t>(i * n_rows + lane) * sizeof(T);
+  }
+  static float element(const std::byte* row, int dim, int i) { return Derived::widen(*at(row + place(dim, i))); }
+  static simd::F32 lanes(const std::byte* row, int dim, int i) { return Derived::load(at(row + place(dim, i))); }
+  static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
+    return Derived::load(at(matrix + place(dim, i, lane, KEY_LANES)));
   }
 
  private:
@@ -76,71 +83,82 @@ struct Codec<KvBF16> : Unscaled<Codec<KvBF16>, uint16_t> {
   }
 };
 
+// Rows that begin with a float16 scale for each GROUP elements, and a minimum behind it, for MINIMUM.
+template <class Kv, bool MINIMUM>
+struct Scaled {
+  static constexpr int GROUP = Kv::QUANT_GROUP;
+  static constexpr bool HAS_MINIMUM = MINIMUM;
+  static constexpr size_t scale_bytes(int dim) { return Kv::scale_bytes(dim); }
+  // The scale of element i; of n_rows rows side by side, which are followed by their minima.
+  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
+    return reinterpret_cast<const uint16_t*>(rows) + i / GROUP * (MINIMUM ? 2 : 1) * n_rows;
+  }
+  static float apply(float number, const uint16_t* scale, [[maybe_unused]] int n_rows) {
+    const float x = number * f16_to_float(*scale);
+    if constexpr (MINIMUM)
+      return x + f16_to_float(scale[n_rows]);
+    else
+      return x;
+  }
+};
+
 template <>
-struct Codec<KvQ8> {
+struct Codec<KvQ8> : Scaled<KvQ8, false> {
   using Unit = int8_t;
   static constexpr int units(int dim) { return dim; }
-  static constexpr size_t scale_bytes(int dim) { return KvQ8::scale_bytes(dim); }
-  static float element(const std::byte* row, int dim, int i) {
-    return static_cast<float>(elements(row, dim, 1)[i]) * f16_to_float(*scale(row, i, 1));
+  static size_t place(int dim, int i, int lane = 0, int n_rows = 1) {
+    return static_cast<size_t>(n_rows) * scale_bytes(dim) + static_cast<size_t>(i * n_rows + lane);
   }
-  static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    return simd::load_i8(elements(row, dim, 1) + i) * f16_to_float(*scale(row, i, 1));
-  }
+  static float element(const std::byte* row, int dim, int i) { return *at(row + place(dim, i)); }
+  static simd::F32 lanes(const std::byte* row, int dim, int i) { return simd::load_i8(at(row + place(dim, i))); }
   static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
-    return simd::load_i8(elements(matrix, dim, KEY_LANES) + i * KEY_LANES + lane) *
-           simd::load_f16(scale(matrix, i, KEY_LANES) + lane);
+    return simd::load_i8(at(matrix + place(dim, i, lane, KEY_LANES)));
   }
   static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
 
  private:
-  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
-    return reinterpret_cast<const uint16_t*>(rows) + i / KvQ8::QUANT_GROUP * n_rows;
-  }
-  static const int8_t* elements(const std::byte* rows, int dim, size_t n_rows) {
-    return reinterpret_cast<const int8_t*>(rows + n_rows * scale_bytes(dim));
-  }
+  static const int8_t* at(const std::byte* p) { return reinterpret_cast<const int8_t*>(p); }
 };
 
-// A byte holds elements j and j + HALF of a group; a group's scale is followed by its minimum.
+// A byte holds elements j and j + HALF of a group.
 template <>
-struct Codec<KvQ4> {
-  static constexpr int GROUP = KvQ4::QUANT_GROUP, HALF = GROUP / 2;
+struct Codec<KvQ4> : Scaled<KvQ4, true> {
+  static constexpr int HALF = GROUP / 2;
   using Unit = uint8_t;
   static constexpr int units(int dim) { return static_cast<int>(KvQ4::groups(dim)) * HALF; }
-  static constexpr size_t scale_bytes(int dim) { return KvQ4::scale_bytes(dim); }
+  static size_t place(int dim, int i, int lane = 0, int n_rows = 1) {
+    return static_cast<size_t>(n_rows) * scale_bytes(dim) +
+           static_cast<size_t>((i / GROUP * HALF + i % HALF) * n_rows + lane);
+  }
   static float element(const std::byte* row, int dim, int i) {
-    const int q = *bytes(row, dim, i, 1) >> shift(i) & 15;
-    return static_cast<float>(q) * f16_to_float(scale(row, i, 1)[0]) + f16_to_float(scale(row, i, 1)[1]);
+    return static_cast<float>(*at(row + place(dim, i)) >> shift(i) & 15);
   }
-  static simd::F32 lanes(const std::byte* row, int dim, int i) {
-    const uint16_t* s = scale(row, i, 1);
-    return simd::load_u4(bytes(row, dim, i, 1), shift(i)) * f16_to_float(s[0]) + f16_to_float(s[1]);
-  }
+  static simd::F32 lanes(const std::byte* row, int dim, int i) { return widen(at(row + place(dim, i)), i); }
   static simd::F32 keys(const std::byte* matrix, int dim, int i, int lane) {
-    const uint16_t* s = scale(matrix, i, KEY_LANES) + lane;
-    return simd::load_u4(bytes(matrix, dim, i, KEY_LANES) + lane, shift(i)) * simd::load_f16(s) +
-           simd::load_f16(s + KEY_LANES);
+    return widen(at(matrix + place(dim, i, lane, KEY_LANES)), i);
   }
   static void store(const float* x, int dim, std::byte* row);  // kvcache.cpp
 
  private:
   static int shift(int i) { return i % GROUP / HALF * 4; }
-  static const uint16_t* scale(const std::byte* rows, int i, int n_rows) {
-    return reinterpret_cast<const uint16_t*>(rows) + i / GROUP * 2 * n_rows;
-  }
-  static const uint8_t* bytes(const std::byte* rows, int dim, int i, int n_rows) {
-    return reinterpret_cast<const uint8_t*>(rows + static_cast<size_t>(n_rows) * scale_bytes(dim)) +
-           (i / GROUP * HALF + i % HALF) * n_rows;
-  }
+  static simd::F32 widen(const uint8_t* p, int i) { return simd::to_float(simd::load_u8(p) >> shift(i) & 15); }
+  static const uint8_t* at(const std::byte* p) { return reinterpret_cast<const uint8_t*>(p); }
 };
 
-// x [last - first]: elements first .. last - 1 of a row of dim; first is a multiple of LANES.
+// x [last - first]: the numbers of elements first .. last - 1 of a row of dim; first is a multiple of LANES.
 template <class Kv>
-void load_row(const std::byte* row, int dim, int first, int last, float* x) {
+void load_numbers(const std::byte* row, int dim, int first, int last, float* x) {
   int i = first;
   for (; i + simd::LANES <= last; i += simd::LANES) simd::store(x + i - first, Codec<Kv>::lanes(row, dim, i));
   for (; i < last; i++) x[i - first] = Codec<Kv>::element(row, dim, i);
+}
+
+// x [n]: the first n elements of a row of dim.
+template <class Kv>
+void load_row(const std::byte* row, int dim, int n, float* x) {
+  load_numbers<Kv>(row, dim, 0, n, x);
+  if constexpr (Codec<Kv>::GROUP > 0)
+    for (int i = 0; i < n; i++) x[i] = Codec<Kv>::apply(x[i], Codec<Kv>::scale(row, i, 1), 1);
 }
 
 // --- places ----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,6 @@ using U32 = uint32_t __attribute__((vector_size(4 * LANES)));
 using I16 = int16_t __attribute__((vector_size(4 * LANES)));
 using U16 = uint16_t __attribute__((vector_size(4 * LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * LANES)));  // LANES of them, half a register
-using Bytes = uint8_t __attribute__((vector_size(LANES)));
 
 // --- the same at every level -----------------------------------------------------------------------------------------
 
@@ -102,9 +101,6 @@ inline I32 load_i32(const void* p) { return load_as<I32>(p); }
 inline F32 load_bf16(const uint16_t* p) {
   const I32 wide = __builtin_convertvector(load_as<Half>(p), I32);
   return std::bit_cast<F32>(wide << 16);
-}
-inline F32 load_u4(const uint8_t* p, int shift) {  // of each byte the 4 bits from `shift` on
-  return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(p), I32) >> shift & 15, F32);
 }
 inline void store(float* p, F32 x) { std::memcpy(p, &x, sizeof x); }
 inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, sizeof x); }
@@ -145,6 +141,9 @@ inline void store_f16(uint16_t* p, F32 x) { _mm256_storeu_si256(reinterpret_cast
 inline F32 load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline I32 load_u8(const uint8_t* p) {
+  return I32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline F32 scale_by_power_of_2(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
@@ -175,6 +174,9 @@ inline void store_f16(uint16_t* p, F32 x) { _mm_storeu_si128(reinterpret_cast<__
 inline F32 load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline I32 load_u8(const uint8_t* p) {
+  return I32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 round(F32 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline I32 to_i32(F32 x) { return I32(_mm256_cvtps_epi32(x)); }
@@ -203,6 +205,7 @@ inline void store_first(float* p, F32 x, int n) { std::memcpy(p, &x, static_cast
 inline F32 load_f16(const uint16_t* p) { return each([&](int i) { return f16_to_float(p[i]); }); }
 inline void store_f16(uint16_t* p, F32 x) { for (int i = 0; i < LANES; i++) p[i] = float_to_f16(x[i]); }
 inline F32 load_i8(const int8_t* p) { return each([&](int i) { return static_cast<float>(p[i]); }); }
+inline I32 load_u8(const uint8_t* p) { return each<I32>([&](int i) { return p[i]; }); }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }  // no fused instruction to count on: rounds twice
 inline F32 round(F32 x) { return each([&](int i) { return std::nearbyintf(x[i]); }); }
 inline I32 to_i32(F32 x) {
