@@ -67,6 +67,6 @@ Machine probe(Threads& threads, int, const Model& model, int) {
 void probe_step(Machine& machine, Threads& threads, int, const std::vector<Matrix>& matrices, const Config&,
                 const AttentionSpeed&, int) {
   constexpr size_t MOST = size_t{128} << 20;
-  const Matrix& m = *std::ranges::max_element(matrices, {}, bytes_of);
+  const Matrix& m = *std::ranges::max_element(matrices, {}, [](const Matrix& one) { return bytes_of(one); });
   machine.bandwidth = read_bandwidth(threads, 1, {m.data, std::min(MOST, static_cast<size_t>(bytes_of(m)))});
 }

@@ -5,6 +5,7 @@ tests/data/configs/ holds the config.json of public models, as Hugging Face has 
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -292,3 +293,21 @@ def test_a_config_that_lacks_a_field_is_refused_by_its_name(name, tmp_path, caps
         assert line.count("\n") == 1 and key in line, line
         assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert refused >= 5
+
+
+def test_a_report_adds_up():
+    """A step is the longer of reading and multiplying, each of the weights and of the cache, and what comes on top."""
+    done = run(ROOT / "models/tiny-gqa.safetensors", "-i", "Once upon a time", "-n", 40, "--ignore-eos")
+    line = next(line for line in done.stderr.splitlines() if line.startswith("predict"))
+    number = r"([\d.]+)"
+    found = re.fullmatch(
+        rf"predict  {number} tokens/s, bound by (\w+): weights {number} ms, KV {number}, compute {number}, "
+        rf"launches {number}, logits {number}; the median step: \d+ % of it; "
+        rf"probed now: {number} GB/s of these weights",
+        line,
+    )
+    speed, bound, *parts, _ = found.groups()
+    weights, kv, compute, launches, logits = map(float, parts)
+    assert bound in ("weights", "KV", "compute", "launches", "logits")
+    on_top = launches + logits
+    assert max(weights + kv, compute) + on_top - 0.01 <= 1e3 / float(speed) <= weights + kv + compute + on_top + 0.01
