@@ -640,7 +640,7 @@ def test_no_architecture_drops_a_key(architecture, tmp_path, capsys):
 def test_refused_folders(tmp_path, capsys):
     """What config.json cannot be wrong about: the index of the files, and a header that is JSON but no sense."""
     source = checkpoints.build(checkpoints.load("deepseek_v2"), tmp_path / "shards")
-    for files in (3, {"lm_head.weight": 1}):
+    for files in (3, {"lm_head.weight": 1}, {"lm_head.weight": "../m.safetensors"}):
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         assert "weight_map" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
     index = checkpoints.build(checkpoints.load("deepseek_v2"), source) / "model.safetensors.index.json"
@@ -781,6 +781,14 @@ def test_a_gguf_factor_without_a_kind_is_linear(key, tmp_path):
     source.metadata = source.metadata | {f"llama.{key}": 4.0}
     source.config = gguf_config(source)
     assert np.array_equal(build(source).tensors["rope.0.inv_freq"].float32(), plain / 4)
+
+
+def test_a_gguf_model_that_rotates_a_part_of_a_head(tmp_path):
+    source = gguf_source_of("llama_gqa", tmp_path)
+    source.metadata = source.metadata | {"llama.rope.dimension_count": 8}
+    source.config = gguf_config(source)
+    with pytest.raises(ExportError, match="rope_dim is 8: must be all"):
+        build(source)
 
 
 def test_gguf_experts_chosen_in_another_way(tmp_path):

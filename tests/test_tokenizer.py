@@ -1019,6 +1019,24 @@ def test_settings_of_the_wrong_kind_are_refused(file, values, tmp_path):
         export(tmp_path)
 
 
+def test_what_stands_for_nothing_is_no_text(tmp_path):
+    """A row between the vocabulary and an added token, and one that GGUF calls unused."""
+    trained = train(*PRE_TOKENIZERS["GPT-2"])
+    data, n = json.loads(trained.to_str()), trained.get_vocab_size()
+    data["added_tokens"].append({"id": n + 1, "content": "<far>"})
+    special = {SPECIAL[0]: {"id": SPECIAL[0], "ids": [0], "tokens": [SPECIAL[0]]}}
+    single = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": SPECIAL[0]}}]
+    data["post_processor"] = {"type": "TemplateProcessing", "single": single, "special_tokens": special}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    ours = export(tmp_path)
+    assert [token for _, token, _ in ours.tokens(n + 2)[n:]] == [b"", b"<far>"]
+    assert ours.encode("a", add_special=True) == [*ours.encode("a"), 0]
+    metadata = gguf_metadata(trained, "gpt-2")
+    metadata["tokenizer.ggml.token_type"][-2] = 5
+    tokens = export(tmp_path, kind="gguf", metadata=metadata).tokens(n)
+    assert tokens[-2][1] == b"" and tokens[-3][1] != b""
+
+
 def test_names_and_ids_of_no_token_are_said(tmp_path):
     (tmp_path / "tokenizer.json").write_text(train(*PRE_TOKENIZERS["GPT-2"]).to_str())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<none>", "bos_token": None}))
