@@ -141,6 +141,8 @@ def open_gguf(path: Path, tokenizer_file: Path | None) -> Source:
     try:
         header.take(4)
         version = header.scalar("I")
+        if version in (2 << 24, 3 << 24):
+            raise ExportError(f"{path}: a big-endian GGUF file: convert it with gguf-convert-endian {path.name} little")
         if version not in (2, 3):
             raise ExportError(f"{path}: GGUF version {version}: convert it again, with a tool that writes version 3")
         n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")

@@ -130,7 +130,7 @@ def merges_from_scores(where, texts: list[str], scores: list[float], skip: set[i
             for cut in range(1, len(text))
             if text[:cut] in ids and text[cut:] in ids
         ]
-        merges += [(-scores[id], -cut, cut - len(text), left, right, id) for left, right, cut in sorted(parts)]
+        merges += [(-scores[id], -cut, cut - len(text), left, right, id) for left, right, cut in parts]
     merges.sort(key=lambda merge: merge[:3])
     return [merge[3:] for merge in merges]
 

@@ -598,6 +598,7 @@ std::string Tokenizer::text(int id) const {
   const std::string_view token = impl_->token(i);
   const Kind kind = impl_->kinds[i];
   if (kind == Kind::control || kind == Kind::unused) return std::string(token);
+  if (kind == Kind::added && impl_->flags & BYTE_LEVEL) return std::string(token);  // no spelling of bytes
   if (kind == Kind::byte) {
     char name[8];
     std::snprintf(name, sizeof name, "<0x%02X>",

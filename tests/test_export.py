@@ -541,12 +541,14 @@ def test_rewrites_move_quantised_weights_as_they_are(tmp_path):
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0}
+FP8 = {"quant_method": "fp8"}
 
 
 @pytest.mark.parametrize(
     ("name", "config", "words"),
     [
         ("llama_gqa", {"no_such_key": 3}, "no_such_key is 3"),
+        ("gpt2", {"hidden_size": 64}, "hidden_size is 64 but n_embd is"),
         ("llama_gqa", {"model_type": "mamba"}, "model_type is 'mamba'"),
         ("llama_gqa", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ("llama_gqa", {"rope_scaling": {"rope_type": "longrope", "short_factor": []}}, "rope_type 'longrope'"),
@@ -566,6 +568,9 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("gemma3", {"rope_parameters": {"full_attention": 0}}, "full_attention must be an object"),
         ("gemma3", {"rope_parameters": {"full_attention": {}, "rope_theta": 1e4}}, "rope_theta must be an object"),
         ("qwen3_moe", {"mlp_only_layers": ["1"]}, "mlp_only_layers is ['1']"),
+        ("gemma3", {"layer_types": None, "_sliding_window_pattern": 7}, "_sliding_window_pattern is 7"),
+        ("deepseek_v3_fp8", {"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, "is fp8, and"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ("phi3", {"lm_head_bias": True}, "lm_head_bias is True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
         ("smollm3", {"no_rope_layers": [[]] * 9}, "no_rope_layers is [["),
@@ -635,9 +640,20 @@ def test_no_architecture_drops_a_key(architecture, tmp_path, capsys):
 def test_refused_folders(tmp_path, capsys):
     """What config.json cannot be wrong about: the index of the files, and a header that is JSON but no sense."""
     source = checkpoints.build(checkpoints.load("deepseek_v2"), tmp_path / "shards")
-    for files in (3, {"lm_head.weight": 1}):
+    for files in (3, {"lm_head.weight": 1}, {"lm_head.weight": "../m.safetensors"}):
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         assert "weight_map" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    index = checkpoints.build(checkpoints.load("deepseek_v2"), source) / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": listed | {"model.more": next(iter(listed.values()))}}))
+    assert "tensor model.more is missing" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+    pointer = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "pointer")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refused(capsys, pointer, "-o", tmp_path / "m.safetensors")
+    reference = checkpoints.load("mixtral")
+    reference["tensors"]["model.layers.0.block_sparse_moe.experts.1.w1.weight"][0] += 2
+    source = checkpoints.build(reference, tmp_path / "odd")
+    assert "expert 1's is [" in refused(capsys, source, "-o", tmp_path / "m.safetensors")
     source = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "huge")
     header = json.dumps({"lm_head.weight": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}}).encode()
     (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -665,6 +681,10 @@ def test_keys_that_switch_nothing_on_are_taken(tmp_path):
     for key, value in without.items():
         source.config = whole | {key: value}
         assert build(source).config == plain, key
+    windows = open_source(checkpoints.build(checkpoints.load("qwen2"), tmp_path / "windows"))
+    types = ["sliding_attention"] * windows.config["num_hidden_layers"]
+    windows.config |= {"use_sliding_window": False, "sliding_window": 8, "layer_types": types}
+    assert set(build(windows).config["window"]) == {0}
     source.config = whole | {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 21}
     assert build(source).config == plain
     on = {"use_sliding_window": True, "num_experts": 4, "logits_scaling": 2.0, "qkv_bias": True, "sliding_window": 8}
@@ -763,6 +783,14 @@ def test_a_gguf_factor_without_a_kind_is_linear(key, tmp_path):
     assert np.array_equal(build(source).tensors["rope.0.inv_freq"].float32(), plain / 4)
 
 
+def test_a_gguf_model_that_rotates_a_part_of_a_head(tmp_path):
+    source = gguf_source_of("llama_gqa", tmp_path)
+    source.metadata = source.metadata | {"llama.rope.dimension_count": 8}
+    source.config = gguf_config(source)
+    with pytest.raises(ExportError, match="rope_dim is 8: must be all"):
+        build(source)
+
+
 def test_gguf_experts_chosen_in_another_way(tmp_path):
     source = gguf_source_of("mixtral", tmp_path)
     source.metadata = source.metadata | {"llama.expert_gating_func": 2}
@@ -823,6 +851,7 @@ def test_any_value_of_any_gguf_key_is_taken_or_refused(name, tmp_path):
         ("gqa:4", "llama_gqa", "n_kv_heads is 2"),
         ("mla", "qwen3", "k_norm.weight"),
         ("mla", "gemma3", "k_norm.weight"),
+        ("mla", "gpt_oss", "attention sinks"),
         ("mha", "deepseek_v2", "attention is mla"),
     ],
 )
@@ -850,6 +879,14 @@ def test_refused_sources(tmp_path, capsys):
     assert "config.json" in line(tmp_path / "empty")
     (tmp_path / "text.gguf").write_text("hello")
     assert "not GGUF" in line(tmp_path / "text.gguf")
+    (tmp_path / "big.gguf").write_bytes(b"GGUF\0\0\0\3" + bytes(16))
+    assert "big-endian" in line(tmp_path / "big.gguf")
+    (tmp_path / "old.gguf").write_bytes(b"GGUF\1\0\0\0" + bytes(16))
+    assert "GGUF version 1" in line(tmp_path / "old.gguf")
+    key = struct.pack("<Q1sII", 1, b"a", 4, 0)
+    (tmp_path / "twice.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + 2 * key)
+    assert "'a' is there twice" in line(tmp_path / "twice.gguf")
+    assert r"no\n\x1b[31m.gguf" in line(tmp_path / "no\n\x1b[31m.gguf")
     (tmp_path / "zero.bin").write_bytes(b"")
     assert "empty file" in line(tmp_path / "zero.bin")
     folder = checkpoints.build(checkpoints.load("llama_gqa"), tmp_path / "hf")
@@ -880,7 +917,7 @@ def test_pipes_are_refused(tmp_path):
         source = pipe.parent if pipe.name == "model.safetensors" else pipe
         command = [sys.executable, "export.py", source, "-o", tmp_path / "out.safetensors"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and str(pipe) in done.stderr
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and f"{pipe}: a folder, a pipe" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["gguf", "safetensors", "bin"])
@@ -898,7 +935,8 @@ def test_truncated_files(kind, tmp_path, capsys):
     for length in [*range(4, 400, 23), *np.linspace(400, len(data) - 1, 25).astype(int)]:
         whole.write_bytes(data[:length])
         source = whole.parent if kind == "safetensors" else whole
-        assert str(whole.parent) in refused(capsys, source, "-o", tmp_path / "m.safetensors")
+        line = refused(capsys, source, "-o", tmp_path / "m.safetensors")
+        assert str(whole.parent) in line and "meanwhile" not in line  # before anything is written
     assert not list(tmp_path.glob("*m.*"))
 
 
@@ -1016,9 +1054,15 @@ def test_an_export_is_found_by_what_it_was_made_from(tmp_path, capsys):
         assert exported and not export_into()[1]
         for change in ("config.json", "chat_template.jinja"):
             file = source / change
+            times = file.exists() and (file.stat().st_atime_ns, file.stat().st_mtime_ns)
             file.write_text(file.read_text() if file.exists() else "x")
+            if times:
+                os.utime(file, ns=times)  # as cp -p does
             assert export_into() == (made[run_], True) and not export_into()[1]
     assert made["runA"] != made["runB"]
+    made["runB"].write_bytes(b"another's")
+    line = refused(capsys, source, "--into", tmp_path / "models")
+    assert "export.py has not made this file" in line and made["runB"].read_bytes() == b"another's"
     assert str(tmp_path).encode() not in made["runA"].read_bytes()
 
 

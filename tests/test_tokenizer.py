@@ -25,6 +25,7 @@ from exporter.gguf_source import GgufHeader
 from exporter.source import File
 from exporter.sources import open_source
 from exporter.tokenizer import write_tokenizer
+from exporter.vocabularies import added_flags
 
 DATA = ROOT / "tests/data/tokenizer"
 CORPUS = [
@@ -255,16 +256,18 @@ def test_byte_level_ids_are_hugging_faces(name, tmp_path):
 def test_tokens_are_bytes_and_texts(tmp_path):
     trained = train(*PRE_TOKENIZERS["SmolLM2"])
     trained.decoder = decoders.ByteLevel()
+    trained.add_tokens(["éé"])  # as a spelling of bytes it would be E9 E9
     trained.save(str(tmp_path / "tokenizer.json"))
     size = trained.get_vocab_size()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     ours = export(tmp_path, config={"vocab_size": size + 7})  # rows that pad the embedding
     tokens = ours.tokens(size + 7)
     assert [id for id, (end, _, _) in enumerate(tokens) if end] == [0, 2, 5]
-    for id, (_, token, text) in enumerate(tokens[:size]):
+    for id, (_, token, text) in enumerate(tokens[: size - 1]):
         assert text == trained.id_to_token(id)
         assert token.decode("utf-8", "replace") == trained.decode([id], skip_special_tokens=True)
     assert all(token == b"" for _, token, _ in tokens[size:])
+    assert tokens[size - 1][1:] == ("éé".encode(), "éé")
     for text in TEXTS:
         assert b"".join(tokens[id][1] for id in ours.encode(text, parse_special=False)) == text.encode()
 
@@ -629,7 +632,12 @@ def test_added_tokens_beside_tokenizer_model(where, pieces, tmp_path):
         settings = {"eos_token": "<|im_end|>", "bos_token": "<s>", "legacy": legacy, "add_bos_token": False}
         if where == "added_tokens.json":
             (tmp_path / where).write_text(json.dumps(ids))
-            (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_start|>"]}')
+            named = (
+                {"additional_special_tokens": ["<|im_start|>"]}
+                if legacy
+                else {"extra_special_tokens": {"start": "<|im_start|>"}}
+            )
+            (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
         else:
             settings[where] = {id: {"content": text, "special": True} for text, id in ids.items()}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -1011,12 +1019,31 @@ def test_settings_of_the_wrong_kind_are_refused(file, values, tmp_path):
         export(tmp_path)
 
 
+def test_what_stands_for_nothing_is_no_text(tmp_path):
+    """A row between the vocabulary and an added token, and one that GGUF calls unused."""
+    trained = train(*PRE_TOKENIZERS["GPT-2"])
+    data, n = json.loads(trained.to_str()), trained.get_vocab_size()
+    data["added_tokens"].append({"id": n + 1, "content": "<far>"})
+    special = {SPECIAL[0]: {"id": SPECIAL[0], "ids": [0], "tokens": [SPECIAL[0]]}}
+    single = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": SPECIAL[0]}}]
+    data["post_processor"] = {"type": "TemplateProcessing", "single": single, "special_tokens": special}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    ours = export(tmp_path)
+    assert [token for _, token, _ in ours.tokens(n + 2)[n:]] == [b"", b"<far>"]
+    assert ours.encode("a", add_special=True) == [*ours.encode("a"), 0]
+    metadata = gguf_metadata(trained, "gpt-2")
+    metadata["tokenizer.ggml.token_type"][-2] = 5
+    tokens = export(tmp_path, kind="gguf", metadata=metadata).tokens(n)
+    assert tokens[-2][1] == b"" and tokens[-3][1] != b""
+
+
 def test_names_and_ids_of_no_token_are_said(tmp_path):
     (tmp_path / "tokenizer.json").write_text(train(*PRE_TOKENIZERS["GPT-2"]).to_str())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<none>", "bos_token": None}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 99999]}))
     notes = []
     export(tmp_path, notes=notes)
+    assert [added_flags(token, "") for token in ({"content": "x"}, {"content": "x", "special": True})] == [8, 1]
     assert [note.partition(":")[0] for note in notes] == ["eos_token '<none>'", "end of a text [99999]"]
 
 
