@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "lab"
 WORK.mkdir(parents=True, exist_ok=True)
 PEER = [sys.executable, ROOT / "lab" / "llama_cpp_peer.py"]
+OPENVINO = [sys.executable, ROOT / "lab" / "openvino_peer.py"]
 # A token each, in the vocabularies of SmolLM2 and Gemma.
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for", "on", "that", "with", "as", "by", "at", "from", "it")
 
@@ -83,6 +84,11 @@ def bench(weights: Path, *flags) -> dict:
 
 def peer(*command) -> dict:
     return json.loads(output(*PEER, *command))
+
+
+def openvino(*command) -> dict:
+    """Before its last line it may say this and that."""
+    return json.loads(output(*OPENVINO, *command).splitlines()[-1])
 
 
 def medians(runs: list[dict]) -> dict:

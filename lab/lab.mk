@@ -5,8 +5,9 @@
 ## make lab              variants x caches x kernels beside the calculation: tables and pictures in lab/results/lab/
 ##      ROUNDS=3 MINUTES=20  it ends after these minutes at the latest, the same command goes on
 ##      QUICK=1              a few points once, in build/lab/quick/
-## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes); results in lab/results/
-##      MEASURE="kernels speed paging variants bundled"  ROUNDS=5    what, how often
+## make measure          speed, beside llama.cpp (compiled here first: 10 to 20 minutes) and OpenVINO GenAI; in lab/results/
+##      MEASURE="kernels speed paging variants bundled"  ROUNDS=5    what, how often; large: 1 B random weights,
+##                                                           types: what int8 activations cost each weight type
 ## make gpu-kit          build/gpu-kit/ and .tar.gz: lab/gpu.py and all that it needs on another machine, with a GPU
 ##      CUDA_ARCH=90a        for an H100 or H200 alone
 
@@ -16,8 +17,10 @@ MINUTES ?= 20
 
 # What none of the parts in MEASURE needs is not fetched. Gemma 3 is measured where its file lies in models/.
 SMOLLM2 := models/SmolLM2-135M-Instruct
-MEASURED := $(if $(filter speed paging variants,$(MEASURE)),$(SMOLLM2).Q4_1.gguf) \
-  $(if $(filter speed,$(MEASURE)),$(SMOLLM2).Q8_0.gguf $(wildcard models/gemma-3-270m-q4_k_m.gguf))
+MEASURED := $(if $(filter speed types paging variants,$(MEASURE)),$(SMOLLM2).Q4_1.gguf) \
+  $(if $(filter speed,$(MEASURE)),$(SMOLLM2).Q8_0.gguf) \
+  $(if $(filter speed types,$(MEASURE)),$(wildcard models/gemma-3-270m-q4_k_m.gguf)) \
+  $(if $(filter large,$(MEASURE)),$(patsubst %,models/random-1b-%.gguf,q8_0 q4_0 q4_k))
 PROGRAMS := $(addprefix $(TEST)/,$(if $(filter kernels,$(MEASURE)),matmul_bench attention_bench) \
   $(if $(filter paging,$(MEASURE)),paging_bench))
 $(TEST)/%_bench: $(TEST)/lab/%_bench.o $(TEST_STAGES)
@@ -25,7 +28,7 @@ $(TEST)/%_bench: $(TEST)/lab/%_bench.o $(TEST_STAGES)
 
 # Binaries are built by makes below Python, which does not pass on the pipe of this one's jobs.
 OWN_MAKES = MAKEFLAGS='$(filter-out --jobserver%,$(MAKEFLAGS))'
-measure: .venv/exporter $(PROGRAMS) $(MEASURED) $(if $(filter speed paging,$(MEASURE)),.venv/lab)
+measure: .venv/exporter $(PROGRAMS) $(MEASURED) $(if $(filter speed large paging,$(MEASURE)),.venv/lab)
 	@for m in $(MEASURED); do $(MAKE) weights MODEL=$$m || exit 1; done
 	@$(OWN_MAKES) $(PYTHON) lab/measure.py $(MEASURE) --rounds $(ROUNDS) \
 	  $(if $(strip $(MEASURED)),--models $(MEASURED)) $(if $(PROGRAMS),--programs $(PROGRAMS))
@@ -33,6 +36,9 @@ weights: $(SOURCE_READY)
 	@$(WEIGHTS) >/dev/null
 $(SMOLLM2).Q8_0.gguf: $(SMOLLM2).Q4_1.gguf | .venv/lab
 	@$(PYTHON) lab/llama_cpp_peer.py quantize $< $@
+
+models/random-1b-%.gguf: $(SMOLLM2).Q4_1.gguf lab/random_gguf.py
+	@PYTHONPATH=. $(PYTHON) lab/random_gguf.py $< $* $@
 
 lab: .venv/tests $(SMOLLM2).Q4_1.gguf
 	@$(OWN_MAKES) $(PYTHON) lab/lab.py $(if $(QUICK),--quick,--rounds $(ROUNDS) --minutes $(MINUTES))

@@ -1,10 +1,10 @@
-"""One sequence beside llama.cpp on the same weights: prompt, decode, start, memory, perplexity.
+"""One sequence beside llama.cpp and OpenVINO GenAI on the same file: prompt, decode, start, memory, perplexity.
 
-llama.cpp is timed by its own counters, attn.cu by `run --bench` (medians of 5 in each process). The first token comes
+Both are timed by their own counters, attn.cu by `run --bench` (medians of 5 in each process). The first token comes
 after the start of the process for attn.cu, of the load for llama.cpp (its counter). What is resident is each process's
 peak over a prompt of 512 tokens and 128 of decode; of llama.cpp's, what Python held before the load is taken off.
 Bytes of a token: every matrix once, the classifier with its embedding where they are tied, and the keys and values of
-its context; not the rows of an embedding. A GGUF file of types that attn.cu lacks was exported as q8.
+its context; not the rows of an embedding. The perplexity of random weights is left out.
 """
 
 import re
@@ -14,17 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import WORK, bench, binary, generate, medians, output, peer, progress, text
+from common import WORK, bench, binary, generate, medians, openvino, output, peer, progress, text
 
 TEXT, CHUNKS = "/usr/share/common-licenses/GPL-3", "4"
 PROMPT, DECODE, LONG = 512, 128, 4096
 AT_LONG = f"decode {DECODE} at {LONG}, tokens/s"
 PEERS = {"llama.cpp": ("plain", "f16"), "its flash": ("flash", "f16"), "flash, KV q8": ("flash", "q8")}
+RIVALS = (*PEERS, "OpenVINO")
 
 
 def measure(gguf: Path, rounds: int) -> dict:
     weights = gguf.with_suffix(".safetensors")
-    runs = {side: [] for side in ("attn.cu", "its KV q8", *PEERS)}
+    runs = {side: [] for side in ("attn.cu", "its KV q8", *RIVALS)}
     with tempfile.TemporaryDirectory(dir=WORK) as folder:  # llama.cpp's caches of LONG tokens, which take it long
         for number in range(rounds):
             progress(f"speed, {gguf.stem}", number, rounds)
@@ -34,11 +35,12 @@ def measure(gguf: Path, rounds: int) -> dict:
             for side, (attention, kv) in PEERS.items():
                 state = Path(folder) / f"{attention}-{kv}"
                 runs[side].append(peer("speed", gguf, about["threads"], attention, kv, LONG, state))
+            runs["OpenVINO"].append(openvino(gguf, about["threads"], LONG))
     result = {
         "about": about,
         "medians": {side: medians(figures) for side, figures in runs.items()},
         "memory": memory(weights, gguf),
-        "perplexity": perplexities(weights, gguf, about["threads"]),
+        "perplexity": {} if gguf.stem.startswith("random") else perplexities(weights, gguf, about["threads"]),
         "rounds": runs,
     }
     print_table(gguf.stem, result)
@@ -92,19 +94,20 @@ def perplexities(weights: Path, gguf: Path, threads: int) -> dict:
 
 
 def print_table(name: str, result: dict) -> None:
-    """The ratio is that of attn.cu to the best of llama.cpp's three; above 1 we are ahead, for seconds and MB too."""
+    """The ratio is that of attn.cu to the best of the others; above 1 we are ahead, for seconds and MB too."""
     sides = result["medians"]
     print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in result["about"].items()))
     print(f"{'':44}" + "".join(f"{side:>14}" for side in sides) + f"{'ratio':>8}")
     for figure, value in sides["attn.cu"].items():
         cells = "".join(f"{figures[figure]:14.4g}" if figure in figures else f"{'':14}" for figures in sides.values())
-        peers = [sides[side][figure] for side in PEERS if figure in sides[side]]
+        peers = [sides[side][figure] for side in RIVALS if figure in sides[side]]
         ratio = (min(peers) / value if figure.endswith(", s") else value / max(peers)) if peers else None
         print(f"{figure:44}{cells}" + (f"{ratio:8.2f}" if ratio else ""))
     used, scored = result["memory"], result["perplexity"]
     print(pair("resident, MB", used) + f"{'':28}{used['llama.cpp'] / used['attn.cu']:8.2f}", end="")
     print(f"; at most {used['weights'] + used['KV'] + 64:.1f}: weights {used['weights']:.1f}, KV {used['KV']:.1f}, 64")
-    print(pair("perplexity, GPL-3, 4 x 512", scored))
+    if scored:
+        print(pair("perplexity, GPL-3, 4 x 512", scored))
 
 
 def pair(figure: str, values: dict) -> str:
