@@ -169,15 +169,15 @@ __device__ QueryRows find_rows(const Batch& batch, const AttentionShape& shape, 
 
 // The part of the context that a launch works on, and where results lie that are not whole yet: a split's, until
 // they are merged; or with splits = 1 a launch's, which the next one goes on from.
-struct Part {
+struct ContextPart {
   int first = 0, n = INT_MAX;  // positions: block z of the grid has n, from first + z n on
   int splits = 1;              // blocks of the grid; where there are several, the last one to be done merges them
   int* done = nullptr;         // [blocks of query rows, KV heads] splits that are: splits_done
   float* o = nullptr;          // [T, n_heads, splits, v_dim] State's o
   float* m_l = nullptr;        // [T, n_heads, splits, 2] State's m and l
 
-  Part() = default;
-  Part(Arena& arena, const AttentionShape& shape, int n_tokens, int n_splits) : n(SPLIT), splits(n_splits) {
+  ContextPart() = default;
+  ContextPart(Arena& arena, const AttentionShape& shape, int n_tokens, int n_splits) : n(SPLIT), splits(n_splits) {
     const size_t results = to_size(n_tokens) * to_size(shape.n_heads) * to_size(n_splits);
     o = arena.take<float>(results * to_size(shape.v_dim));
     m_l = arena.take<float>(results * 2);
@@ -187,9 +187,9 @@ struct Part {
 
 template <class L>
 struct State;
-__device__ bool is_last_of(int n, const Part& part, std::byte* shared_memory);
-__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape, const Part& part,
-                             float* out);
+__device__ bool is_last_of(int n, const ContextPart& part, std::byte* shared_memory);
+__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape,
+                             const ContextPart& part, float* out);
 template <class L>
 __device__ void load_queries(const float* q, const QueryRows& rows, int first, const Batch& batch,
                              const AttentionShape& shape, typename L::Shared& shared);
@@ -204,7 +204,7 @@ __device__ void attend_tile(State<L>& state, const Tiles<L>& tiles, int first, c
 template <class L>
 __global__ void __launch_bounds__(L::WARPS * 32, L::WARPS_AT_ONCE / L::WARPS)
     flash(const float* q, CacheView<typename L::Kv, 0> view, int layer, const int* block_table, Batch batch,
-          AttentionShape shape, Part part, float* out) {
+          AttentionShape shape, ContextPart part, float* out) {
   const int n_warps = static_cast<int>(blockDim.x) / 32, sixteen = warp_id() / L::SHARERS;
   const QueryRows rows = find_rows(batch, shape, n_warps / L::SHARERS * ROWS);
   if (rows.begin >= rows.end) return;  // the whole block
@@ -320,7 +320,7 @@ struct State {
       if (row < rows.end) f(r, row);
     }
   }
-  __device__ void load(const Part& part, const QueryRows& rows, int first, int v_dim) {
+  __device__ void load(const ContextPart& part, const QueryRows& rows, int first, int v_dim) {
     for_each_row(rows, first, [&](int r, int row) {
       const size_t at = part.at(rows.index(row));
       const float* from = part.o + at * to_size(v_dim);
@@ -330,8 +330,8 @@ struct State {
   }
   // Into `out`, divided by the sum, where the context is at its end. fmaf(.., 0): a sum of nothing but underflows may
   // be -0 or +0, depending on how many tokens follow that the row does not see.
-  __device__ void store(const Part& part, const QueryRows& rows, int first, const AttentionShape& shape, bool is_whole,
-                        float* out) {
+  __device__ void store(const ContextPart& part, const QueryRows& rows, int first, const AttentionShape& shape,
+                        bool is_whole, float* out) {
     for_each_row(rows, first, [&](int r, int row) {
       const size_t at = is_whole ? rows.index(row) : part.at(rows.index(row));
       float* to = (is_whole ? out : part.o) + at * to_size(shape.v_dim);
@@ -346,7 +346,7 @@ struct State {
 
 // Whether this block is the last to be done of the n that have a split of the same rows. What the others have stored
 // is visible to it then: each has put a fence between its stores and its count.
-__device__ bool is_last_of(int n, const Part& part, std::byte* shared_memory) {
+__device__ bool is_last_of(int n, const ContextPart& part, std::byte* shared_memory) {
   int* is_last = reinterpret_cast<int*>(shared_memory);
   __threadfence();
   __syncthreads();
@@ -362,8 +362,8 @@ __device__ bool is_last_of(int n, const Part& part, std::byte* shared_memory) {
 
 // Joins what the blocks of all splits have left, in order. A thread has a column of several rows, as this takes as long
 // as loads take to come, unless many are under way.
-__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape, const Part& part,
-                             float* out) {
+__device__ void merge_splits(const QueryRows& rows, const Batch& batch, const AttentionShape& shape,
+                             const ContextPart& part, float* out) {
   constexpr int TOGETHER = 4;
   const int v_dim = shape.v_dim, all = divide_up(rows.end - rows.begin, TOGETHER) * v_dim;
   for (int i = static_cast<int>(threadIdx.x); i < all; i += static_cast<int>(blockDim.x)) {
@@ -636,7 +636,7 @@ int rows_of(const Batch& batch, const AttentionShape& shape) {
 // With as many warps in a block as there are rows and shared memory for.
 template <class L>
 void launch_flash(const Team& team, const float* q, const CacheView<typename L::Kv, 0>& view, int layer,
-                  const int* block_table, const Batch& batch, const AttentionShape& shape, const Part& part,
+                  const int* block_table, const Batch& batch, const AttentionShape& shape, const ContextPart& part,
                   float* out) {
   const int n_rows = rows_of(batch, shape);
   int n_warps = L::WARPS;
@@ -666,8 +666,8 @@ void attend_cache(const Team& team, const float* q, const KVCache<typename L::Kv
   const int n_warps = divide_up(rows_of(batch, shape), ROWS) * L::SHARERS * shape.n_kv_heads;
   const int n_blocks = (divide_up(rows_of(batch, shape), ROWS) + batch.n_sequences) * shape.n_kv_heads;  // or fewer
   const int n_splits = divide_up(Block ? batch.max_blocks * Block : cache.block_size(), SPLIT);
-  const auto parts = [&](Arena& arena) { return Part(arena, shape, batch.n_tokens, n_splits); };
-  Part part;
+  const auto parts = [&](Arena& arena) { return ContextPart(arena, shape, batch.n_tokens, n_splits); };
+  ContextPart part;
   if (team.rank == 0 && n_splits > 1 && n_warps < WARPS_TO_FILL * multiprocessors() && n_blocks <= MOST_SPLIT_BLOCKS &&
       bytes_of(parts) <= workspace.bytes()) {
     Arena arena = workspace.begin();
@@ -716,7 +716,7 @@ void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows,
   const RowsMemory memory(arena, shape, batch.n_tokens);
   const dim3 grid(static_cast<unsigned>(rows.n), static_cast<unsigned>(shape.n_kv_heads));
   launch(team, narrow_rows, grid, 128, 0, rows, memory.view);
-  Part part;
+  ContextPart part;
   part.first = rows.first, part.n = SPLIT, part.o = out, part.m_l = memory.m_l;
   Batch one = batch;
   one.n_sequences = 1, one.query_start += sequence;
@@ -728,7 +728,7 @@ void Flash::attend_rows(const Team& team, const float* q, const PlainRows& rows,
 size_t Flash::workspace_bytes(const AttentionShape& shape, const Limits& limits) {
   with_widths(shape, [&]<int, int>() {});  // refuses what is too wide
   const int T = limits.max_tokens, n_splits = divide_up(limits.context, SPLIT);
-  return max(min(MOST_PARTIAL_BYTES, bytes_of([&](Arena& arena) { Part(arena, shape, T, n_splits); })),
+  return max(min(MOST_PARTIAL_BYTES, bytes_of([&](Arena& arena) { ContextPart(arena, shape, T, n_splits); })),
              bytes_of([&](Arena& arena) { RowsMemory(arena, shape, T); }));
 }
 

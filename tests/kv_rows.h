@@ -31,7 +31,7 @@ std::vector<float> round_trip(const std::vector<float>& x, bool* overflowed = nu
   batch.n_tokens = 1;
   batch.slot_mapping = &slot;
   DeviceBatch on_device;
-  cache.append(Team{}, 0, on_device.upload(batch), device_copy(x).data(), nullptr);
+  cache.append(Team{}, 0, on_device.upload(batch), {}, device_copy(x).data(), nullptr);
   std::vector<float> y(x.size() + 1, -7);
   cache.load_k(0, 0, 0, 0, y.data());
   EXPECT_EQ(y.back(), -7);
