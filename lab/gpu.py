@@ -141,8 +141,7 @@ def estimate(kit: Kit, model: str, *flags) -> dict:
 
 
 def copy(kit: Kit, _: Point) -> dict:
-    model = min((kit.folder / "shapes").iterdir(), key=lambda path: path.stat().st_size).stem
-    return {"bytes/s": estimate(kit, model)["bytes_per_second"]}
+    return json.loads(kit.program("copy_case"))
 
 
 def check(kit: Kit, point: Point) -> dict:
@@ -330,7 +329,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args()
-    programs = ("run-gqa", "run-mla", "attention_case", "decode_case", *SANITIZED)
+    programs = ("run-gqa", "run-mla", "copy_case", "attention_case", "decode_case", *SANITIZED)
     missing = [
         name for name in (*programs, "shapes", "tokenizer.bin", "version") if not (options.folder / name).exists()
     ]

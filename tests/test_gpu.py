@@ -22,10 +22,10 @@ import random_weights
 
 TESTS = (*gpu.SANITIZED, "attention_test", "matmul_test")
 CASE = """echo "$@" >>calls; echo '{"seconds": 0.001, "bytes": 2000000000, "flop": 300000000000}'"""
+COPY = """echo '{"bytes/s": 4000000000000}'"""
 STEPS = """echo '[{"context": 128, "graph": 0.004, "launches": 0.005}]'"""
 RUN = """case "$*" in
-*--estimate*) echo '{"bytes_per_second": 4e12,
-  "variants": [{"own": false}, {"own": true, "seconds_per_step": 0.005}]}';;
+*--estimate*) echo '{"variants": [{"own": false}, {"own": true, "seconds_per_step": 0.005}]}';;
 *--bench*) [ -s "$1" ] && echo '{"read_gb_per_second": 4000, "tests": [
   {"test": "pp512", "context": 0, "tokens_per_second": 9000},
   {"test": "tg128", "context": 128, "tokens_per_second": 180, "gb_per_second": 2900, "bandwidth_percent": 72}]}';;
@@ -86,7 +86,7 @@ def small_shapes(folder, attention, type):
         "num_attention_heads": 4,
         "num_key_value_heads": 4 if attention == "mla" else 2,
         "vocab_size": 2048,
-        "max_position_embeddings": 4352,
+        "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -103,7 +103,8 @@ def kit(tmp_path):
     folder = tmp_path / "kit"
     for name in TESTS:
         program(folder / name, f"echo {name} >>calls")
-    for name, script in {"attention_case": CASE, "decode_case": STEPS, "run-gqa": RUN, "run-mla": RUN}.items():
+    programs = {"copy_case": COPY, "attention_case": CASE, "decode_case": STEPS, "run-gqa": RUN, "run-mla": RUN}
+    for name, script in programs.items():
         program(folder / name, script)
     (folder / "version").write_text("1234567\n")
     (folder / "tokenizer.bin").write_bytes((ROOT / "tokenizer.bin").read_bytes())
@@ -265,22 +266,21 @@ def test_the_programs_print_what_it_reads(tmp_path, monkeypatch):
     for attention in ("gqa", "mla"):
         small_shapes(tmp_path, attention, "bf16")
         (tmp_path / f"run-{attention}").symlink_to(run_binary(attention))
-    for name in ("attention_case", "decode_case"):
+    for name in ("copy_case", "attention_case", "decode_case"):
         (tmp_path / name).symlink_to(tool(name))
     (tmp_path / "tokenizer.bin").symlink_to(ROOT / "tokenizer.bin")
     monkeypatch.setattr(gpu, "SHAPES", {"GQA": (4, 2, 64, 64), "MLA": (4, 1, 576, 512)})
     monkeypatch.setattr(gpu, "WIDTHS", {"d = 64": (2, 2, 64, 64)})
+    monkeypatch.setattr(gpu, "MODEL_CONTEXTS", (128,))
     kit = gpu.Kit(tmp_path)
     assert gpu.copy(kit, gpu.COPY)["bytes/s"] > 1e8
     for layout in gpu.LAYOUTS:
-        assert gpu.decode(kit, gpu.Point("decode", "GQA", layout, 256, 2))["bytes"] == 2 * 2 * 256 * 2 * 128
-        assert gpu.decode(kit, gpu.Point("decode", "MLA", layout, 256, 1))["bytes"] == 2 * 256 * 576
+        assert gpu.decode(kit, gpu.Point("decode", "GQA", layout, 512, 2))["bytes"] == 2 * 2 * 512 * 2 * 128
+    assert gpu.decode(kit, gpu.Point("decode", "MLA", "paged", 256, 1))["bytes"] == 2 * 256 * 576
     prompt = gpu.prompt(kit, gpu.Point("prompts", "d = 64", "attn.cu", 96))
     assert prompt["flop"] == 2 * 4 * 64 * 96 * 97 / 2 and 1e-6 < prompt["seconds"] < 1
     steps = gpu.model(kit, gpu.Point("models", "mla-bf16", "steps"))["steps"]
-    assert [(step["context"], step["graph"] > 0, step["launches"] > 0) for step in steps] == [
-        (context, True, True) for context in gpu.MODEL_CONTEXTS
-    ]
+    assert [(step["context"], step["graph"] > 0, step["launches"] > 0) for step in steps] == [(128, True, True)]
     report = gpu.model(kit, gpu.Point("models", "gqa-bf16", "bench"))
     assert [test["context"] for test in report["tests"]] == [0, *gpu.MODEL_CONTEXTS]
     assert all(
@@ -294,7 +294,7 @@ def test_the_kit_has_every_program():
         ["make", "-n", "kit-programs", "DEVICE=cuda", "CUDA_ARCH=90a"], cwd=ROOT, capture_output=True, text=True
     )
     stripped = next(line for line in done.stdout.splitlines() if "strip" in line)
-    assert {"attention_case", "decode_case", *TESTS} <= {
+    assert {"copy_case", "attention_case", "decode_case", *TESTS} <= {
         path.rpartition("/")[2] for path in stripped.replace(";", " ").split()
     }
 
