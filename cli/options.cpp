@@ -221,9 +221,56 @@ void refuse_empty(const CLI::App& app) {
         throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
 }
 
+using Names = std::vector<std::string>;
+
+const Names FIGURES = {"--bandwidth", "--flops", "--memory"};  // of a machine
+
+// A flag means nothing without one of the others.
+struct Need {
+  std::string flag;
+  Names others;
+};
+
+const std::vector<Need> NEEDS = {{"--system", {"--chat"}},
+                                 {"--chunks", {"--perplexity"}},
+                                 {"--head", {"--heatmap"}},
+                                 {"--layer", {"--heatmap", "--explain"}},
+                                 {"--gpu", {"--estimate"}},
+                                 {"--ranks", {"--estimate"}},
+                                 {"--ranks", {"--link"}},
+                                 {"--link", {"--ranks"}},
+                                 {"--type", {"--estimate"}},
+                                 {"--kv-type", {"--estimate"}},
+                                 {"--parallel", {"--prompts", "--estimate"}},
+                                 {"--chat-template", {"--chat", "--prompts"}},
+                                 {"--chat-template-kwargs", {"--chat", "--prompts"}},
+                                 {"--max-line", {"--prompts", "--chat"}},
+                                 {"--escape", {"--prompt", "--system", "--stop"}}};
+
+// "--a, --b or --c"
+std::string one_of(const Names& flags) {
+  std::string text = flags[0];
+  for (size_t i = 1; i < flags.size(); i++) text += (i + 1 < flags.size() ? ", " : " or ") + flags[i];
+  return text;
+}
+
+void check_needs(const CLI::App& app) {
+  for (const auto& [flag, others] : NEEDS)
+    if (app.count(flag) > 0 && std::ranges::none_of(others, [&](const std::string& o) { return app.count(o) > 0; }))
+      throw Usage(flag + " needs " + one_of(others));
+  for (const std::string& flag : FIGURES) {
+    if (app.count(flag) == 0) continue;
+    for (const std::string& other : {FIGURES[0], FIGURES[1], FIGURES[2], std::string("--estimate")})
+      if (app.count(other) == 0) throw Usage(flag + " needs " + other);
+    if (const double figure = app[flag]->as<double>(); !(figure > 0 && std::isfinite(figure)))
+      throw Usage(complaint(flag.c_str(), app[flag]->as<std::string>(), "must be a number > 0"));
+  }
+  if (app.count("--estimate") > 0 && app.count("--quiet") > 0 && app.count("--stats") == 0)
+    throw Usage("--estimate with --quiet leaves the JSON alone: --stats says where to (-: standard output)");
+}
+
 // A flag that another one would silently ignore is refused.
 void check_together(const CLI::App& app) {
-  using Names = std::vector<std::string>;
   const auto refuse = [&](const Names& some, const Names& others) {
     for (const std::string& a : some)
       for (const std::string& b : others)
@@ -231,7 +278,6 @@ void check_together(const CLI::App& app) {
   };
   const Names modes = {"--chat",    "--prompts", "--perplexity", "--logits",
                        "--heatmap", "--explain", "--bench",      "--estimate"};
-  const Names figures = {"--bandwidth", "--flops", "--memory"};
   refuse(modes, modes);
   refuse({"--tokens", "--samples"}, modes);
   refuse({"--prompt", "--prompt-file"},
@@ -242,37 +288,7 @@ void check_together(const CLI::App& app) {
   refuse({"--stats", "--context"}, {"--heatmap", "--explain"});
   refuse({"--special"}, {"--chat", "--bench", "--estimate"});
   refuse({"--kv-memory", "--mla"}, {"--estimate"});
-  refuse({"--gpu"}, figures);
-  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
-                                                                                   {"--chunks", "--perplexity"},
-                                                                                   {"--head", "--heatmap"},
-                                                                                   {"--gpu", "--estimate"},
-                                                                                   {"--ranks", "--estimate"},
-                                                                                   {"--ranks", "--link"},
-                                                                                   {"--link", "--ranks"},
-                                                                                   {"--type", "--estimate"},
-                                                                                   {"--kv-type", "--estimate"}})
-    if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
-  for (const std::string& flag : figures) {
-    if (app.count(flag) == 0) continue;
-    for (const std::string& other : {figures[0], figures[1], figures[2], std::string("--estimate")})
-      if (app.count(other) == 0) throw Usage(flag + " needs " + other);
-    if (const double figure = app[flag]->as<double>(); !(figure > 0 && std::isfinite(figure)))
-      throw Usage(complaint(flag.c_str(), app[flag]->as<std::string>(), "must be a number > 0"));
-  }
-  if (app.count("--estimate") > 0 && app.count("--quiet") > 0 && app.count("--stats") == 0)
-    throw Usage("--estimate with --quiet leaves the JSON alone: --stats says where to (-: standard output)");
-  const auto any = [&](const Names& flags) {
-    return std::any_of(flags.begin(), flags.end(), [&](const std::string& flag) { return app.count(flag) > 0; });
-  };
-  if (app.count("--parallel") > 0 && !any({"--prompts", "--estimate"}))
-    throw Usage("--parallel needs --prompts or --estimate");
-  for (const std::string flag : {"--chat-template", "--chat-template-kwargs"})
-    if (app.count(flag) > 0 && !any({"--chat", "--prompts"})) throw Usage(flag + " needs --chat or --prompts");
-  if (app.count("--escape") > 0 && !any({"--prompt", "--system", "--stop"}))
-    throw Usage("--escape needs --prompt, --system or --stop: it is for texts of the command line");
-  if (app.count("--layer") > 0 && !any({"--heatmap", "--explain"})) throw Usage("--layer needs --heatmap or --explain");
-  if (app.count("--max-line") > 0 && !any({"--prompts", "--chat"})) throw Usage("--max-line needs --prompts or --chat");
+  refuse({"--gpu"}, FIGURES);
 }
 
 }  // namespace
@@ -327,6 +343,7 @@ Options parse(int argc, char** argv) {
   if (app.count("--model") == 0) throw Usage("MODEL is required (run --help lists the flags)");
   refuse_empty(app);
   check_together(app);
+  check_needs(app);
   o.has_prompt = app.count("--prompt") > 0;
   o.has_n = app.count("--n-predict") > 0;
   o.choose_threads = app.count("--threads") == 0 || o.threads == -1;

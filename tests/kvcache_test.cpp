@@ -228,6 +228,22 @@ TEST(KVCache, ReadKWalksTheTable) {
   FOR_EACH_CACHE(CHECK_READ_K)
 }
 
+// The first elements of x divided by their root mean square, times w.
+void norm_of(std::vector<double>& x, const std::vector<float>& w) {
+  double squares = 0;
+  for (size_t i = 0; i < w.size(); i++) squares += x[i] * x[i] / static_cast<double>(w.size());
+  for (size_t i = 0; i < w.size(); i++) x[i] *= double(w[i]) / std::sqrt(squares + 1e-5);
+}
+
+// Elements first + i and first + n + i rotate together.
+void turn_of(std::vector<double>& x, int first, const float* cos, const float* sin, int n) {
+  for (int i = 0; i < n; i++) {
+    const double a = x[at(first + i)], b = x[at(first + n + i)];
+    x[at(first + i)] = a * double(cos[i]) - b * double(sin[i]);
+    x[at(first + n + i)] = b * double(cos[i]) + a * double(sin[i]);
+  }
+}
+
 // Queries and keys are normed over their first elements and then turned, and the rest stays; what enters the cache is
 // the turned key.
 TEST(KVCache, TurnsQueriesAndKeysOnTheWay) {
@@ -266,14 +282,8 @@ TEST(KVCache, TurnsQueriesAndKeysOnTheWay) {
   Threads(2).run(2, [&](const Team& team) { cache.append(team, 0, uploaded, turn, device_k.data(), device_v.data()); });
 
   const auto turned = [&](std::vector<double> x, bool is_normed, int t) {
-    double squares = 0;
-    for (int i = 0; i < NORMED; i++) squares += x[at(i)] * x[at(i)] / NORMED;
-    for (int i = 0; is_normed && i < NORMED; i++) x[at(i)] *= double(w[at(i)]) / std::sqrt(squares + 1e-5);
-    for (int i = 0; i < N; i++) {
-      const double a = x[at(ROTATED + i)], b = x[at(ROTATED + N + i)];
-      x[at(ROTATED + i)] = a * double(cos[at(t * N + i)]) - b * double(sin[at(t * N + i)]);
-      x[at(ROTATED + N + i)] = b * double(cos[at(t * N + i)]) + a * double(sin[at(t * N + i)]);
-    }
+    if (is_normed) norm_of(x, w);
+    turn_of(x, ROTATED, &cos[at(t * N)], &sin[at(t * N)], N);
     return x;
   };
   const std::vector<float> q_after = host_copy(device_q);
