@@ -221,6 +221,20 @@ void refuse_empty(const CLI::App& app) {
         throw Usage(complaint(option->get_name().c_str(), "''", "must not be empty"));
 }
 
+// A flag that means nothing without another one.
+void require_modes(const CLI::App& app) {
+  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
+                                                                                   {"--chunks", "--perplexity"},
+                                                                                   {"--head", "--heatmap"},
+                                                                                   {"--gpu", "--estimate"},
+                                                                                   {"--ranks", "--estimate"},
+                                                                                   {"--ranks", "--link"},
+                                                                                   {"--link", "--ranks"},
+                                                                                   {"--type", "--estimate"},
+                                                                                   {"--kv-type", "--estimate"}})
+    if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+}
+
 // A flag that another one would silently ignore is refused.
 void check_together(const CLI::App& app) {
   using Names = std::vector<std::string>;
@@ -243,16 +257,7 @@ void check_together(const CLI::App& app) {
   refuse({"--special"}, {"--chat", "--bench", "--estimate"});
   refuse({"--kv-memory", "--mla"}, {"--estimate"});
   refuse({"--gpu"}, figures);
-  for (const auto& [flag, mode] : std::vector<std::pair<std::string, std::string>>{{"--system", "--chat"},
-                                                                                   {"--chunks", "--perplexity"},
-                                                                                   {"--head", "--heatmap"},
-                                                                                   {"--gpu", "--estimate"},
-                                                                                   {"--ranks", "--estimate"},
-                                                                                   {"--ranks", "--link"},
-                                                                                   {"--link", "--ranks"},
-                                                                                   {"--type", "--estimate"},
-                                                                                   {"--kv-type", "--estimate"}})
-    if (app.count(flag) > 0 && app.count(mode) == 0) throw Usage(flag + " needs " + mode);
+  require_modes(app);
   for (const std::string& flag : figures) {
     if (app.count(flag) == 0) continue;
     for (const std::string& other : {figures[0], figures[1], figures[2], std::string("--estimate")})
