@@ -10,6 +10,7 @@
 
 #include <chrono>
 #include <numeric>
+#include <set>
 #include <string>
 
 #include "host/error.h"
@@ -57,12 +58,11 @@ void wait_for(std::vector<Pending>& messages, bool (*hurries)()) {
     if (seconds_since(start) < PATIENCE &&
         (hurried == Clock::time_point{} || seconds_since(hurried) < HURRIED_PATIENCE))
       continue;
-    const auto silent = [&](Pending& message) { return !done(message); };
-    for (; i < messages.size() && !silent(messages[i]); i++) {
-    }
-    if (i < messages.size())
-      fail("%s",
-           (lost = "rank " + std::to_string(messages[i].other) + " does not answer: it died or lost its link").c_str());
+    std::set<int> silent;  // who waits for a lost one in an earlier gather is silent as well
+    for (; i < messages.size(); i++)
+      if (!done(messages[i])) silent.insert(messages[i].other);
+    for (const int other : silent) lost += (lost.empty() ? "rank " : " or rank ") + std::to_string(other);
+    if (!silent.empty()) fail("%s", (lost += " does not answer: it died or lost its link").c_str());
   }
 }
 
