@@ -10,18 +10,20 @@ SANITIZE ?= 0
 include kernels/cuda.mk kernels/ranks.mk  # DEVICE: cuda where there is a GPU and a compiler for it, else cpu; DIST: none
 
 # ---- The program, in the order of reading. CHOSEN are compiled for each combination of the choices, the rest once.
-CHOSEN := attention kernels/flash kvcache
-KERNELS := $(addprefix kernels/,mlp experts logits matmul layers gather batch team device ranks_$(DIST))
+CHOSEN := kernels/flash attention kvcache
 # A unit is several files, compiled as one: most of the compiler's time there goes into the standard library's headers.
+unit_cpu := $(addprefix kernels/,layers experts batch device)  # a .cu replaces them
+unit_loops := $(addprefix kernels/,mlp logits gather team) host/sampler
 unit_host := $(addprefix host/,error json safetensors config loader machine roofline link datasheets \
   engine scheduler blocks thread_count)
-unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode sampler)
+unit_text := $(addprefix host/,tokenizer added_tokens pretokenize unicode)
 unit_chat := $(addprefix host/,chat jinja_parse jinja_eval jinja_filters jinja_methods jinja_value)
-unit_talk := $(addprefix cli/,output signals lines talk chat requests estimate explain heatmap)
-unit_time := $(addprefix cli/,session ranks report measure)
-HOST := unit/host unit/text unit/chat
-CLI := cli/options cli/editor cli/probe unit/talk unit/time
-LIGHT := unit/host unit/chat unit/talk cli/editor  # no loop that runs per element
+unit_talk := $(addprefix cli/,output signals lines session ranks talk chat requests estimate explain heatmap)
+unit_time := $(addprefix cli/,report measure)
+KERNELS := kernels/matmul unit/cpu unit/loops kernels/ranks_$(DIST)
+HOST := unit/chat unit/text unit/host
+CLI := cli/options unit/talk unit/time cli/probe cli/editor
+LIGHT := unit/host unit/chat unit/talk cli/options cli/editor  # no loop that runs per element
 
 # ---- Choices. A wrong value is refused with the list of right ones.
 CHOICES := ATTENTION CACHE KERNEL KV DEVICE DIST BLOCK SANITIZE
@@ -44,22 +46,22 @@ COMMON := build/$(LEVEL)
 OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)$(filter-out -none,-$(DIST))-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
+# ggc: the compiler collects none of its own garbage, which is a tenth of its time.
 # Not warned of: GCC 12's own headers (bugs 105593, 105651); psabi: no vector is an argument between files; units' linkage.
 OPTIMIZE := -O3
 $(LIGHT:%=$(COMMON)/%.o) $(OUT)/run.o: private OPTIMIZE := -Og
-$(COMMON)/cli/options.o: private OPTIMIZE := -O0
 SANITIZE_1 := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 CXXFLAGS = -std=c++20 $(OPTIMIZE) -ffp-contract=off -fno-math-errno -pthread -Wall -Wextra -Wpedantic -Wconversion \
   -Wshadow -Werror -Wno-maybe-uninitialized -Wno-restrict -Wno-psabi -Wno-subobject-linkage -Wno-unknown-warning-option \
   $(SANITIZE_$(SANITIZE))
-COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH)
+COMPILE = $(CXX) $(CXXFLAGS) -iquote . -march=$(ARCH) --param ggc-min-heapsize=2000000
 LDLIBS := -ljansson -lpcre2-8 -lutf8proc -lnettle -ledit
 
 compile = @mkdir -p $(@D) && echo "  $@" >&2 && $(COMPILE) $1 -MMD -MP -c -o $@ $<
 $(COMMON)/%.o: %.cpp $(COMMON)/flags ; $(compile)
 $(OUT)/%.o: %.cpp $(COMMON)/flags ; $(call compile,$(DEFINES))
 $(COMMON)/%.o: $(COMMON)/%.cpp ; $(compile)
-$(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(HOST) $(CLI))): $(COMMON)/unit/%.cpp: $(COMMON)/flags Makefile
+$(patsubst %,$(COMMON)/%.cpp,$(filter unit/%,$(KERNELS) $(HOST) $(CLI))): $(COMMON)/unit/%.cpp: $(COMMON)/flags Makefile
 	@mkdir -p $(@D) && printf '#include "%s.cpp"\n' $(unit_$*) >$@
 
 STAGES := $(patsubst %,$(OUT)/%.o,$(filter-out $(REPLACED),$(CHOSEN))) \
@@ -74,9 +76,7 @@ $(COMMON)/flags: FORCE | packages
 -include $(wildcard $(addprefix build/,*/*.d */*/*.d */*/*/*.d */*/*/*/*.d))
 
 .DEFAULT_GOAL := all
-ifeq ($(MAKELEVEL),0)
-MAKEFLAGS += --no-print-directory -j$(shell nproc)
-endif
+MAKEFLAGS += $(if $(filter 0,$(MAKELEVEL)),--no-print-directory -j$(shell nproc))
 
 # ---- Targets
 

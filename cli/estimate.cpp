@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int DEFAULT_CONTEXT = 4096, BLOCK = 16, MOST_SEQUENCES = 65536;
+constexpr int BLOCK = 16, MOST_SEQUENCES = 65536;
 constexpr double SMALL_MODEL = 1e9;  // parameters
 
 // A variant's column of the table.

@@ -11,6 +11,8 @@
 #include "host/json.h"
 #include "host/sampler.h"
 
+constexpr int DEFAULT_CONTEXT = 4096;
+
 struct Options {
   std::string model;
   // what to do; without any of these: continue the prompt

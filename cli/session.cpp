@@ -14,9 +14,9 @@
 namespace {
 
 constexpr size_t MOST_TEXT = size_t{256} << 20;  // bytes: more than any context, and what is measured within a day
-constexpr int DEFAULT_N = 256, DEFAULT_CONTEXT = 4096, PERPLEXITY_CONTEXT = 512;
+constexpr int DEFAULT_N = 256, PERPLEXITY_CONTEXT = 512;
 
-const auto start = std::chrono::steady_clock::now();
+const auto program_start = std::chrono::steady_clock::now();
 
 // At a terminal, with editing; until Ctrl-D.
 std::string typed_text() {
@@ -159,7 +159,7 @@ void require_finite(const Session& s, const float* logits) {
 }
 
 void note_first_token(Session& s) {
-  const std::chrono::duration<double> now = std::chrono::steady_clock::now() - start;
+  const std::chrono::duration<double> now = std::chrono::steady_clock::now() - program_start;
   if (s.measured.first_token == 0) s.measured.first_token = now.count();
 }
 

@@ -26,7 +26,7 @@ $(error KV=q4: the CPU alone keeps 4 bits: KV=q8, or DEVICE=cpu)
 endif
 ifeq ($(DEVICE),cuda)
 GPU := cuda$(subst $() $(),-,$(strip $(CUDA_ARCH)))
-REPLACED := $(CU) kernels/flash
+REPLACED := $(CU) unit/cpu kernels/flash
 # The cache's own type is in these; the rest serves every choice.
 CU_OF_CACHE := attention kvcache
 CU_CACHE := build/$(GPU)/$(KV)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))

@@ -46,12 +46,25 @@ struct Inputs {
 
 // --- one group of a product ------------------------------------------------------------------------------------------
 
-// y's vector at column = sum (+ bias) (+ y), as far as there are columns.
-inline void finish(const Product& p, float* y, int column, F32 sum) {
-  const int n = std::clamp(p.weight->n - column, 0, LANES);
-  if (p.bias) sum = sum + simd::load_first(p.bias + column, n);
-  if (p.add) sum = sum + simd::load_first(y + column, n);
-  simd::store_first(y + column, sum, n);
+// y's rows at a panel = sums [rows][PANEL] (+ bias) (+ y), as far as there are columns.
+void finish(const Product& p, int panel, int row, int rows, const float (*sums)[PANEL]) {
+  for (int v = 0; v < VECTORS; v++) {
+    const int column = panel * PANEL + v * LANES, n = std::clamp(p.weight->n - column, 0, LANES);
+    float* y = p.y + static_cast<ptrdiff_t>(row) * p.y_stride + column;
+    for (int r = 0; r < rows; r++, y += p.y_stride) {
+      F32 sum = simd::load(sums[r] + v * LANES);
+      if (p.bias) sum = sum + simd::load_first(p.bias + column, n);
+      if (p.add) sum = sum + simd::load_first(y, n);
+      simd::store_first(y, sum, n);
+    }
+  }
+}
+
+template <int R>
+void store(const Accumulators<R>& acc, int rows, float (*sums)[PANEL]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R && r < rows; r++)
+    for (int v = 0; v < VECTORS; v++) simd::store(sums[r] + v * LANES, acc[r][v]);
 }
 
 // f(std::integral_constant<int, R>) for a tile height R of MOST, MOST - 2, .. 2, 1 that has room for `rows`. What is
@@ -78,18 +91,12 @@ void run_tile(const Product& p, const Inputs& inputs, int first, int last, int r
   const int k = p.weight->k;
   const size_t bytes = panel_bytes<Type>(k);
   const std::byte* w = p.weight->data + static_cast<size_t>(first) * bytes;
-  float* y = p.y + static_cast<ptrdiff_t>(row) * p.y_stride;
-  for (int column = first * PANEL; column < last * PANEL; column += PANEL, w += bytes) {
-    Accumulators<R> acc;
-    for (int r = 0; r < R; r++)
-      for (int v = 0; v < VECTORS; v++) acc[r][v] = simd::zero();
+  for (int panel = first; panel < last; panel++, w += bytes) {
+    Accumulators<R> acc = {};
     Type::multiply(w, k, x, acc);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-      if (r == rows) break;
-      for (int v = 0; v < VECTORS; v++)
-        finish(p, y + static_cast<ptrdiff_t>(r) * p.y_stride, column + v * LANES, acc[r][v]);
-    }
+    alignas(64) float sums[R][PANEL];
+    store<R>(acc, rows, sums);
+    finish(p, panel, row, rows, sums);
   }
 }
 
@@ -116,24 +123,14 @@ struct Chunk {
   size_t next_bytes;
 };
 
-// A chunk times `rows` rows from `row` on; sums [rows][PANEL] begin with the first chunk and go to y with the last.
+// sums [rows][PANEL], which begin with the first chunk, += a chunk times rows x[0] .. x[rows - 1].
 template <class Loop, int R>
-void run_expanded_tile(const Product& p, const Chunk<Loop>& chunk, int panel, int row, int rows,
-                       const Int8Group* const* x, float (*sums)[PANEL]) {
+void run_expanded_tile(const Chunk<Loop>& chunk, int rows, const Int8Group* const* x, float (*sums)[PANEL]) {
   Accumulators<R> acc;
   for (int r = 0; r < R; r++)
     for (int v = 0; v < VECTORS; v++) acc[r][v] = chunk.first ? simd::zero() : simd::load(sums[r] + v * LANES);
   Loop::template multiply<R>(chunk.units, chunk.n, x, acc);
-  float* y = p.y + static_cast<ptrdiff_t>(row) * p.y_stride;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    if (r == rows) break;
-    for (int v = 0; v < VECTORS; v++)
-      if (chunk.last)
-        finish(p, y + static_cast<ptrdiff_t>(r) * p.y_stride, panel * PANEL + v * LANES, acc[r][v]);
-      else
-        simd::store(sums[r] + v * LANES, acc[r][v]);
-  }
+  store<R>(acc, rows, sums);
 }
 
 // The same of any number of rows.
@@ -147,8 +144,9 @@ void run_expanded_rows(const Product& p, Chunk<Loop> chunk, int panel, int row, 
     chunk.next += share, chunk.next_bytes -= share;
     if (chunk.last) expect_writes(p, row + r, height, panel);
     with_height<INT8_ROWS>(height, [&]<int R>(std::integral_constant<int, R>) {
-      run_expanded_tile<Loop, R>(p, chunk, panel, row + r, height, x + r, sums + r);
+      run_expanded_tile<Loop, R>(chunk, height, x + r, sums + r);
     });
+    if (chunk.last) finish(p, panel, row + r, height, sums + r);
     r += height;
   }
 }

@@ -57,7 +57,7 @@ $(TOOLS:%=$(TEST)/%): $(TEST)/%: $(TEST)/tests/%.o $(TEST_STAGES)
 # ---- The .cu files without a GPU: the host's compiler and tests/emulation/, under the same tests. race: compiled with
 # -fsanitize=thread, but linked with our own answer to its calls (tests/emulation/race.cpp).
 EMULATION := $(patsubst %,$(TEST)/tests/emulation/%.o,machine emulation)
-SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU),$(KERNELS)) $(HOST))
+SHARED := $(patsubst %,$(COMMON)/%.o,$(filter-out $(CU) unit/cpu,$(KERNELS)) $(HOST))
 emulate = $(call compile,-x c++ -Wno-unknown-pragmas -DBUILD_EVERY_COMBINATION $1)
 RACE_FLAGS := -O1 -g1 -fsanitize=thread
 $(TEST)/emulated/%.o: %.cu $(COMMON)/flags ; $(call emulate)
