@@ -43,7 +43,7 @@ DEFINES := -DBUILD_ATTENTION=$(call type,$(ATTENTION)) -DBUILD_KERNEL=$(call typ
   -DBUILD_KV=$(call type,$(KV)) -DBUILD_BLOCK=$(if $(filter paged,$(CACHE)),$(BLOCK),0)
 LEVEL := $(ARCH)$(if $(filter 1,$(SANITIZE)),-sanitize)
 COMMON := build/$(LEVEL)
-OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(GPU),cpu)$(filter-out -none,-$(DIST))-$(LEVEL)
+OUT := build/$(ATTENTION)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))-$(KERNEL)-$(KV)-$(or $(CUDA),cpu)$(filter-out -none,-$(DIST))-$(LEVEL)
 
 # ---- One rule to compile. fp-contract: a multiply-add is written where it is meant, so that every path rounds alike.
 # ggc: the compiler collects none of its own garbage, which is a tenth of its time.

@@ -10,8 +10,9 @@
 
 namespace {
 
-constexpr int STAGES_OF_LAYER = 10;  // norm, projections, rope, append, attention, output; norm, gate and up, act, down
-constexpr int STAGES_OF_STEP = 3;    // embedding, norm, classifier
+constexpr int STAGES_OF_LAYER =
+    8;  // projections, turn and append, attention, output, add and norm; gate and up, down, add and norm
+constexpr int STAGES_OF_STEP = 3;  // embedding, norm, classifier
 
 // How a step uses a matrix.
 enum class Use {

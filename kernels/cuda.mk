@@ -24,13 +24,14 @@ endif
 ifeq ($(DEVICE)-$(KV),cuda-q4)
 $(error KV=q4: the CPU alone keeps 4 bits: KV=q8, or DEVICE=cpu)
 endif
+CUDA :=  # the folder of what is compiled for these GPUs
 ifeq ($(DEVICE),cuda)
-GPU := cuda$(subst $() $(),-,$(strip $(CUDA_ARCH)))
+CUDA := cuda$(subst $() $(),-,$(strip $(CUDA_ARCH)))
 REPLACED := $(CU) unit/cpu kernels/flash
 # The cache's own type is in these; the rest serves every choice.
 CU_OF_CACHE := attention kvcache
-CU_CACHE := build/$(GPU)/$(KV)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))
-CU_OBJECTS := $(patsubst %,build/$(GPU)/%.o,$(filter-out $(CU_OF_CACHE),$(CU))) $(CU_OF_CACHE:%=$(CU_CACHE)/%.o)
+CU_CACHE := build/$(CUDA)/$(KV)-$(CACHE)$(if $(filter paged,$(CACHE)),$(BLOCK))
+CU_OBJECTS := $(patsubst %,build/$(CUDA)/%.o,$(filter-out $(CU_OF_CACHE),$(CU))) $(CU_OF_CACHE:%=$(CU_CACHE)/%.o)
 # All libraries but the C one are linked statically: the binary runs wherever there is a driver.
 TOOLKIT = $(abspath $(dir $(NVCC))..)
 CARRIED := -static-libstdc++ -static-libgcc -Wl,-Bstatic
@@ -43,7 +44,7 @@ NVCCFLAGS := -std=c++20 -O3 -I. --expt-relaxed-constexpr --fmad=false -Werror al
 # $(call nvcc,ARCHITECTURES,DEFINES)
 nvcc = @mkdir -p $(@D) && echo "  $@" >&2 && $(NVCC) $(NVCCFLAGS) \
   $(foreach a,$1,-gencode arch=compute_$a,code=sm_$a) $2 -MMD -MP -c -o $@ $<
-build/$(GPU)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH))
+build/$(CUDA)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH))
 $(CU_CACHE)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),$(DEFINES))
 
 cuda-check: $(patsubst %,build/cuda-check/%.o,$(CU) tests/mma_rows)

@@ -54,9 +54,9 @@ gpu-kit: .venv/exporter
 	@for v in gqa mla; do run=$$($(MAKE) -s binary $(CARRY) ATTENTION=$$v) && strip -o build/$@/run-$$v $$run || exit 1; done
 	@$(MAKE) kit-programs $(CARRY)
 	@tar czf build/$@.tar.gz -C build $@
-kit-programs: $(ON_A_DEVICE:%=$(TEST)/$(GPU)/%) $(patsubst lab/%.cpp,$(TEST)/$(GPU)/%,$(wildcard lab/*_case.cpp))
+kit-programs: $(ON_A_DEVICE:%=$(TEST)/$(CUDA)/%) $(patsubst lab/%.cpp,$(TEST)/$(CUDA)/%,$(wildcard lab/*_case.cpp))
 	@for program in $^; do strip -o build/gpu-kit/$${program##*/} $$program || exit 1; done
-$(TEST)/$(GPU)/%_case: $(TEST)/lab/%_case.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+$(TEST)/$(CUDA)/%_case: $(TEST)/lab/%_case.o $(CU:%=$(TEST)/$(CUDA)/%.o) $(SHARED)
 	@$(COMPILE) -o $@ $^ $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 $(TEST)/%_case: $(TEST)/lab/%_case.o $(TEST_STAGES)
 	@$(COMPILE) -o $@ $^ $(LDLIBS)

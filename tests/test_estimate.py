@@ -210,6 +210,7 @@ def test_make_estimate():
     assert "H100 SXM" in out and "327680" in out
     again = make("estimate", f"MODEL={CONFIGS / 'llama-3-70b.json'}", "GPU=h100-sxm", "ARGS=-c 8192")
     assert again == out
+    assert make("binary", "GPU=h100-sxm") == make("binary")  # it names no binary
 
 
 @pytest.mark.parametrize(

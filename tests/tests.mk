@@ -31,7 +31,7 @@ test: .venv/tests
 
 # One after the other: each uses all cores.
 GTESTS = $(TESTS:%=$(TEST)/%) $(Q4_TESTS:%=$(TEST)/q4/%) $(EMULATED_TESTS:%=$(TEST)/emulated/%) $(RACE_TESTS:%=$(TEST)/race/%) \
-  $(CUDA_TESTS:%=$(TEST)/$(GPU)/%)
+  $(CUDA_TESTS:%=$(TEST)/$(CUDA)/%)
 gtest: $(GTESTS) $(TOOLS:%=$(TEST)/%)
 	@for t in $(GTESTS:build/test/%=%); do echo "$$t"; build/test/$$t --gtest_brief=1 || failed="$$failed $$t"; done; \
 	  [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
@@ -68,9 +68,9 @@ $(TEST)/emulated/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/emulated/%.o) $(E
 $(TEST)/race/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/race/%.o) $(EMULATION) $(TEST)/tests/emulation/race.o $(SHARED)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(LDLIBS)
 
-$(addprefix $(TEST)/,$(addsuffix /mma_test,emulated $(GPU))): %/mma_test: %/tests/mma_rows.o
-$(TEST)/$(GPU)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),-DBUILD_EVERY_COMBINATION)
-$(TEST)/$(GPU)/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/$(GPU)/%.o) $(SHARED)
+$(addprefix $(TEST)/,$(addsuffix /mma_test,emulated $(CUDA))): %/mma_test: %/tests/mma_rows.o
+$(TEST)/$(CUDA)/%.o: %.cu | packages $(NVCC_READY) ; $(call nvcc,$(CUDA_ARCH),-DBUILD_EVERY_COMBINATION)
+$(TEST)/$(CUDA)/%_test: $(TEST)/tests/%_test.o $(CU:%=$(TEST)/$(CUDA)/%.o) $(SHARED)
 	@$(COMPILE) -o $@ $^ -lgtest -lgtest_main $(CARRIED) $(LDLIBS) $(CUDA_LIBS)
 
 lint: .venv/tests
