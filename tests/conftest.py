@@ -9,7 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import checkpoints
 
 import export as program
 
@@ -56,6 +59,22 @@ def exported(source, weights, type=None, layout=None, tokenizer=None):
         argparse.Namespace(source=source, output=weights, type=type, layout=layout, tokenizer=tokenizer, pre=None)
     )
     return weights
+
+
+# Deleted when the tests end: the real models in float32 are too large for pytest to keep.
+MODELS = tempfile.TemporaryDirectory()
+
+
+def exported_path(name: str) -> Path:
+    return Path(MODELS.name) / f"{name}.safetensors"
+
+
+@functools.cache
+def tiny(name: str, type=None):
+    """(what transformers says of a random checkpoint, path of the exported model)"""
+    reference = checkpoints.load(name)
+    source = checkpoints.build(reference, Path(MODELS.name) / f"{name}-{type}")
+    return reference, exported(source, exported_path(f"{name}-{type}"), type)
 
 
 def export(source: Path, weights: Path, *flags: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT, SANITIZE, exported, run_binary
+from conftest import ROOT, SANITIZE, exported, run_binary, tiny
 from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.skipif(SANITIZE == "1", reason="Open MPI's own leaks would be reported")
@@ -27,16 +27,9 @@ MPIRUN = ("mpirun", "--oversubscribe")
 
 
 @functools.cache
-def folder():
-    directory = tempfile.TemporaryDirectory()
-    return directory, Path(directory.name)
-
-
-@functools.cache
-def tiny(name):
+def cut(name):
     """(n_heads, the variant, path of the exported model)"""
-    reference = checkpoints.load(name)
-    weights = exported(checkpoints.build(reference, folder()[1] / name), folder()[1] / f"{name}.safetensors")
+    weights = tiny(name)[1]
     config = config_of(weights)
     return config["n_heads"], config["attention"], weights
 
@@ -91,7 +84,7 @@ def assert_same(ranks, weights, variant, *arguments, **more):
 @pytest.mark.parametrize("name", checkpoints.names())
 def test_every_architecture(name):
     """Experts, MLA, learned positions, biases, sinks, norms: 3 ranks; with one KV head two of them have none."""
-    n_heads, variant, weights = tiny(name)
+    n_heads, variant, weights = cut(name)
     assert_same(min(3, n_heads), weights, variant, *GREEDY)
 
 
@@ -104,7 +97,7 @@ def test_every_variant(variant, ranks):
 @pytest.mark.parametrize("name", ["smollm2", "llama_gqa", "olmo2"])
 def test_counts_that_do_not_divide(name):
     """7 ranks of 9 heads in 3 groups, of 144 columns and 259 tokens; 5 of 6 heads in 2 and in 3 groups."""
-    n_heads, variant, weights = tiny(name)
+    n_heads, variant, weights = cut(name)
     assert_same(7 if n_heads > 6 else 5, weights, variant, *GREEDY)
 
 
@@ -288,7 +281,7 @@ def test_resident_memory():
     assert len(peaks) == 2 and all(1024 * int(peak) < most for peak in peaks), peaks
 
 
-REQUESTS = 9
+REQUESTS = 61  # enough for an interrupt to find some undone
 
 
 def rest_of(out):

@@ -3,13 +3,12 @@
 import functools
 import json
 import subprocess
-import tempfile
 from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT, SANITIZE, exported, run_binary
+from conftest import ROOT, SANITIZE, exported, exported_path, run_binary, tiny
 from numpy_model import NumpyModel
 
 from exporter.architectures import ARCHITECTURES
@@ -22,22 +21,6 @@ STORIES = ROOT.parent / "shared/models/stories260K.bin"
 
 
 @functools.cache
-def folder():
-    """Deleted when the tests end: the real models in float32 are too large for pytest to keep."""
-    directory = tempfile.TemporaryDirectory()
-    return directory, Path(directory.name)
-
-
-@functools.cache
-def tiny(name):
-    """(reference, path of the exported model)"""
-    reference = checkpoints.load(name)
-    return reference, exported(
-        checkpoints.build(reference, folder()[1] / name), folder()[1] / f"{name}.safetensors", "f32"
-    )
-
-
-@functools.cache
 def real(name, type):
     """(reference, path of the exported model); skips where the model is not there. type None: the file's own."""
     if SANITIZE == "1":
@@ -46,7 +29,7 @@ def real(name, type):
     source = ROOT / "models" / reference["file"]
     if not source.exists():
         pytest.skip(f"models/{source.name} is not here: `make models/{source.name}` downloads it")
-    return reference, exported(source, folder()[1] / f"{name}-{type}.safetensors", type)
+    return reference, exported(source, exported_path(f"{name}-{type}"), type)
 
 
 def run(binary, *arguments):
@@ -75,20 +58,20 @@ def variant(weights):
 def test_every_architecture_has_a_model():
     made = {checkpoints.load(name)["config"]["model_type"] for name in checkpoints.names()}
     assert made == set(ARCHITECTURES) - {"llama2c"}
-    assert {variant(tiny(name)[1]) for name in checkpoints.names()} == {"mha", "mqa", "gqa", "mla"}
+    assert {variant(tiny(name, "f32")[1]) for name in checkpoints.names()} == {"mha", "mqa", "gqa", "mla"}
 
 
 @pytest.mark.parametrize("name", checkpoints.names())
 def test_exported_file(name):
     """Without the runtime: the model file means what the checkpoint meant."""
-    reference, weights = tiny(name)
+    reference, weights = tiny(name, "f32")
     check_logits(NumpyModel(weights).logits(list(reference["prompt"].encode())), reference)
 
 
 @pytest.mark.parametrize("kernel", ["naive", "flash"])
 @pytest.mark.parametrize("name", checkpoints.names())
 def test_logits(name, kernel, tmp_path):
-    reference, weights = tiny(name)
+    reference, weights = tiny(name, "f32")
     binary = run_binary(attention=variant(weights), kernel=kernel, kv="f32")
     forms = {"naive": ["absorbed"], "flash": ["absorbed", "expanded"]}[kernel]  # what the kernel has of MLA
     for flags in [["--mla", form] for form in forms] if variant(weights) == "mla" else [[]]:
@@ -98,7 +81,7 @@ def test_logits(name, kernel, tmp_path):
 
 @pytest.mark.parametrize("name", checkpoints.names())
 def test_text(name):
-    reference, weights = tiny(name)
+    reference, weights = tiny(name, "f32")
     binary = run_binary(attention=variant(weights), kv="f32")
     assert tokens(binary, weights, reference["prompt"], len(reference["greedy"])) == (
         list(reference["prompt"].encode()),
@@ -109,7 +92,7 @@ def test_text(name):
 @pytest.mark.parametrize("context, long", [(256, False), (257, True)])
 def test_the_chosen_context_picks_the_factors_of_longrope(context, long, tmp_path):
     """As vLLM does, and not the length that a text has so far: no key has to rotate anew as it grows."""
-    reference, weights = tiny("phi4_mini")
+    reference, weights = tiny("phi4_mini", "f32")
     model = NumpyModel(weights)
     assert model.c["original_seq_len"] == 256
     model.c["original_seq_len"] = 1 if long else 256
