@@ -149,6 +149,7 @@ TEST(Model, RefusesWhatIsNoModel) {
   EXPECT_NE(refusal_of_bytes("1234567"), "");
   EXPECT_NE(refusal_of_bytes(std::string(64, '\xff')).find("header length"), std::string::npos);
   EXPECT_NE(refusal_of_bytes(std::string("\2\0\0\0\0\0\0\0[]", 10)).find("not a JSON object"), std::string::npos);
+  EXPECT_NE(refusal_of_bytes(std::string("\3\0\0\0\0\0\0\0[]", 10)).find("header length 3"), std::string::npos);
 }
 
 struct BadConfig {
@@ -238,6 +239,19 @@ TEST(Model, RefusesBadTensorsByName) {
   twice.replace(at, 13, "\"shape\":[1],\"");
   EXPECT_NE(refusal_of_bytes(twice), "");
   EXPECT_NE(refusal_of_bytes(good() + std::string(8, '\0')).find("after the last tensor"), std::string::npos);
+  std::string hole = with_header(good(), [](Members& header) {  // before the first tensor
+    for (auto& [name, tensor] : header) {
+      if (name == "__metadata__") continue;
+      Members entry = members(tensor);
+      List moved;
+      for (const Json& offset : *entry["data_offsets"].array()) moved.push_back(*offset.integer<int64_t>() + 8);
+      entry["data_offsets"] = moved;
+      tensor = json(entry);
+    }
+  });
+  uint64_t length;
+  std::memcpy(&length, hole.data(), 8);
+  EXPECT_NE(refusal_of_bytes(hole.insert(8 + length, 8, '\0')).find("leave a hole"), std::string::npos);
   for (const size_t cut : {size_t{1}, size_t{100}, good().size() / 2, good().size() - 9})
     EXPECT_NE(refusal_of_bytes(good().substr(0, good().size() - cut)), "") << cut << " bytes cut off";
 }

@@ -1,9 +1,11 @@
 """The whole program on a tiny random model whose tokens are bytes: every flag, every wrong input, every way to end."""
 
+import fcntl
 import json
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -134,6 +136,8 @@ def test_tokens(model):
     assert [line.split("\t")[0] for line in lines[:3]] == ["97", "9", "98"]
     assert json.loads(lines[0].split("\t")[1]) == "a"
     assert lines[3] == "" and len(lines) == 7 and lines[6] == ""
+    lines = text(model, "-i", '"\\', "-n", 1, "--tokens").split("\n")
+    assert [json.loads(line.split("\t")[1]) for line in lines[:2]] == ['"', "\\"]
 
 
 def test_number_of_tokens(model):
@@ -350,10 +354,16 @@ def test_no_output_goes_over_what_the_run_reads(model, tmp_path, arguments, stdi
     (tmp_path / "to_new").symlink_to("new")
     before = contents(tmp_path)
     line = command(*([] if "-m" in arguments else ["m.safetensors"]), *arguments, "-q", "-t", 1)
-    with open(tmp_path / (stdin or "prompt")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
+    with open(tmp_path / (stdin or "/dev/null")) as source, open(tmp_path / (stdout or "sub/out"), "w") as to:
         done = subprocess.run(line, cwd=tmp_path, stdin=source, stdout=to, stderr=subprocess.PIPE)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
     assert b"give another name" in done.stderr and contents(tmp_path) == before
+
+
+def test_no_output_goes_where_standard_error_goes(model, tmp_path):
+    with open(tmp_path / "err", "wb") as err:
+        done = subprocess.run(command(model, "-i", "x", "-t", 1, "--stats", tmp_path / "err"), stderr=err)
+    assert done.returncode == 2 and b"that is where standard error goes" in (tmp_path / "err").read_bytes()
 
 
 def test_links_devices_and_modes_stay(model, tmp_path):
@@ -434,6 +444,10 @@ def test_unfinished_files_are_nobody_elses(model, tmp_path):
         assert process.returncode == 130
     assert victim.read_text() == "precious" and json.loads(path.read_text())["generated_tokens"] > 0
     assert {p.name for p in tmp_path.iterdir()} == {"victim", "stats.json.partial", "stats.json"}
+    line = command(model, "-i", PROMPT, "-n", 1, "-q", "-t", 1, "--stats", path)
+    planted = 'ln -s victim stats.json.partial.$$ && exec "$@"'  # the name that it takes first
+    subprocess.run(["bash", "-c", planted, "bash", *line], cwd=tmp_path, capture_output=True, check=True)
+    assert victim.read_text() == "precious" and json.loads(path.read_text())["generated_tokens"] == 1
     long = tmp_path / ("x" * 255)
     run(model, "-i", PROMPT, "-n", 1, "--ignore-eos", "--stats", long)
     assert json.loads(long.read_text())["generated_tokens"] == 1
@@ -461,6 +475,26 @@ def test_a_signal_leaves_nothing_unfinished(model, tmp_path, number, mode):
     assert process.returncode == 130 or not list(tmp_path.iterdir())
 
 
+def test_a_second_interrupt_ends_at_once(model, tmp_path):
+    """The first one asks, and here nobody takes the text that would come before the end."""
+    process = start(model, "--prompts", "-", "--stats", tmp_path / "stats.json")
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    process.stdin.write(b'{"prompt": "a", "n": 1}\n' * 300)
+    process.stdin.flush()
+    while not select.select([process.stdout], [], [], 0)[0]:
+        assert process.poll() is None
+    wait_until_it_waits(process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        while "ShdPnd:\t0000000000000000" not in Path(f"/proc/{process.pid}/status").read_text():
+            pass
+    try:
+        assert process.wait(timeout=20) == -signal.SIGINT and not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_hangup_that_is_ignored_stays_so(model):
     process = subprocess.Popen(
         ["nohup", *command(model, "--prompts", "-", "-t", 1, "-q")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -473,10 +507,12 @@ def test_a_hangup_that_is_ignored_stays_so(model):
     assert process.returncode == 0 and b"text" in out
 
 
-def test_a_file_size_limit_is_an_error(model, tmp_path):
+@pytest.mark.parametrize("kilobytes", [4, 19])
+def test_a_file_size_limit_is_an_error(model, tmp_path, kilobytes):
+    """Also where it cuts the last row alone: the file would have 19812 bytes."""
     path = tmp_path / "logits.npy"
     line = command(model, "-i", PROMPT, "-q", "-t", 1, "--logits", path)
-    done = subprocess.run(["bash", "-c", 'ulimit -f 4; exec "$0" "$@"', *line], capture_output=True)
+    done = subprocess.run(["bash", "-c", f'ulimit -f {kilobytes}; exec "$0" "$@"', *line], capture_output=True)
     assert done.returncode == 1 and done.stderr == f"run: cannot write {path}: File too large\n".encode()
     assert not list(tmp_path.iterdir())
 
@@ -1182,8 +1218,10 @@ def test_interrupted_text_is_whole_and_reported(model, tmp_path):
 
 
 def test_interrupted_requests_say_what_is_not_finished(model):
-    process = start(model, "--prompts", "-", "--parallel", 2, "--ignore-eos")
-    process.stdin.write(b"\n".join(b'{"prompt": "%d", "n": 200}' % i for i in range(3000)))
+    requests = [b'{"prompt": "%d", "n": 200}' % i for i in range(3000)]
+    requests[2990] = b"x" * 1025
+    process = start(model, "--prompts", "-", "--parallel", 2, "--ignore-eos", "--max-line", "1K")
+    process.stdin.write(b"\n".join(requests))
     process.stdin.close()
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -1191,7 +1229,7 @@ def test_interrupted_requests_say_what_is_not_finished(model):
     assert process.wait(timeout=60) == 130
     lines = [json.loads(line) for line in lines]
     assert [a["line"] for a in lines] == list(range(1, 3001))
-    assert "text" in lines[0] and lines[-1]["error"] == "interrupted"
+    assert "text" in lines[0] and lines[-1]["error"] == "interrupted" and "--max-line" in lines[2990]["error"]
     process.stderr.close()
 
 

@@ -223,13 +223,11 @@ SUFFIXES = [
     ".lstrip()",
     ".rstrip('>b')",
     ".split()",
-    ".split('",
-    "',1)",
+    ".split(' ',1)",
     ".rsplit(None,1)",
     ".split('a')[-1]",
     ".splitlines()",
-    ".startswith('",
-    "a')",
+    ".startswith(' a')",
     ".endswith('x')",
     ".replace('a','')",
     ".replace('','-')",
@@ -382,6 +380,9 @@ def test_random_templates(engine, seed):
         "{{ {'b': 1, 'a': t}|tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true) }}",
         "{{ t|safe + \"&'\" + t|tojson }}{{ t + 'x'|safe }}{{ t|safe ~ t }}",
         "{% set y = t|safe %}{{ '<' + y }}{{ y == t }}{{ y + y }}",
+        "{{ [w.split(' ', 1), w.split(None, 1), w.rsplit(' ', 1), w.rsplit(None, 1), w.split('e', 0)] }}",
+        "{{ [w.find('e', 9, 2), w.find('e', 3), w.rfind('e', 0, -9), w.count('')] }}",
+        "{{ 'a\x1eb\x1cc\x85d\u2028e\u2029f\x0bg\x0ch\u2027i'.splitlines()|tojson }}",
         "{{ self.missing }}{{ self is defined }}{{ self.x is defined }}",
     ],
 )
@@ -427,9 +428,10 @@ def test_what_was_given_is_known(engine):
         ("{% set x %}[{{ t|trim }}]{% endset %}{{ x[1:] }}{{ x[::-1] }}", "ab]]ba[", "1100110"),
         ("{{ ['a', t]|join('-') }}{{ [t] }}", "a- ab [' ab ']", "00111100111100"),
         ("{{ '<'|safe + t.replace('b', '&') }}", "< a&amp; ", "011000001"),
+        ("{{ '<'|safe + u }}", "<&lt;", "01111"),
         ("{{ '%s.'|format(t) }}{{ '{}.'.format(t) }}{{ t|indent(1, true) }}", " ab . ab .  ab ", "111101111001111"),
     ]:
-        assert engine.render(template, {"t": " ab "}) == {"text": text, "given": given}, template
+        assert engine.render(template, {"t": " ab ", "u": "<"}) == {"text": text, "given": given}, template
 
 
 @pytest.mark.parametrize(

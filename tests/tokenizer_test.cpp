@@ -271,6 +271,7 @@ TEST(Tokenizer, ControlTokensOnlyWhereAsked) {
   file.add_special("<a>", FLAG_CONTROL);
   file.add_special("<a>b", 0);
   file.add_special("<a>bc", FLAG_CONTROL);
+  file.add_special("<a>", FLAG_CONTROL);  // of equal texts the first holds
   const Tokenizer t = load(file);
   EXPECT_EQ(t.encode("x<a>", true, false), ids_of(file, {"x", "<a>"}));
   EXPECT_EQ(t.encode("x<a>", false, false), ids_of(file, {"x", "<", "a", ">"}));
@@ -280,6 +281,9 @@ TEST(Tokenizer, ControlTokensOnlyWhereAsked) {
   EXPECT_EQ(t.bytes(static_cast<int>(file.id("<a>"))), "");
   EXPECT_EQ(t.bytes(static_cast<int>(file.id("<a>b"))), "<a>b");
   EXPECT_EQ(t.text(static_cast<int>(file.id("<a>"))), "<a>");
+  // One that the template begins and a message ends is none.
+  const Tokenizer begun = t.with_template("t", "<a>{{ messages[0].content }}<{{ messages[0].content }}");
+  EXPECT_EQ(begun.encode_chat({{Message::user, "a>"}}, {}), ids_of(file, {"<a>", "a", ">", "<", "a", ">"}));
 }
 
 TEST(Tokenizer, SpecialTokensTakeTheWhiteSpaceBesideThem) {
@@ -469,6 +473,21 @@ TEST(Tokenizer, EqualMergesAndTextsLoadInLinearTime) {
   file.merges.resize(1 << 20, file.merges[0]);
   for (int i = 0; i < 1 << 19; ++i) file.add("same");
   EXPECT_EQ(load(file).encode("ab", false, false), ids_of(file, {"ab"}));
+}
+
+// As many as fill a quarter of the table, and all belong into its first place.
+TEST(Tokenizer, RefusesMergesThatAreMadeToCollide) {
+  constexpr uint32_t IDS = 2400;
+  TokenizerFile file = byte_level();
+  while (file.tokens.size() < IDS) file.add("t" + std::to_string(file.tokens.size()));
+  for (uint64_t left = 0; left < IDS; ++left)
+    for (uint64_t right = 0; right < IDS && file.merges.size() < 1100; ++right) {
+      const uint64_t mixed = (left << 32 | right) * 0x9E3779B97F4A7C15u;  // hash_pair's
+      if (((mixed ^ mixed >> 32) & 4095) == 0)
+        file.merges.push_back({static_cast<uint32_t>(left), static_cast<uint32_t>(right), 0});
+    }
+  ASSERT_EQ(file.merges.size(), 1100);
+  EXPECT_NE(error_of([&] { load(file); }).find("made to be slow"), std::string::npos);
 }
 
 TEST(Tokenizer, AnotherTemplateEndsTextsWithItsOwnToken) {
