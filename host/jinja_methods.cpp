@@ -199,18 +199,25 @@ Value strip(Work& work, const Text& text, Arguments& a, bool left, bool right) {
   return stripped(TextView(text), left, right, [&](Char c) { return chars.find(c) != chars.npos; });
 }
 
-// A place in a text of this length, from an argument that may be negative, too large or none.
-size_t clamped(const std::optional<Value>& place, size_t length, size_t otherwise) {
+// A place in a text of this length, from an argument that may be negative (from the end on) or none.
+size_t place_in(const std::optional<Value>& place, size_t length, size_t otherwise) {
   if (!place || place->none()) return otherwise;
-  int64_t i = to_integer(*place, "a place in a text");
-  if (i < 0) i += static_cast<int64_t>(length);
-  return static_cast<size_t>(std::clamp<int64_t>(i, 0, static_cast<int64_t>(length)));
+  const int64_t i = to_integer(*place, "a place in a text");
+  return static_cast<size_t>(std::max<int64_t>(i < 0 ? i + static_cast<int64_t>(length) : i, 0));
+}
+
+struct Span {
+  size_t from, to;  // from > to: nothing is there, not even an empty text
+};
+Span span_of(const std::optional<Value>& start, const std::optional<Value>& end, size_t length) {
+  return {place_in(start, length, 0), std::min(place_in(end, length, length), length)};
 }
 
 Value edge(const Text& text, Arguments& a, bool end) {
   const auto bound = bind(a, end ? "endswith" : "startswith", {"prefix", "start", "end"}, 1);
-  const size_t from = clamped(bound[1], text.size(), 0), to = clamped(bound[2], text.size(), text.size());
-  const TextView part = from <= to ? TextView(text).substr(from, to - from) : TextView();
+  const auto [from, to] = span_of(bound[1], bound[2], text.size());
+  if (from > to) return false;
+  const TextView part = TextView(text).substr(from, to - from);
   const auto has = [&](const Value& affix) {
     const TextView sought = need_text(affix, "what a text starts or ends with");
     return end ? part.ends_with(sought) : part.starts_with(sought);
@@ -223,7 +230,7 @@ Value find(Work& work, const Text& text, Arguments& a, bool from_end) {
   const auto bound = bind(a, "find", {"sub", "start", "end"}, 1);
   const Text& sought = need_text(*bound[0], "what to find");
   work.charge(text.size() * (1 + sought.size() / 16));
-  const size_t from = clamped(bound[1], text.size(), 0), to = clamped(bound[2], text.size(), text.size());
+  const auto [from, to] = span_of(bound[1], bound[2], text.size());
   if (from > to) return int64_t{-1};
   const TextView part = TextView(text).substr(from, to - from);
   const size_t found = from_end ? part.rfind(sought) : part.find(sought);

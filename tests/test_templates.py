@@ -382,6 +382,8 @@ def test_random_templates(engine, seed):
         "{% set y = t|safe %}{{ '<' + y }}{{ y == t }}{{ y + y }}",
         "{{ [w.split(' ', 1), w.split(None, 1), w.rsplit(' ', 1), w.rsplit(None, 1), w.split('e', 0)] }}",
         "{{ [w.find('e', 9, 2), w.find('e', 3), w.rfind('e', 0, -9), w.count('')] }}",
+        "{{ [w.find('', 20), w.find('', 3), w.rfind('', 15), w.find('', 14), w.find('', 2, 1), w.find('', 3, -30)] }}",
+        "{{ [w.startswith('', 20), w.startswith('', 14), w.endswith('', 2, 1), w.startswith(('', 'x'), 15)] }}",
         "{{ 'a\x1eb\x1cc\x85d\u2028e\u2029f\x0bg\x0ch\u2027i'.splitlines()|tojson }}",
         "{{ self.missing }}{{ self is defined }}{{ self.x is defined }}",
     ],
