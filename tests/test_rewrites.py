@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import exported, run_binary
-from test_reference import ROOT, SANITIZE, checkpoints, folder, run, variant
+from conftest import exported, exported_path, run_binary
+from test_reference import ROOT, SANITIZE, checkpoints, run, variant
 
 
 @pytest.mark.parametrize("layout", ["mha", "gqa:9", "mla"])
@@ -16,7 +16,7 @@ def test_real_texts_of_a_rewrite(layout, tmp_path):
         pytest.skip(
             f"models/{source.name} is not here (`make smollm2` downloads it), or the build is the sanitized one"
         )
-    weights = folder()[1] / f"rewrite-{layout.replace(':', '-')}.safetensors"
+    weights = exported_path(f"rewrite-{layout.replace(':', '-')}")
     kind = (layout.split(":")[0], int(layout.split(":")[1]) if ":" in layout else 0)
     exported(source, weights, "f32", kind)
     binary = run_binary(attention=variant(weights), kv="f32")
