@@ -69,8 +69,9 @@ std::string valid_utf8(const std::string& text);
 // Of plain text that looks like a special token: what --special would take it for ("<|im_end|>"); empty: it has none.
 std::string looks_special(const Tokenizer& tokenizer, const std::string& text);
 
-// Throws Error where a logit is not a finite number, with the likely cause.
+// Whether all of logits [n] are finite numbers.
 bool finite(const float* logits, int n);
+// Throws Error where a logit is not a finite number, with the likely cause.
 void require_finite(const Session& session, const float* logits);
 // A request with the flags' sampler. Its logits are checked, and enter the report as sequences first_sequence + sample;
 // an error of it comes out of work().

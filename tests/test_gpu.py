@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, exported, run_binary, tool
-from PIL import Image
-from test_lab import assert_texts_apart
+from test_lab import assert_texts_apart, drawn
 
 sys.path.insert(0, str(ROOT / "lab"))
 import gpu
@@ -355,12 +354,7 @@ def made_up():
 
 def test_a_gpus_pictures_and_tables_are_made(tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps(made_up()))
-    subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(tmp_path)], check=True)
-    page = (tmp_path / "gpu.md").read_text()
-    for name in plot.GPU_PICTURES:
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
-        assert f"({name}.png)" in page
+    page = drawn(tmp_path, "gpu.md", plot.GPU_PICTURES)
     # 68.7 GB at 3.6 TB/s and 5 us more, of 4.2 TB/s
     assert "| MHA | 65536 | 64 | 3599 (86 %) | 3599 (86 %) | 3499 (83 %) |  |" in page
     assert "| llama-3-8b-bf16 | 1024 | 204.1 | 208.2 | 172.3 | 249.9 | 81 |" in page

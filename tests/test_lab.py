@@ -200,14 +200,20 @@ def test_wrong_input_is_one_line(arguments, code, line, tmp_path):
 # ---- Pictures
 
 
+def drawn(folder, page, names):
+    """The text of the page that lab/plot.py makes of the folder's figures; it shows these pictures, none of them empty."""
+    subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(folder)], check=True)
+    text = (folder / page).read_text()
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+        assert f"({name}.png)" in text
+    return text
+
+
 def test_pictures_and_tables_are_made(tmp_path):
     (tmp_path / "lab.json").write_text(STORED.read_text())
-    subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(tmp_path)], check=True)
-    page = (tmp_path / "lab.md").read_text()
-    for name in plot.PICTURES:
-        with Image.open(tmp_path / f"{name}.png") as picture:
-            assert picture.width >= 600 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
-        assert f"({name}.png)" in page
+    page = drawn(tmp_path, "lab.md", plot.PICTURES)
     # 14 large points, a median of 3 rounds among them: of these errors the 7th and 8th
     assert "estimated tokens/s: median error 11.1%" in page
 
