@@ -201,7 +201,7 @@ def test_wrong_input_is_one_line(arguments, code, line, tmp_path):
 
 
 def drawn(folder, page, names):
-    """The text of the page that lab/plot.py makes of the folder's figures; it shows these pictures, none of them empty."""
+    """The text of the page that lab/plot.py makes of the figures; it shows these pictures, none of them empty."""
     subprocess.run([sys.executable, str(ROOT / "lab" / "plot.py"), str(folder)], check=True)
     text = (folder / page).read_text()
     for name in names:
